@@ -1,1 +1,31 @@
-//! multifd-sender
+//! The source side of a live migration: shards a running guest's dirty pages over many channels, and switches over.
+//!
+//! A VMM implements [`Vmm`], hands over its [`GuestMemory`](multifd_transport::GuestMemory), its sources of dirty pages
+//! ([`multifd_tracking::Source`]) and a way to dial the destination, and starts a [`Migration`]. Progress is read from a
+//! [`Handle`] at any time; the end is a [`Finished`] with the [`Report`].
+//!
+//! ```text
+//!   session.rs    the control plane as a machine without I/O     lane.rs   one data channel, likewise
+//!   forecast.rs   when will it end                               driver/   threads, queues, sockets
+//!   vmm.rs        what the embedder gives                        report.rs, progress.rs, error.rs  what the user sees
+//! ```
+//! The promise: whatever fails before the commit leaves the guest running here, and after it never (see [`vmm::Reclaimed`]).
+#![forbid(unsafe_code)]
+
+pub mod config;
+mod driver;
+pub mod error;
+pub mod forecast;
+pub mod lane;
+pub mod pacer;
+pub mod progress;
+pub mod report;
+pub mod session;
+pub mod vmm;
+
+pub use config::{Config, ConfigBuilder, ConfigError, WhenNotConverging};
+pub use driver::{Dial, Dialer, Finished, Handle, Migration, Parts};
+pub use error::{Error, Fault};
+pub use progress::Snapshot;
+pub use report::{OutcomeKind, Report};
+pub use vmm::{Blob, Reclaimed, Vmm, VmmError};

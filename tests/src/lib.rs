@@ -1,1 +1,5 @@
-//! multifd-tests
+//! Test machines and helpers for end-to-end tests: a model machine whose memory is plain memory, so that a whole migration
+//! runs in one process, over any kind of channel, without KVM.
+#![forbid(unsafe_code)]
+
+pub mod model;

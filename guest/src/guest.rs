@@ -1,0 +1,429 @@
+//! The guest as its users see it, whatever it is made of.
+//!
+//! ```text
+//!   create ──────────────► paused ◄──pause── running
+//!   create_empty ► empty ──load_state──┘  └──run──►┘          drop: everything ends, from anywhere
+//! ```
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use multifd_tracking::Source;
+
+use crate::beat::Heartbeat;
+use crate::check::{self, CheckReport};
+use crate::codec::Reader;
+use crate::config::{Config, Tracking, refuse};
+use crate::crew::Crew;
+use crate::error::{Error, Result};
+use crate::gate::Rested;
+use crate::image::Image;
+use crate::layout::Layout;
+use crate::machine::Machine;
+use crate::memory::{self, Memory};
+use crate::process::ProcessGuest;
+use crate::program::{Program, Progress};
+use crate::state;
+
+/// How long a pause waits for the virtual CPUs, in milliseconds. They need microseconds, unless the host's processors
+/// are all taken.
+pub const PAUSE_MS_MAX: u64 = 5_000;
+
+/// How long one signal is given before it is sent again.
+const KICK_AGAIN: Duration = Duration::from_millis(10);
+
+/// A guest: its memory, its virtual CPUs, and the proof that nothing was lost.
+///
+/// All methods may be called from any thread; those that change the phase exclude each other. Dropping it ends its
+/// threads and gives everything back but the memory, which lives as long as a clone of [`memory`](Self::memory).
+#[derive(Debug)]
+pub struct Guest {
+    plan: Arc<Plan>,
+    memory: Memory,
+    crew: Arc<Crew>,
+    engine: Box<dyn Engine>,
+    phase: Mutex<Phase>,
+}
+
+/// What the guest is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A machine of KVM.
+    Kvm,
+    /// Threads of this process.
+    Process,
+}
+
+/// What follows from the configuration alone.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) config: Config,
+    pub(crate) layout: Layout,
+    pub(crate) program: Program,
+}
+
+/// Whether a fresh guest gets its image or waits for a state to be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    Image,
+    Empty,
+}
+
+/// What differs between the kinds. Every call but `kick` comes while all threads rest. Dropping it ends its threads.
+pub(crate) trait Engine: fmt::Debug + Send + Sync {
+    /// Which kind it is.
+    fn kind(&self) -> Kind;
+    /// How it tracks.
+    fn tracking(&self) -> Tracking;
+    /// A new source of dirty pages.
+    fn tracking_source(&self) -> Result<Box<dyn Source>>;
+    /// Makes threads that run look at the gate.
+    fn kick(&self);
+    /// Appends the records of all virtual CPUs.
+    fn save(&self, records: &mut Vec<u8>) -> Result<()>;
+    /// Reads the records of all virtual CPUs and takes them over; returns their counters.
+    fn load(&self, reader: Reader<'_>) -> Result<Vec<u64>>;
+    /// How far each virtual CPU came.
+    fn progress(&self) -> Result<Vec<std::result::Result<Progress, String>>>;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Waits for a state.
+    Empty,
+    /// Has a state; all threads rest.
+    Paused,
+    /// Was told to run.
+    Running,
+}
+
+impl Guest {
+    /// A new guest with its image in memory, paused before its first instruction.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what cannot be built, [`Error::NoKvm`] if KVM is demanded and not there,
+    /// [`Error::Kernel`] for what the kernel refused, [`Error::Tracking`] for a tracking that is not offered.
+    pub fn create(config: &Config) -> Result<Self> {
+        Self::build(config, Origin::Image)
+    }
+
+    /// A guest for a destination: memory all zero and not populated, no state. `config` comes from
+    /// [`Config::from_blob`]. It tracks like any other: a guest that arrived can leave again.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn create_empty(config: &Config) -> Result<Self> {
+        Self::build(config, Origin::Empty)
+    }
+
+    /// Lets the virtual CPUs run: the first start, after a pause, or after a load. A running guest runs on.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] before a state was loaded, [`Error::Vcpu`] if a virtual CPU failed for good.
+    pub fn run(&self) -> Result<()> {
+        let mut phase = self.lock_phase();
+        self.refuse_failed()?;
+        match *phase {
+            Phase::Empty => Err(Error::Misuse {
+                advice: "load a state before running an empty guest",
+            }),
+            Phase::Running => Ok(()),
+            Phase::Paused => {
+                self.crew.gate.ask_run();
+                *phase = Phase::Running;
+                Ok(())
+            }
+        }
+    }
+
+    /// Stops the virtual CPUs. When this returns `Ok`, all are out of `KVM_RUN`, what the kernel had to complete is
+    /// complete, and the memory does not change until [`run`](Self::run). Otherwise a no-op.
+    ///
+    /// # Errors
+    /// [`Error::PauseTimeout`] after [`PAUSE_MS_MAX`]; the pause may be tried again.
+    pub fn pause(&self) -> Result<()> {
+        let mut phase = self.lock_phase();
+        if *phase != Phase::Running {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        self.crew.gate.ask_rest();
+        loop {
+            self.engine.kick();
+            let Rested::NotYet { index } = self.crew.gate.wait_rested(KICK_AGAIN) else {
+                break;
+            };
+            let waited_ms = begun.elapsed().as_millis() as u64;
+            if waited_ms >= PAUSE_MS_MAX {
+                return Err(Error::PauseTimeout {
+                    vcpu: index,
+                    waited_ms,
+                });
+            }
+        }
+        *phase = Phase::Paused;
+        Ok(())
+    }
+
+    /// The state of all virtual CPUs as octets, for [`load_state`](Self::load_state) of a guest built from
+    /// [`config_blob`](Self::config_blob). It does not contain the memory.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] unless paused, [`Error::Vcpu`] if a virtual CPU failed for good, [`Error::Kernel`].
+    pub fn save_state(&self) -> Result<Vec<u8>> {
+        let phase = self.lock_phase();
+        refuse_unless_paused(*phase)?;
+        self.refuse_failed()?;
+        let mut records = Vec::new();
+        self.engine.save(&mut records)?;
+        Ok(state::encode(self.kind(), self.plan.config.vcpus, &records))
+    }
+
+    /// Gives an empty guest the state that a source saved; it is paused afterwards.
+    ///
+    /// Everything is decoded and checked before anything is loaded.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] for octets that no guest saved, [`Error::Incompatible`] for those of another guest or what
+    /// this host refuses, [`Error::Kernel`], [`Error::Misuse`] unless empty. The guest stays empty then.
+    pub fn load_state(&self, octets: &[u8]) -> Result<()> {
+        let mut phase = self.lock_phase();
+        if *phase != Phase::Empty {
+            return Err(Error::Misuse {
+                advice: "load a state into a guest made by create_empty, once",
+            });
+        }
+        let reader = state::open(octets, self.kind(), self.plan.config.vcpus)?;
+        let counters = self.engine.load(reader)?;
+        self.crew
+            .beats
+            .iter()
+            .zip(counters)
+            .for_each(|(beat, counter)| beat.arrive(counter));
+        *phase = Phase::Paused;
+        Ok(())
+    }
+
+    /// Compares the whole memory of a paused guest with what it must be. Takes about 0.3 s for each GiB.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] unless paused, [`Error::Kernel`]. A failed check is an `Ok` with a report that says so.
+    pub fn check(&self) -> Result<CheckReport> {
+        let phase = self.lock_phase();
+        refuse_unless_paused(*phase)?;
+        Ok(check::check(
+            self.plan.image(),
+            &self.memory,
+            &self.engine.progress()?,
+        ))
+    }
+
+    /// A new source for the dirty pages of this guest's virtual CPUs. Pages are numbered inside the regions of
+    /// [`memory`](Self::memory), in their order. One source at a time may be started.
+    ///
+    /// # Errors
+    /// [`Error::Tracking`] if the kernel refuses it.
+    pub fn tracking_source(&self) -> Result<Box<dyn Source>> {
+        self.engine.tracking_source()
+    }
+
+    /// What a destination needs to build the same machine; see [`Config::from_blob`].
+    pub fn config_blob(&self) -> Vec<u8> {
+        self.plan.config.to_blob(self.kind())
+    }
+
+    /// The configuration that it was built from.
+    pub fn config(&self) -> &Config {
+        &self.plan.config
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> Memory {
+        self.memory.clone()
+    }
+
+    /// What it is made of.
+    pub fn kind(&self) -> Kind {
+        self.engine.kind()
+    }
+
+    /// How its writes are learnt: what `Auto` came to.
+    pub fn tracking(&self) -> Tracking {
+        self.engine.tracking()
+    }
+
+    /// The last heart-beat of each virtual CPU. Takes no lock.
+    pub fn heartbeats(&self) -> Vec<Heartbeat> {
+        self.crew
+            .beats
+            .iter()
+            .zip(0..)
+            .map(|(beat, vcpu)| beat.read(vcpu))
+            .collect()
+    }
+
+    /// The first virtual CPU that failed for good, as an error.
+    pub fn failure(&self) -> Option<Error> {
+        let failure = self.crew.gate.failure()?;
+        Some(Error::Vcpu {
+            vcpu: failure.index,
+            detail: failure.detail,
+        })
+    }
+
+    fn build(config: &Config, origin: Origin) -> Result<Self> {
+        let layout = Layout::new(config)?;
+        let host_bytes = memory::host_bytes();
+        if config.resident_bytes() > host_bytes {
+            let advice = format!("this host has {host_bytes} bytes: give less, or fill less of it");
+            return Err(refuse("memory_bytes", config.memory_bytes, advice));
+        }
+        let program = Program::new(&layout);
+        let plan = Arc::new(Plan {
+            config: config.clone(),
+            layout,
+            program,
+        });
+        let memory = Memory::new(config.memory_bytes)?;
+        let crew = Arc::new(Crew::new(config.vcpus));
+        let engine: Box<dyn Engine> = match choose(config.tracking)? {
+            Kind::Kvm => Box::new(Machine::new(&plan, &memory, &crew, origin)?),
+            Kind::Process => Box::new(ProcessGuest::new(&plan, &memory, &crew)?),
+        };
+        let phase = match origin {
+            Origin::Empty => Phase::Empty,
+            Origin::Image => {
+                plan.image().write_to(&memory);
+                Phase::Paused
+            }
+        };
+        Ok(Self {
+            plan,
+            memory,
+            crew,
+            engine,
+            phase: Mutex::new(phase),
+        })
+    }
+
+    fn refuse_failed(&self) -> Result<()> {
+        self.failure().map_or(Ok(()), Err)
+    }
+
+    fn lock_phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+impl Plan {
+    pub(crate) fn image(&self) -> Image<'_> {
+        Image {
+            layout: &self.layout,
+            program: &self.program,
+        }
+    }
+}
+
+impl Kind {
+    /// Its number in the encodings.
+    pub(crate) fn code(self) -> u32 {
+        match self {
+            Self::Kvm => 1,
+            Self::Process => 2,
+        }
+    }
+
+    pub(crate) fn from_code(code: u32) -> Option<Self> {
+        [Self::Kvm, Self::Process]
+            .into_iter()
+            .find(|kind| kind.code() == code)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "KVM",
+            Self::Process => "process",
+        })
+    }
+}
+
+fn choose(tracking: Tracking) -> Result<Kind> {
+    match tracking {
+        Tracking::Process => Ok(Kind::Process),
+        Tracking::Kvm | Tracking::Ring | Tracking::Log => Ok(Kind::Kvm),
+        Tracking::Auto => match Machine::offered() {
+            Ok(()) => Ok(Kind::Kvm),
+            Err(Error::NoKvm { .. }) => Ok(Kind::Process),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+fn refuse_unless_paused(phase: Phase) -> Result<()> {
+    match phase {
+        Phase::Paused => Ok(()),
+        Phase::Running => Err(Error::Misuse {
+            advice: "pause the guest first",
+        }),
+        Phase::Empty => Err(Error::Misuse {
+            advice: "load a state first: the guest is empty",
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::LastStore;
+
+    /// The check is exact because the instruction pointer tells how far the last store came. This test sees every one
+    /// of those cases happen to a real vCPU, and the check pass in each.
+    #[test]
+    #[allow(clippy::print_stderr)] // a skipped test says so
+    fn vcpus_are_stopped_in_every_part_of_a_store_and_are_whole() {
+        if let Err(error) = Machine::offered() {
+            assert_ne!(
+                std::env::var("MULTIFD_REQUIRE_KVM").as_deref(),
+                Ok("1"),
+                "{error}"
+            );
+            eprintln!(
+                "SKIPPED vcpus_are_stopped_in_every_part_of_a_store_and_are_whole: /dev/kvm missing"
+            );
+            return;
+        }
+        let config = Config {
+            memory_bytes: 64 << 20,
+            vcpus: 2,
+            working_set_bytes: 1 << 20,
+            dirty_rate_bytes_per_s: u64::MAX,
+            tracking: Tracking::Kvm,
+            ..Config::default()
+        };
+        let guest = Guest::create(&config).unwrap();
+        let mut seen = [0; 3];
+        for pause in 0..2_000 {
+            guest.run().unwrap();
+            std::thread::sleep(Duration::from_micros(pause % 50));
+            guest.pause().unwrap();
+            for progress in guest.engine.progress().unwrap() {
+                seen[match progress.unwrap().last_store {
+                    LastStore::Begun => 0,
+                    LastStore::Logged => 1,
+                    LastStore::Done => 2,
+                }] += 1;
+            }
+            let report = guest.check().unwrap();
+            assert!(report.passed(), "{report}");
+            if seen.iter().all(|times| *times >= 10) {
+                return;
+            }
+        }
+        panic!("begun, logged, done: {seen:?}");
+    }
+}

@@ -1,0 +1,257 @@
+//! How the machine's writes are learnt: KVM's ring or log, made with the machine and lent to one migration at a time.
+//!
+//! The kernel counts the entries of a vCPU's ring from the vCPU's creation on, so whoever harvests must have harvested
+//! from the beginning: there is one source for the life of the machine, and [`KvmTracking::source`] lends it. A guest
+//! that migrates to and fro two hundred times is a new machine, with a new source, each time it arrives.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::thread;
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuFd, VmFd};
+use multifd_tracking::kvm::{
+    self, LogSource, Method, Protect, RingConfig, RingFullHandle, RingSource,
+};
+use multifd_tracking::{
+    CollectPhase, Collection, DirtySet, Error as TrackingError, Figures, Source,
+};
+
+use crate::config::Tracking;
+use crate::error::{Error, Result};
+use crate::memory::Memory;
+use crate::slots::MemorySlots;
+
+/// The largest ring. Emulated stores push a page again and again, and a ring of 4,096 entries overflows at once there;
+/// 65,536 take 1 MiB for each vCPU, and last for a second of the fastest writer seen.
+const RING: RingConfig = RingConfig {
+    entries: RingConfig::ENTRIES_MAX,
+};
+
+/// How long a vCPU with a full ring stays out when there is nobody to harvest for: tracking is being switched off.
+const FULL_RETRY: Duration = Duration::from_millis(1);
+
+/// The way of tracking that a machine was given before its first vCPU.
+#[derive(Debug)]
+pub(crate) struct TrackingChoice(Method);
+
+/// A machine's one source, and who has it.
+#[derive(Clone, Debug)]
+pub(crate) struct KvmTracking {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    method: Method,
+    source: Mutex<Box<dyn Source>>,
+    lent: AtomicBool,
+    ring_full: RingFull,
+}
+
+/// What a vCPU thread does when its ring is full.
+#[derive(Clone)]
+pub(crate) struct RingFull {
+    handle: Option<RingFullHandle>,
+    /// The set of the migration under way. A harvest holds it, so that none is left over from an earlier migration
+    /// when the next one begins.
+    set: Arc<RwLock<Option<DirtySet>>>,
+}
+
+impl TrackingChoice {
+    /// Decides, and switches the ring on if it is the one. To be called before the first vCPU is made.
+    ///
+    /// # Errors
+    /// [`Error::Tracking`] if what is demanded is not offered.
+    pub(crate) fn enable(vm: &VmFd, wanted: Tracking) -> Result<Self> {
+        let method = match wanted {
+            Tracking::Ring => Method::Ring,
+            Tracking::Log => Method::Log,
+            Tracking::Auto | Tracking::Kvm | Tracking::Process => kvm::probe(vm)?.method(),
+        };
+        if method == Method::Ring {
+            kvm::enable(vm, RING)?;
+        }
+        Ok(Self(method))
+    }
+
+    /// The source, for vCPUs that have not run.
+    ///
+    /// # Errors
+    /// [`Error::Tracking`], [`Error::Kernel`].
+    pub(crate) fn attach(
+        self,
+        vm: &Arc<VmFd>,
+        vcpus: &[VcpuFd],
+        memory: &Memory,
+    ) -> Result<KvmTracking> {
+        let slots = MemorySlots::new(vm, memory)?;
+        let tracked = slots.tracked()?;
+        let mut handle = None;
+        let source: Box<dyn Source> = match self.0 {
+            Method::Ring => {
+                let source = RingSource::new(vm, vcpus, RING, tracked, Box::new(slots))?;
+                handle = Some(source.handle());
+                Box::new(source)
+            }
+            Method::Log => Box::new(LogSource::new(
+                vm,
+                Protect::ManualInitiallySet,
+                tracked,
+                Box::new(slots),
+            )?),
+        };
+        let ring_full = RingFull {
+            handle,
+            set: Arc::new(RwLock::new(None)),
+        };
+        let shared = Shared {
+            method: self.0,
+            source: Mutex::new(source),
+            lent: AtomicBool::new(false),
+            ring_full,
+        };
+        Ok(KvmTracking {
+            shared: Arc::new(shared),
+        })
+    }
+}
+
+impl KvmTracking {
+    /// What it came to.
+    pub(crate) fn kind(&self) -> Tracking {
+        match self.shared.method {
+            Method::Ring => Tracking::Ring,
+            Method::Log => Tracking::Log,
+        }
+    }
+
+    /// For the vCPU threads.
+    pub(crate) fn ring_full(&self) -> RingFull {
+        self.shared.ring_full.clone()
+    }
+
+    /// Lends the source.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] while another one has it.
+    pub(crate) fn source(&self) -> Result<Box<dyn Source>> {
+        if self.shared.lent.swap(true, Ordering::AcqRel) {
+            return Err(Error::Misuse {
+                advice: "drop the guest's other tracking source first: it has one",
+            });
+        }
+        let before = self.shared.source().figures();
+        let name = self.shared.source().name().to_owned();
+        Ok(Box::new(Lent {
+            shared: Arc::clone(&self.shared),
+            name,
+            before,
+        }))
+    }
+}
+
+impl Shared {
+    fn source(&self) -> MutexGuard<'_, Box<dyn Source>> {
+        self.source
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("method", &self.method)
+            .field("lent", &self.lent)
+            .finish_non_exhaustive()
+    }
+}
+
+impl RingFull {
+    /// Empties the ring of virtual CPU `vcpu`, on its own thread.
+    pub(crate) fn harvest(&self, vcpu: u32) -> std::result::Result<(), String> {
+        let Some(handle) = &self.handle else {
+            return Err("a full dirty ring, and the machine has none".to_owned());
+        };
+        if let Some(set) = &*self.set.read().unwrap_or_else(|poison| poison.into_inner()) {
+            return match handle.on_full(vcpu as usize, set) {
+                Err(error @ TrackingError::Misuse { .. }) => Err(error.to_string()),
+                // A kernel that refused is counted by the source, which keeps the pages for its next harvest; the exit
+                // comes again if the ring is still full.
+                Ok(_) | Err(_) => Ok(()),
+            };
+        }
+        thread::sleep(FULL_RETRY);
+        Ok(())
+    }
+
+    fn serve(&self, set: Option<DirtySet>) {
+        *self
+            .set
+            .write()
+            .unwrap_or_else(|poison| poison.into_inner()) = set;
+    }
+}
+
+/// The machine's source in the hands of one migration. Dropping it ends the tracking and gives it back.
+struct Lent {
+    shared: Arc<Shared>,
+    name: String,
+    /// What the source had counted for earlier ones.
+    before: Figures,
+}
+
+impl Source for Lent {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn start(&mut self, set: &DirtySet) -> std::result::Result<(), TrackingError> {
+        // A ring may be full as soon as logging is on.
+        self.shared.ring_full.serve(Some(set.clone()));
+        let started = self.shared.source().start(set);
+        if started.is_err() {
+            self.shared.ring_full.serve(None);
+        }
+        started
+    }
+
+    fn collect(
+        &mut self,
+        set: &DirtySet,
+        phase: CollectPhase,
+    ) -> std::result::Result<Collection, TrackingError> {
+        self.shared.source().collect(set, phase)
+    }
+
+    fn stop(&mut self) -> std::result::Result<(), TrackingError> {
+        // From here on a full ring waits for the source, which empties all rings when logging is off.
+        self.shared.ring_full.serve(None);
+        self.shared.source().stop()
+    }
+
+    fn figures(&self) -> Figures {
+        let (now, before) = (self.shared.source().figures(), &self.before);
+        Figures {
+            pages: now.pages - before.pages,
+            reported: now.reported - before.reported,
+            harvests: now.harvests - before.harvests,
+            harvest_ns: now.harvest_ns - before.harvest_ns,
+            resets: now.resets - before.resets,
+            ring_full_soft: now.ring_full_soft - before.ring_full_soft,
+            ring_full_hard: now.ring_full_hard - before.ring_full_hard,
+            entries_unknown: now.entries_unknown - before.entries_unknown,
+            all_dirty: now.all_dirty - before.all_dirty,
+            errors: now.errors - before.errors,
+        }
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        // Who drops a source that tracks has no use for the answer; the slots stay logged at worst.
+        let _ = self.stop();
+        self.shared.lent.store(false, Ordering::Release);
+    }
+}

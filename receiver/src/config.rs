@@ -1,0 +1,197 @@
+//! The settings of the destination, validated once.
+
+use std::time::Duration;
+
+use multifd_wire::limits;
+
+/// The most data channels that the format has room for.
+const LANES_MAX: u32 = limits::LANES_MAX as u32;
+
+/// The validated settings. Made by [`Config::builder`].
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub(crate) lanes_max: u32,
+    pub(crate) memory_bytes_max: Option<u64>,
+    pub(crate) blob_bytes_max: u64,
+    pub(crate) hello_deadline: Duration,
+    pub(crate) setup_deadline: Duration,
+    pub(crate) stall: Duration,
+    pub(crate) keep_alive: Duration,
+    pub(crate) ack_period: Duration,
+}
+
+impl Config {
+    /// Begins with the defaults.
+    #[must_use]
+    pub fn builder() -> ConfigBuilder {
+        ConfigBuilder {
+            config: Self::default(),
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            lanes_max: LANES_MAX,
+            memory_bytes_max: None,
+            blob_bytes_max: 64 << 20,
+            hello_deadline: Duration::from_secs(5),
+            setup_deadline: Duration::from_secs(60),
+            stall: Duration::from_secs(10),
+            keep_alive: Duration::from_secs(1),
+            ack_period: Duration::from_millis(20),
+        }
+    }
+}
+
+/// A setting that is out of its range. The text says which range.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{setting} is {value}, but must be {range}")]
+pub struct ConfigError {
+    setting: &'static str,
+    value: String,
+    range: String,
+}
+
+/// Builds a [`Config`]; each method replaces one default.
+#[derive(Debug, Clone)]
+pub struct ConfigBuilder {
+    config: Config,
+}
+
+impl ConfigBuilder {
+    /// The most data channels that the source is granted; 1 to `wire::limits::LANES_MAX`.
+    #[must_use]
+    pub fn lanes_max(mut self, lanes: u32) -> Self {
+        self.config.lanes_max = lanes;
+        self
+    }
+
+    /// The most guest memory that is accepted, in octets. `None`: what the VMM can build.
+    #[must_use]
+    pub fn memory_bytes_max(mut self, octets: Option<u64>) -> Self {
+        self.config.memory_bytes_max = octets;
+        self
+    }
+
+    /// The most octets of configuration, and again of VM state, that are held in memory; 1 MiB to 1 GiB.
+    #[must_use]
+    pub fn blob_bytes_max(mut self, octets: u64) -> Self {
+        self.config.blob_bytes_max = octets;
+        self
+    }
+
+    /// How long a new connection may take to say hello; 100 ms to 10 min.
+    #[must_use]
+    pub fn hello_deadline(mut self, deadline: Duration) -> Self {
+        self.config.hello_deadline = deadline;
+        self
+    }
+
+    /// How long set-up may take, the VMM's own work included; 100 ms to 1 hour.
+    #[must_use]
+    pub fn setup_deadline(mut self, deadline: Duration) -> Self {
+        self.config.setup_deadline = deadline;
+        self
+    }
+
+    /// A source from which nothing is heard for this long is given up; 100 ms to 1 hour.
+    #[must_use]
+    pub fn stall(mut self, stall: Duration) -> Self {
+        self.config.stall = stall;
+        self
+    }
+
+    /// How often this side says that it lives; 10 ms to half of `stall`.
+    #[must_use]
+    pub fn keep_alive(mut self, period: Duration) -> Self {
+        self.config.keep_alive = period;
+        self
+    }
+
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// The first setting that is out of its range, by name, with the range.
+    pub fn build(self) -> Result<Config, ConfigError> {
+        const HOUR: Duration = Duration::from_secs(3600);
+        const SHORTEST: Duration = Duration::from_millis(100);
+        let c = &self.config;
+        within("lanes max", &c.lanes_max, &1, &LANES_MAX)?;
+        within("blob octets max", &c.blob_bytes_max, &(1 << 20), &(1 << 30))?;
+        within_time(
+            "hello deadline",
+            c.hello_deadline,
+            SHORTEST,
+            Duration::from_secs(600),
+        )?;
+        within_time("set-up deadline", c.setup_deadline, SHORTEST, HOUR)?;
+        within_time("stall", c.stall, SHORTEST, HOUR)?;
+        within_time(
+            "keep-alive",
+            c.keep_alive,
+            Duration::from_millis(10),
+            c.stall / 2,
+        )?;
+        Ok(self.config)
+    }
+}
+
+fn within<T: PartialOrd + std::fmt::Display>(
+    setting: &'static str,
+    value: &T,
+    least: &T,
+    most: &T,
+) -> Result<(), ConfigError> {
+    if value < least || value > most {
+        return Err(ConfigError {
+            setting,
+            value: value.to_string(),
+            range: format!("{least} to {most}"),
+        });
+    }
+    Ok(())
+}
+
+fn within_time(
+    setting: &'static str,
+    value: Duration,
+    least: Duration,
+    most: Duration,
+) -> Result<(), ConfigError> {
+    if value < least || value > most {
+        return Err(ConfigError {
+            setting,
+            value: format!("{value:?}"),
+            range: format!("{least:?} to {most:?}"),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_setting_is_accepted_at_its_bounds_and_refused_one_past_them() {
+        let ms = Duration::from_millis;
+        let bad = |b: ConfigBuilder, name: &str| {
+            assert!(b.build().unwrap_err().to_string().starts_with(name))
+        };
+        let b = Config::builder;
+        b().build().unwrap();
+        b().lanes_max(1).build().unwrap();
+        bad(b().lanes_max(0), "lanes max");
+        bad(b().lanes_max(LANES_MAX + 1), "lanes max");
+        b().blob_bytes_max(1 << 20).build().unwrap();
+        bad(b().blob_bytes_max((1 << 20) - 1), "blob octets max");
+        bad(b().blob_bytes_max((1 << 30) + 1), "blob octets max");
+        bad(b().hello_deadline(ms(99)), "hello deadline");
+        bad(b().setup_deadline(ms(99)), "set-up deadline");
+        b().stall(ms(100)).keep_alive(ms(50)).build().unwrap();
+        bad(b().stall(ms(100)).keep_alive(ms(51)), "keep-alive");
+        bad(b().stall(ms(99)).keep_alive(ms(20)), "stall");
+    }
+}

@@ -1,0 +1,1042 @@
+//! The control thread of the destination: feeds events to the session machine and carries out its effects.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use multifd_transport::{Closer, GuestMemory, SendHalf};
+use multifd_wire::frame::{
+    Abort, Acks, GiveBack, GiveBackReason, Grant, KeepAlive, LaneDown, LaneMark, Prepared,
+    Progress, RawLaneMark, RawRun, Ready, RoundClosed, Running,
+};
+use multifd_wire::limits::TEXT_BYTES_MAX;
+use multifd_wire::{
+    ChannelRef, Frame, Incarnation, Kind, LaneId, Layout, Misbehaved, PAGE_BYTES_U64, PageRun,
+    Phase, Reason, Round, Sequence, Text,
+};
+
+use super::accept::Acceptor;
+use super::gate::Gate;
+use super::greet::{Joined, Opened};
+use super::lane::LaneThread;
+use super::link::{ControlSender, Inbound, read_control};
+use super::{Finished, Note, Shared, thread_cpu};
+use crate::blobs::Assembler;
+use crate::error::{Error, Fault};
+use crate::landing::{Landing, LandingError};
+use crate::report::{Report, Timeline};
+use crate::session::{Effect, Event, Outcome, Session};
+use crate::vmm::{Blob, Ownership, Vmm, VmmError};
+
+/// How long the end of a migration waits for the source to close the control channel, so that a farewell is read.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// What the VMM thread is asked for.
+enum VmmTask {
+    Prepare(Vec<Blob>, Layout),
+    Load(Vec<Blob>),
+    Resume(Ownership),
+    Discard,
+}
+
+/// What the VMM thread answers, with how long it took.
+pub(super) enum VmmDone {
+    Prepared(Result<GuestMemory, VmmError>, Duration),
+    Loaded(Result<(), VmmError>, Duration),
+    Resumed(Result<(), VmmError>, Duration),
+}
+
+/// One lane, as the control thread sees it.
+struct Slot {
+    id: LaneId,
+    incarnation: Incarnation,
+    closer: Closer,
+    /// Kept so that the connection is not half closed under the source.
+    _tx: Box<dyn SendHalf>,
+    /// Until the lane's thread takes it, when the machine is ready.
+    rx: Option<Box<dyn multifd_transport::ReceiveHalf>>,
+    handled: Arc<AtomicU64>,
+    acked: u64,
+    ended: bool,
+    thread: Option<JoinHandle<()>>,
+}
+
+pub(super) struct Control {
+    shared: Arc<Shared>,
+    inbox: Receiver<Note>,
+    acceptor: Option<Acceptor>,
+    vmm: Option<(Sender<VmmTask>, JoinHandle<()>)>,
+    vmm_back: Receiver<Box<dyn Vmm>>,
+    session: Option<Session>,
+    began: Instant,
+    control: Option<ControlSender>,
+    closer: Option<Closer>,
+    control_lost: bool,
+    reader: Option<JoinHandle<()>>,
+    layout: Option<Layout>,
+    devices_seen: bool,
+    setup_ended: bool,
+    configs: Assembler,
+    states: Assembler,
+    early: Vec<Joined>,
+    lanes: Vec<Slot>,
+    landing: Option<Arc<Landing>>,
+    gate: Arc<Gate>,
+    round_began: Instant,
+    closed_pages: (u64, u64),
+    fenced_at: Option<Instant>,
+    verify: Duration,
+    timeline: Timeline,
+    outcome: Option<Outcome>,
+    keep_alive_due: Duration,
+    ack_due: Duration,
+    cpu: Duration,
+}
+
+impl Control {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        inbox: Receiver<Note>,
+        vmm: Box<dyn Vmm>,
+        acceptor: Acceptor,
+    ) -> Result<Self, Error> {
+        let (tasks, orders) = crossbeam_channel::bounded(2);
+        let (back, vmm_back) = crossbeam_channel::bounded(1);
+        let notes = shared.notes.clone();
+        let body = Box::new(move || {
+            let vmm = vmm_life(vmm, &orders, &notes);
+            let _ = back.send(vmm);
+        });
+        let thread = shared.spawner.spawn("mfd-vmm", body).map_err(|source| {
+            Error::new(
+                Phase::Hello,
+                Fault::System {
+                    step: "start a thread",
+                    source,
+                },
+            )
+        })?;
+        let blob_bytes_max = shared.config.blob_bytes_max;
+        Ok(Self {
+            shared,
+            inbox,
+            acceptor: Some(acceptor),
+            vmm: Some((tasks, thread)),
+            vmm_back,
+            session: None,
+            began: Instant::now(),
+            control: None,
+            closer: None,
+            control_lost: false,
+            reader: None,
+            layout: None,
+            devices_seen: false,
+            setup_ended: false,
+            configs: Assembler::new(Kind::Config, blob_bytes_max),
+            states: Assembler::new(Kind::VmState, blob_bytes_max),
+            early: Vec::new(),
+            lanes: Vec::new(),
+            landing: None,
+            gate: Arc::new(Gate::new()),
+            round_began: Instant::now(),
+            closed_pages: (0, 0),
+            fenced_at: None,
+            verify: Duration::ZERO,
+            timeline: Timeline::default(),
+            outcome: None,
+            keep_alive_due: Duration::ZERO,
+            ack_due: Duration::ZERO,
+            cpu: Duration::ZERO,
+        })
+    }
+
+    /// From waiting for a source to the end.
+    pub(super) fn run(mut self) -> Finished {
+        while self.outcome.is_none() {
+            if self.shared.cancelled.load(Ordering::Relaxed) {
+                self.cancel();
+            } else {
+                self.step();
+            }
+        }
+        self.wind_up()
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    fn phase(&self) -> Phase {
+        self.session.as_ref().map_or(Phase::Hello, Session::phase)
+    }
+
+    fn cancel(&mut self) {
+        match &self.session {
+            None => {
+                self.outcome = Some(Outcome::Failed(Error::new(Phase::Hello, Fault::Cancelled)))
+            }
+            // The guest is this side's: there is no way back, and the end is near.
+            Some(session) if session.is_owner() => self.step(),
+            Some(session) => {
+                let error = Error::new(session.phase(), Fault::Cancelled);
+                self.drive(Event::Failed(error));
+            }
+        }
+    }
+
+    /// Waits for the next note or timer, and handles it.
+    fn step(&mut self) {
+        let Some(session) = &self.session else {
+            // Nobody has come yet: nothing is due.
+            match self.inbox.recv_timeout(Duration::from_millis(200)) {
+                Ok(note) => self.note(note),
+                Err(_) => return,
+            }
+            return;
+        };
+        let until = session
+            .next_deadline()
+            .min(self.keep_alive_due)
+            .min(self.ack_due);
+        match self.inbox.recv_timeout(until.saturating_sub(self.now())) {
+            Ok(note) => self.note(note),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                unreachable!("this thread's shared state holds a sender")
+            }
+        }
+        if self.outcome.is_some() {
+            return;
+        }
+        let now = self.now();
+        if now >= self.ack_due {
+            self.ack_due = now + self.shared.config.ack_period;
+            self.acknowledge();
+        }
+        if now >= self.keep_alive_due {
+            self.keep_alive_due = now + self.shared.config.keep_alive;
+            self.say_alive();
+        }
+        self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+        self.drive(Event::Tick);
+    }
+
+    fn send<'a>(&mut self, frame: impl Into<Frame<'a>>) {
+        if let Err(error) = self.try_send(frame) {
+            self.drive(Event::Failed(error));
+        }
+    }
+
+    fn try_send<'a>(&mut self, frame: impl Into<Frame<'a>>) -> Result<(), Error> {
+        let phase = self.phase();
+        let Some(control) = &mut self.control else {
+            return Ok(());
+        };
+        control
+            .send(frame)
+            .map_err(|fault| Error::new(phase, fault).at(ChannelRef::Control))
+    }
+
+    /// Passes an event to the machine and carries out what it wants, until it wants nothing more.
+    fn drive(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let now = self.now();
+            let Some(session) = &mut self.session else {
+                return;
+            };
+            let effects = session.handle(event, now);
+            self.shared.counters.set_phase(session.phase());
+            self.shared
+                .counters
+                .round
+                .store(session.round().value(), Ordering::Relaxed);
+            for effect in effects {
+                match self.apply(effect) {
+                    Ok(next) => events.extend(next),
+                    Err(error) => {
+                        events.clear();
+                        events.push_back(Event::Failed(error));
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn apply(&mut self, effect: Effect) -> Result<Option<Event>, Error> {
+        match effect {
+            Effect::Prepare => self.prepare().map(|()| None),
+            Effect::SendReady => self.send_ready().map(|()| None),
+            Effect::CloseRound { round } => self.close_round(round).map(Some),
+            Effect::OpenGate { round } => {
+                self.gate.open(round);
+                Ok(None)
+            }
+            Effect::Load { states } => self.load(states).map(|()| None),
+            Effect::SendPrepared { digest } => {
+                self.timeline.digest = Some(digest.value());
+                let wait_us = self.fenced_at.map_or(0, |at| micros(at.elapsed()));
+                let load_us = (self.timeline.load_ms * 1e3) as u64;
+                self.try_send(Prepared {
+                    digest,
+                    wait_us,
+                    load_us,
+                    verify_us: micros(self.verify),
+                })
+                .map(|()| None)
+            }
+            Effect::Resume(proof) => {
+                self.ask_vmm(VmmTask::Resume(proof));
+                Ok(None)
+            }
+            Effect::SendRunning => {
+                self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+                let end = self.shared.counters.snapshot();
+                let running = Running {
+                    resume_us: (self.timeline.resume_ms * 1e3) as u64,
+                    cpu_us: micros(end.cpu),
+                    landed_bytes: (end.pages + end.zero_pages) * PAGE_BYTES_U64,
+                };
+                self.try_send(running).map(|()| None)
+            }
+            Effect::Abort { reason, text } => {
+                self.abort(reason, &text);
+                Ok(None)
+            }
+            Effect::Discard => {
+                self.ask_vmm(VmmTask::Discard);
+                Ok(None)
+            }
+            Effect::Finish(outcome) => {
+                self.outcome = Some(outcome);
+                Ok(None)
+            }
+        }
+    }
+
+    // ── effects ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    fn ask_vmm(&self, task: VmmTask) {
+        if let Some((tasks, _)) = &self.vmm {
+            // The machine asks for one thing at a time; a Discard may come while it is at work on another.
+            let _ = tasks.send(task);
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), Error> {
+        let Some(layout) = self.layout.clone() else {
+            return Err(Error::new(
+                Phase::Setup,
+                Misbehaved::Order {
+                    kind: Kind::SetupEnd,
+                },
+            ));
+        };
+        let blobs = self
+            .configs
+            .take(self.configs.count())
+            .map_err(|e| Error::new(Phase::Setup, e))?;
+        self.ask_vmm(VmmTask::Prepare(blobs, layout));
+        self.setup_ended = true;
+        for joined in std::mem::take(&mut self.early) {
+            self.joined(joined);
+        }
+        Ok(())
+    }
+
+    fn send_ready(&mut self) -> Result<(), Error> {
+        let Some(landing) = self.landing.clone() else {
+            return Err(Error::new(
+                Phase::Setup,
+                Fault::OutOfTurn {
+                    what: "lanes before memory".into(),
+                },
+            ));
+        };
+        for slot in &mut self.lanes {
+            let Some(rx) = slot.rx.take() else { continue };
+            let id = slot.id;
+            let thread = LaneThread {
+                id,
+                shared: Arc::clone(&self.shared),
+                landing: Arc::clone(&landing),
+                gate: Arc::clone(&self.gate),
+                handled: Arc::clone(&slot.handled),
+                notes: self.shared.notes.clone(),
+            };
+            let notes = self.shared.notes.clone();
+            let body = Box::new(move || {
+                let fault = thread.run(rx);
+                let _ = notes.send(Note::LaneEnded { lane: id, fault });
+            });
+            let started = self.shared.spawner.spawn(&format!("mfd-lane{id}"), body);
+            slot.thread = Some(started.map_err(|source| {
+                Error::new(
+                    Phase::Setup,
+                    Fault::System {
+                        step: "start a thread",
+                        source,
+                    },
+                )
+            })?);
+        }
+        self.count_lanes();
+        self.round_began = Instant::now();
+        let lanes = u32::try_from(self.lanes.len()).unwrap_or(u32::MAX);
+        self.try_send(Ready {
+            lanes,
+            prepare_us: (self.timeline.prepare_ms * 1e3) as u64,
+        })
+    }
+
+    /// Every living lane stands at the fence: what came of this round is settled.
+    fn close_round(&mut self, round: Round) -> Result<Event, Error> {
+        let began = Instant::now();
+        self.fenced_at = Some(began);
+        // Give-backs that lanes reported before they arrived at the fence were handled before, in the order of the queue.
+        self.send_acks(&self.handled())?;
+        let Some(landing) = &self.landing else {
+            return Err(Error::new(
+                self.phase(),
+                Fault::OutOfTurn {
+                    what: "a round before memory".into(),
+                },
+            ));
+        };
+        let (digest, damaged) = (landing.digest(), landing.damaged_pages());
+        let counted = self.shared.counters.snapshot();
+        let (pages, zero_pages) = (
+            counted.pages - self.closed_pages.0,
+            counted.zero_pages - self.closed_pages.1,
+        );
+        self.closed_pages = (counted.pages, counted.zero_pages);
+        let closed = RoundClosed {
+            round,
+            pages,
+            zero_pages,
+            digest,
+            elapsed_us: micros(self.round_began.elapsed()),
+            damaged_pages: damaged,
+        };
+        self.round_began = Instant::now();
+        self.timeline.rounds += 1;
+        tracing::debug!(%round, pages, zero_pages, damaged, %digest, "round closed");
+        self.try_send(closed)?;
+        self.verify = began.elapsed();
+        Ok(Event::Closed { digest, damaged })
+    }
+
+    fn load(&mut self, states: u32) -> Result<(), Error> {
+        let blobs = self
+            .states
+            .take(states)
+            .map_err(|e| Error::new(Phase::Switchover, e).at(ChannelRef::Control))?;
+        self.ask_vmm(VmmTask::Load(blobs));
+        Ok(())
+    }
+
+    fn abort(&mut self, reason: Reason, text: &str) {
+        let phase = self.phase();
+        let text = Text::<TEXT_BYTES_MAX>::clip(text);
+        if let Some(control) = &mut self.control {
+            control.half().set_deadline(Some(Instant::now() + FAREWELL));
+            let frame = Abort {
+                reason,
+                phase,
+                channel: ChannelRef::None,
+                text: text.as_str(),
+            };
+            if let Err(fault) = control.send(frame) {
+                tracing::debug!(%fault, "the source could not be told");
+            }
+        }
+    }
+
+    // ── acknowledgements ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    fn handled(&self) -> Vec<u64> {
+        self.lanes
+            .iter()
+            .map(|slot| slot.handled.load(Ordering::Acquire))
+            .collect()
+    }
+
+    /// Acknowledges what was handled by now. Notes that are in the queue at this moment are handled first: a give-back for one
+    /// of these frames may be among them, and has to go before the acknowledgement (SPEC: BACK-2).
+    fn acknowledge(&mut self) {
+        let handled = self.handled();
+        for _ in 0..self.inbox.len() {
+            match self.inbox.try_recv() {
+                Ok(note) => self.note(note),
+                Err(_) => break,
+            }
+            if self.outcome.is_some() {
+                return;
+            }
+        }
+        if let Err(error) = self.send_acks(&handled) {
+            self.drive(Event::Failed(error));
+        }
+    }
+
+    fn send_acks(&mut self, handled: &[u64]) -> Result<(), Error> {
+        let mut marks = Vec::new();
+        for (slot, frames) in self.lanes.iter_mut().zip(handled) {
+            if *frames > slot.acked {
+                slot.acked = *frames;
+                marks.push(RawLaneMark::from(LaneMark {
+                    lane: slot.id,
+                    incarnation: slot.incarnation,
+                    frames: *frames,
+                }));
+            }
+        }
+        if marks.is_empty() {
+            Ok(())
+        } else {
+            self.try_send(Acks { lanes: &marks })
+        }
+    }
+
+    fn say_alive(&mut self) {
+        let end = self.shared.counters.snapshot();
+        let stamp_us = micros(self.now()).max(1);
+        self.send(KeepAlive {
+            stamp_us,
+            echo_us: 0,
+        });
+        self.send(Progress {
+            landed_bytes: (end.pages + end.zero_pages) * PAGE_BYTES_U64,
+            zero_pages: end.zero_pages,
+            frames: end.frames,
+            cpu_us: micros(end.cpu),
+            round: Round::new(end.round),
+            lanes: end.lanes,
+        });
+    }
+
+    // ── notes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    fn note(&mut self, note: Note) {
+        let phase = self.phase();
+        match note {
+            Note::Opened(opened) => self.opened(opened),
+            Note::LaneJoined(joined) => {
+                tracing::info!(channel = %joined.description, lane = %joined.lane, "lane open");
+                // A lane may be faster than the SETUP_END that announces it.
+                if self.setup_ended {
+                    self.joined(joined)
+                } else {
+                    self.early.push(joined)
+                }
+            }
+            Note::Inbound(inbound) => {
+                let now = self.now();
+                if let Some(session) = &mut self.session {
+                    session.heard(now);
+                }
+                if let Err(error) = self.inbound(inbound) {
+                    self.drive(Event::Failed(error.at(ChannelRef::Control)));
+                }
+            }
+            Note::ControlLost(error) => {
+                self.control_lost = true;
+                self.drive(Event::Failed(error.in_phase(phase)));
+            }
+            Note::LaneArrived { lane, round, last } => {
+                self.drive(Event::LaneArrived { lane, round, last })
+            }
+            Note::LaneEnded { lane, fault } => self.lane_ended(lane, fault),
+            Note::Damaged {
+                lane,
+                sequence,
+                runs,
+            } => self.damaged(lane, sequence, &runs),
+            Note::Vmm(done) => self.vmm_done(done),
+            Note::Cancel => self.cancel(),
+        }
+    }
+
+    fn opened(&mut self, opened: Opened) {
+        tracing::info!(channel = %opened.description, session = ?opened.session, "control channel open");
+        let (now, notes, rx) = (self.now(), self.shared.notes.clone(), opened.rx);
+        self.session = Some(Session::new(self.shared.config.clone(), now));
+        self.shared.counters.set_phase(Phase::Setup);
+        self.keep_alive_due = now + self.shared.config.keep_alive;
+        self.ack_due = now + self.shared.config.ack_period;
+        self.began = Instant::now() - now;
+        let mut tx = opened.tx;
+        tx.set_stall(Some(self.shared.config.stall));
+        self.control = Some(ControlSender::new(tx));
+        self.closer = Some(opened.closer);
+        match self
+            .shared
+            .spawner
+            .spawn("mfd-reader", Box::new(move || read_control(rx, &notes)))
+        {
+            Ok(reader) => self.reader = Some(reader),
+            Err(source) => {
+                return self.drive(Event::Failed(Error::new(
+                    Phase::Setup,
+                    Fault::System {
+                        step: "start a thread",
+                        source,
+                    },
+                )));
+            }
+        }
+        self.send(Grant {
+            ticket: opened.ticket,
+            resume_secret: opened.resume_secret,
+            lanes_max: self.shared.config.lanes_max,
+            suspend_ms: 0,
+            device_window_bytes: 0,
+        });
+    }
+
+    fn joined(&mut self, joined: Joined) {
+        let lane = joined.lane;
+        self.lanes.push(Slot {
+            id: lane,
+            incarnation: joined.incarnation,
+            closer: joined.closer,
+            _tx: joined.tx,
+            rx: Some(joined.rx),
+            handled: Arc::new(AtomicU64::new(0)),
+            acked: 0,
+            ended: false,
+            thread: None,
+        });
+        self.lanes.sort_by_key(|slot| slot.id);
+        self.drive(Event::LaneJoined { lane });
+    }
+
+    fn inbound(&mut self, inbound: Inbound) -> Result<(), Error> {
+        let phase = self.phase();
+        let fail = |misbehaved: Misbehaved| Error::new(phase, misbehaved);
+        let in_setup = |kind: Kind| {
+            if phase == Phase::Setup {
+                Ok(())
+            } else {
+                Err(fail(Misbehaved::Phase { kind, phase }))
+            }
+        };
+        match inbound {
+            Inbound::Config(part, body) => {
+                in_setup(Kind::Config)?;
+                self.configs
+                    .part(part, &body)
+                    .map_err(|fault| Error::new(phase, fault))?;
+            }
+            Inbound::Regions(layout) => {
+                in_setup(Kind::Regions)?;
+                if self.layout.is_some() {
+                    return Err(fail(Misbehaved::Order {
+                        kind: Kind::Regions,
+                    }));
+                }
+                self.regions(layout)?;
+            }
+            Inbound::Devices(count) => {
+                in_setup(Kind::Devices)?;
+                if self.layout.is_none() || self.devices_seen {
+                    return Err(fail(Misbehaved::Order {
+                        kind: Kind::Devices,
+                    }));
+                }
+                if count > 0 {
+                    return Err(fail(Misbehaved::Feature {
+                        kind: Kind::Devices,
+                    }));
+                }
+                self.devices_seen = true;
+            }
+            Inbound::SetupEnd(end) => {
+                in_setup(Kind::SetupEnd)?;
+                self.setup_end(&end)?;
+            }
+            Inbound::KeepAlive {
+                stamp_us,
+                echo_us: 0,
+            } => {
+                let ours = micros(self.now()).max(1);
+                self.send(KeepAlive {
+                    stamp_us: ours,
+                    echo_us: stamp_us,
+                });
+            }
+            Inbound::KeepAlive { .. } | Inbound::Other => {}
+            Inbound::LaneDown {
+                lane,
+                incarnation,
+                reason,
+            } => {
+                let slot = self
+                    .lanes
+                    .iter()
+                    .find(|slot| slot.id == lane && slot.incarnation == incarnation);
+                let Some(slot) = slot else {
+                    return Err(fail(Misbehaved::Lane {
+                        channel: ChannelRef::Lane(lane),
+                        incarnation: incarnation.value(),
+                    }));
+                };
+                tracing::warn!(%lane, %reason, "the source lost a lane");
+                // Its thread ends, and with it goes our own LANE_DOWN.
+                slot.closer.shutdown();
+            }
+            Inbound::Switchover(switchover) => self.drive(Event::Switchover {
+                round: switchover.final_round,
+            }),
+            Inbound::VmState(part, body) => {
+                if phase != Phase::Switchover {
+                    return Err(fail(Misbehaved::Phase {
+                        kind: Kind::VmState,
+                        phase,
+                    }));
+                }
+                self.states
+                    .part(part, &body)
+                    .map_err(|fault| Error::new(phase, fault))?;
+            }
+            Inbound::Final(last) => {
+                let (expected, found) = (
+                    self.layout
+                        .as_ref()
+                        .map_or(0, |layout| layout.pages_total().value()),
+                    last.memory_pages,
+                );
+                if expected != found {
+                    return Err(fail(Misbehaved::Amount {
+                        field: "final.memory_pages",
+                        expected,
+                        found,
+                    }));
+                }
+                self.drive(Event::Final {
+                    round: last.final_round,
+                    states: last.states,
+                    digest: last.digest,
+                });
+            }
+            Inbound::Commit(commit) => self.drive(Event::Commit {
+                digest: commit.digest,
+            }),
+            Inbound::Abort { reason, text } => {
+                return Err(Error::new(phase, Fault::PeerAborted { reason, text }));
+            }
+        }
+        Ok(())
+    }
+
+    fn regions(&mut self, layout: Layout) -> Result<(), Error> {
+        let wanted = layout.pages_total().value() * PAGE_BYTES_U64;
+        if let Some(most) = self
+            .shared
+            .config
+            .memory_bytes_max
+            .filter(|most| wanted > *most)
+        {
+            return Err(Error::new(
+                Phase::Setup,
+                Fault::Limit {
+                    what: "octets of guest memory",
+                    wanted,
+                    most,
+                },
+            ));
+        }
+        self.shared
+            .counters
+            .memory_pages
+            .store(layout.pages_total().value(), Ordering::Relaxed);
+        self.layout = Some(layout);
+        Ok(())
+    }
+
+    fn setup_end(&mut self, end: &multifd_wire::frame::SetupEnd) -> Result<(), Error> {
+        let fail = |misbehaved: Misbehaved| Error::new(Phase::Setup, misbehaved);
+        let agree = |field, expected: u64, found: u64| {
+            if expected == found {
+                Ok(())
+            } else {
+                Err(fail(Misbehaved::Amount {
+                    field,
+                    expected,
+                    found,
+                }))
+            }
+        };
+        let Some(layout) = self.layout.as_ref().filter(|_| self.devices_seen) else {
+            return Err(fail(Misbehaved::Order {
+                kind: Kind::SetupEnd,
+            }));
+        };
+        agree(
+            "setup_end.configs",
+            self.configs.count().into(),
+            end.configs.into(),
+        )?;
+        agree(
+            "setup_end.regions",
+            layout.regions().len() as u64,
+            end.regions.into(),
+        )?;
+        agree("setup_end.devices", 0, end.devices.into())?;
+        agree(
+            "setup_end.memory_bytes",
+            layout.pages_total().value() * PAGE_BYTES_U64,
+            end.memory_bytes,
+        )?;
+        if end.lanes == 0 || end.lanes > self.shared.config.lanes_max {
+            return Err(fail(Misbehaved::Amount {
+                field: "setup_end.lanes",
+                expected: self.shared.config.lanes_max.into(),
+                found: end.lanes.into(),
+            }));
+        }
+        self.drive(Event::SetupEnd { lanes: end.lanes });
+        Ok(())
+    }
+
+    fn lane_ended(&mut self, id: LaneId, fault: Fault) {
+        let phase = self.phase();
+        let frames = self.handled();
+        let Some((slot, frames)) = self
+            .lanes
+            .iter_mut()
+            .zip(frames)
+            .find(|(slot, _)| slot.id == id)
+        else {
+            return;
+        };
+        slot.ended = true;
+        slot.closer.shutdown();
+        let incarnation = slot.incarnation;
+        let unacked = frames > slot.acked;
+        slot.acked = frames;
+        self.count_lanes();
+        // Octets that make no sense, or break the protocol, are not a matter of one lane: the source can't be trusted.
+        if matches!(
+            fault,
+            Fault::Malformed(_) | Fault::Misbehaved(_) | Fault::OutOfTurn { .. }
+        ) {
+            return self.drive(Event::Failed(
+                Error::new(phase, fault).at(ChannelRef::Lane(id)),
+            ));
+        }
+        if phase < Phase::Commit {
+            tracing::warn!(lane = %id, %fault, "lane lost");
+            let mark = RawLaneMark::from(LaneMark {
+                lane: id,
+                incarnation,
+                frames,
+            });
+            if unacked {
+                self.send(Acks { lanes: &[mark] });
+            }
+            self.send(LaneDown {
+                lane: id,
+                incarnation,
+                reason: Reason::ChannelsLost,
+            });
+        }
+        self.drive(Event::LaneEnded { lane: id });
+    }
+
+    fn damaged(&mut self, lane: LaneId, sequence: Sequence, runs: &[PageRun]) {
+        tracing::debug!(%lane, %sequence, pages = runs.len(), "pages failed their checksum and go back to the source");
+        let incarnation = self
+            .lanes
+            .iter()
+            .find(|slot| slot.id == lane)
+            .map_or(Incarnation::new(0), |slot| slot.incarnation);
+        let raw: Vec<RawRun> = runs.iter().copied().map(RawRun::from).collect();
+        self.send(GiveBack {
+            lane,
+            incarnation,
+            sequence,
+            reason: GiveBackReason::Checksum,
+            runs: &raw,
+        });
+    }
+
+    fn vmm_done(&mut self, done: VmmDone) {
+        let phase = self.phase();
+        let refused = |step| move |source| Error::new(phase, Fault::Vmm { step, source });
+        let event = match done {
+            VmmDone::Prepared(result, took) => {
+                self.timeline.prepare_ms = ms(took);
+                result
+                    .map_err(refused("build the machine"))
+                    .and_then(|memory| self.machine_ready(memory))
+            }
+            VmmDone::Loaded(result, took) => {
+                self.timeline.load_ms = ms(took);
+                result
+                    .map_err(refused("load the VM state"))
+                    .map(|()| Event::Loaded)
+            }
+            VmmDone::Resumed(result, took) => {
+                self.timeline.resume_ms = ms(took);
+                result
+                    .map_err(refused("run the guest"))
+                    .map(|()| Event::Resumed)
+            }
+        };
+        self.drive(event.unwrap_or_else(Event::Failed));
+    }
+
+    fn machine_ready(&mut self, memory: GuestMemory) -> Result<Event, Error> {
+        let fail = |fault| Error::new(Phase::Setup, fault);
+        let Some(layout) = self.layout.clone() else {
+            return Err(fail(Fault::OutOfTurn {
+                what: "a machine before its layout".into(),
+            }));
+        };
+        let landing = Landing::new(layout, memory).map_err(|e| match e {
+            LandingError::Differs(text) => fail(Fault::MemoryDiffers { text }),
+            LandingError::NoRoom => fail(Fault::System {
+                step: "memory for page checksums",
+                source: std::io::ErrorKind::OutOfMemory.into(),
+            }),
+        })?;
+        self.landing = Some(Arc::new(landing));
+        Ok(Event::MachineReady)
+    }
+
+    fn count_lanes(&self) {
+        let alive = self.lanes.iter().filter(|slot| !slot.ended).count();
+        self.shared
+            .counters
+            .lanes
+            .store(u32::try_from(alive).unwrap_or(u32::MAX), Ordering::Relaxed);
+    }
+
+    // ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    fn wind_up(mut self) -> Finished {
+        let outcome = match self.outcome.take() {
+            Some(outcome) => outcome,
+            None => unreachable!("run() ends with an outcome"),
+        };
+        self.timeline.total_ms = ms(self.now());
+        // The control channel first: if the lanes went first, the source would see lost lanes before it read why.
+        if let Some(control) = &mut self.control {
+            let _ = control.half().finish();
+        }
+        self.hear_the_farewell();
+        self.gate.end();
+        for slot in &self.lanes {
+            slot.closer.shutdown();
+        }
+        self.early.clear();
+        self.join_lanes();
+        // Dropping it stops the accept thread and closes the listeners.
+        self.acceptor = None;
+        let vmm = self.vmm_home();
+        self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+        let report = Report::new(&self.timeline, &outcome, &self.shared.counters.snapshot());
+        let error = match outcome {
+            Outcome::Running => None,
+            Outcome::Failed(error) | Outcome::Stranded(error) => Some(error),
+        };
+        Finished { report, error, vmm }
+    }
+
+    fn join_lanes(&mut self) {
+        for slot in &mut self.lanes {
+            while slot
+                .thread
+                .as_ref()
+                .is_some_and(|thread| !thread.is_finished())
+            {
+                let _ = self.inbox.recv_timeout(Duration::from_millis(1));
+            }
+            if let Some(thread) = slot.thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    /// Waits a moment for the source to close, so that what it was told is not destroyed by our own close.
+    fn hear_the_farewell(&mut self) {
+        let until = Instant::now() + FAREWELL;
+        while self.reader.is_some() && !self.control_lost && Instant::now() < until {
+            match self.inbox.recv_deadline(until) {
+                Ok(Note::ControlLost(_)) | Err(_) => self.control_lost = true,
+                Ok(_) => {}
+            }
+        }
+        if let Some(closer) = &self.closer {
+            closer.shutdown();
+        }
+        // The reader may be waiting for room in the queue.
+        while let Some(reader) = &self.reader {
+            if reader.is_finished() {
+                let _ = self.reader.take().map(JoinHandle::join);
+            } else {
+                let _ = self.inbox.recv_timeout(Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// Ends the VMM thread and takes the machine back. It may be at work: that is waited for, its notes are read meanwhile.
+    fn vmm_home(&mut self) -> Box<dyn Vmm> {
+        if let Some((tasks, thread)) = self.vmm.take() {
+            drop(tasks);
+            loop {
+                if let Ok(vmm) = self.vmm_back.recv_timeout(Duration::from_millis(1)) {
+                    let _ = thread.join();
+                    return vmm;
+                }
+                let _ = self.inbox.try_recv();
+                if thread.is_finished() && self.vmm_back.is_empty() {
+                    if let Err(panic) = thread.join() {
+                        std::panic::resume_unwind(panic);
+                    }
+                    break;
+                }
+            }
+        }
+        unreachable!("the VMM thread gives the machine back or panics")
+    }
+}
+
+/// The VMM thread: does one thing after another, so that the control thread never waits for the VMM.
+fn vmm_life(
+    mut vmm: Box<dyn Vmm>,
+    orders: &Receiver<VmmTask>,
+    notes: &Sender<Note>,
+) -> Box<dyn Vmm> {
+    for task in orders {
+        let began = Instant::now();
+        let done = match task {
+            VmmTask::Prepare(configs, layout) => {
+                VmmDone::Prepared(vmm.prepare(configs, &layout), began.elapsed())
+            }
+            VmmTask::Load(states) => VmmDone::Loaded(vmm.load(states), began.elapsed()),
+            VmmTask::Resume(proof) => VmmDone::Resumed(vmm.resume(proof), began.elapsed()),
+            VmmTask::Discard => {
+                vmm.discard();
+                continue;
+            }
+        };
+        if notes.send(Note::Vmm(done)).is_err() {
+            break;
+        }
+    }
+    vmm
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}

@@ -1,0 +1,251 @@
+//! Greeters: read the hello of a new connection, answer it, and pass the channel on or close it.
+//!
+//! Each has a thread of its own for as long as its deadline allows, so that a silent or hostile connection keeps nobody else
+//! from being served. Nothing is allocated for a connection before its hello was accepted but that thread.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
+use multifd_wire::negotiate::{self, Agreement, Offer};
+use multifd_wire::{
+    Features, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId, Reason, SessionId,
+    Token, VersionRange,
+};
+
+use super::{GREETERS_MAX, Note, OfferError, Shared, lock};
+
+/// A control channel whose hello was accepted.
+pub(super) struct Opened {
+    pub(super) tx: Box<dyn SendHalf>,
+    pub(super) rx: Box<dyn ReceiveHalf>,
+    pub(super) closer: Closer,
+    pub(super) session: SessionId,
+    pub(super) ticket: Token,
+    pub(super) resume_secret: Token,
+    pub(super) description: String,
+}
+
+/// A data channel whose hello was accepted.
+pub(super) struct Joined {
+    pub(super) lane: LaneId,
+    pub(super) incarnation: Incarnation,
+    pub(super) rx: Box<dyn ReceiveHalf>,
+    pub(super) tx: Box<dyn SendHalf>,
+    pub(super) closer: Closer,
+    pub(super) description: String,
+}
+
+/// Which session is at home, and what its channels must show.
+#[derive(Debug, Default)]
+pub(super) struct Desk(Mutex<Option<AtHome>>);
+
+#[derive(Debug)]
+struct AtHome {
+    session: SessionId,
+    ticket: Token,
+    agreement: Agreement,
+    lanes_max: u32,
+    joined: Vec<bool>,
+}
+
+/// Why a hello was refused, in the words that the peer gets.
+type Refusal = (Reason, &'static str);
+
+impl Desk {
+    /// A new session; there can be only one.
+    fn start(
+        &self,
+        hello: &Hello,
+        agreement: Agreement,
+        lanes_max: u32,
+    ) -> Result<(Token, Token), Refusal> {
+        let mut home = lock(&self.0);
+        if home.is_some() {
+            return Err((Reason::Busy, "a migration is under way here already"));
+        }
+        let (ticket, resume_secret) = (random_token()?, random_token()?);
+        *home = Some(AtHome {
+            session: hello.session,
+            ticket,
+            agreement,
+            lanes_max,
+            joined: vec![false; lanes_max as usize],
+        });
+        Ok((ticket, resume_secret))
+    }
+
+    /// A data channel of the session.
+    fn join(&self, hello: &Hello) -> Result<(), Refusal> {
+        let mut home = lock(&self.0);
+        let Some(home) = home.as_mut().filter(|home| home.session == hello.session) else {
+            return Err((Reason::WrongSession, "no such session here"));
+        };
+        if home.ticket != hello.token {
+            return Err((
+                Reason::BadTicket,
+                "the ticket is not the one of this session",
+            ));
+        }
+        let lanes_max = home.lanes_max;
+        match home.joined.get_mut(hello.lane.value() as usize) {
+            None => Err((
+                Reason::TooManyLanes,
+                if lanes_max == 1 {
+                    "only one lane was granted"
+                } else {
+                    "more lanes than were granted"
+                },
+            )),
+            Some(true) => Err((Reason::Misbehaved, "this lane has joined already")),
+            Some(_) if hello.incarnation != Incarnation::new(0) => {
+                Err((Reason::Misbehaved, "this lane was never here before"))
+            }
+            Some(joined) => {
+                *joined = true;
+                Ok(())
+            }
+        }
+    }
+
+    fn offer_for(&self, intent: Intent) -> Offer {
+        let ours = Offer {
+            versions: VersionRange::OURS,
+            features: Features::NONE,
+            required: Features::NONE,
+        };
+        match (intent, &*lock(&self.0)) {
+            (Intent::Join, Some(home)) => Offer::exactly(home.agreement),
+            _ => ours,
+        }
+    }
+}
+
+fn random_token() -> Result<Token, Refusal> {
+    let mut octets = [0u8; 16];
+    getrandom::fill(&mut octets).map_err(|_| (Reason::Internal, "no random numbers"))?;
+    Ok(Token::new(octets))
+}
+
+/// Gives a new connection a greeter of its own.
+pub(super) fn offer(shared: &Arc<Shared>, channel: Box<dyn Channel>) -> Result<(), OfferError> {
+    if shared.greeters.fetch_add(1, Ordering::AcqRel) >= GREETERS_MAX {
+        shared.greeters.fetch_sub(1, Ordering::AcqRel);
+        return Err(OfferError::Busy);
+    }
+    let theirs = Arc::clone(shared);
+    let body = Box::new(move || {
+        let peer = channel.describe();
+        if let Err(error) = greet(&theirs, channel) {
+            theirs.counters.refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(channel = %peer, %error, "connection closed before it was accepted");
+        }
+        theirs.greeters.fetch_sub(1, Ordering::AcqRel);
+    });
+    // Not joined: it ends by itself within the hello's deadline.
+    shared
+        .spawner
+        .spawn("mfd-greet", body)
+        .map(drop)
+        .map_err(|_| {
+            shared.greeters.fetch_sub(1, Ordering::AcqRel);
+            OfferError::NoThread
+        })
+}
+
+fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError> {
+    let description = channel.describe();
+    let (mut tx, mut rx, closer) = channel.split();
+    let deadline = Instant::now() + shared.config.hello_deadline;
+    tx.set_deadline(Some(deadline));
+    rx.set_deadline(Some(deadline));
+    let mut octets = [0u8; HELLO_BYTES];
+    rx.receive(&mut octets)?;
+    let hello = match Hello::decode(&octets) {
+        Ok(hello) => hello,
+        Err(error) => {
+            let offer = shared.desk.offer_for(Intent::Start);
+            return refuse(
+                shared,
+                &mut *tx,
+                &mut *rx,
+                &negotiate::refuse(&octets, &error, &offer),
+            );
+        }
+    };
+    let reply = negotiate::answer(&hello, &shared.desk.offer_for(hello.intent));
+    let agreement = match negotiate::accept(&hello, &reply) {
+        Ok(agreement) => agreement,
+        Err(_) => return refuse(shared, &mut *tx, &mut *rx, &reply),
+    };
+    let no = |(reason, text): Refusal| HelloReply::refused(reason, text, hello.session);
+    let note = match hello.intent {
+        Intent::Start => match shared
+            .desk
+            .start(&hello, agreement, shared.config.lanes_max)
+        {
+            Ok((ticket, resume_secret)) => Note::Opened(Opened {
+                tx,
+                rx,
+                closer,
+                session: hello.session,
+                ticket,
+                resume_secret,
+                description,
+            }),
+            Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
+        },
+        Intent::Join => match shared.desk.join(&hello) {
+            Ok(()) => Note::LaneJoined(Joined {
+                lane: hello.lane,
+                incarnation: hello.incarnation,
+                rx,
+                tx,
+                closer,
+                description,
+            }),
+            Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
+        },
+        Intent::Resume | Intent::Ask => {
+            let refusal = (
+                Reason::Feature,
+                "this destination does not keep suspended migrations",
+            );
+            return refuse(shared, &mut *tx, &mut *rx, &no(refusal));
+        }
+    };
+    welcome(shared, note, &reply)
+}
+
+/// Sends the acceptance and passes the channel on. The control thread sends nothing on it before it has it.
+fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), ChannelError> {
+    let (tx, rx) = match &mut note {
+        Note::Opened(opened) => (&mut opened.tx, &mut opened.rx),
+        Note::LaneJoined(joined) => (&mut joined.tx, &mut joined.rx),
+        _ => unreachable!("greeters make only these"),
+    };
+    let sent = tx.send(&reply.encode(), &[]);
+    tx.set_deadline(None);
+    rx.set_deadline(None);
+    // Passed on even if the peer is gone already: a session or lane that was entered at the desk has to end like any other.
+    let _ = shared.notes.send(note);
+    sent
+}
+
+/// Says no, and reads until the peer has closed, so that the answer is not destroyed by our own close.
+fn refuse(
+    shared: &Shared,
+    tx: &mut dyn SendHalf,
+    rx: &mut dyn ReceiveHalf,
+    reply: &HelloReply,
+) -> Result<(), ChannelError> {
+    shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+    tracing::warn!(channel = %tx.describe(), ?reply, "hello refused");
+    tx.send(&reply.encode(), &[])?;
+    tx.finish()?;
+    match rx.drain(64 * 1024) {
+        Ok(_) | Err(ChannelError::Deadline { .. } | ChannelError::Reset { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,184 @@
+//! The thread of one data channel at the destination: reads heads, lands bodies straight in guest memory, checks them there.
+//!
+//! Per page: the kernel's copy into guest memory, and one pass for the checksum while the page is still in the cache.
+//! What it must never do: read past its end mark before the gate opens, or land a run that was not admitted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use multifd_transport::{ReceiveHalf, Span};
+use multifd_wire::frame::{Pages, Zeros};
+use multifd_wire::{ChannelKind, Frame, HEADER_BYTES, Header, LaneId, Misbehaved, PageRun, Round};
+
+use super::gate::Gate;
+use super::link::{read_head, skip_body};
+use super::{Note, Shared, thread_cpu};
+use crate::error::Fault;
+use crate::landing::Landing;
+use crate::lane::Lane;
+
+/// What a lane's thread works with.
+pub(super) struct LaneThread {
+    pub(super) id: LaneId,
+    pub(super) shared: Arc<Shared>,
+    pub(super) landing: Arc<Landing>,
+    pub(super) gate: Arc<Gate>,
+    /// Every frame below this number was handled; read by the control thread for acknowledgements.
+    pub(super) handled: Arc<AtomicU64>,
+    pub(super) notes: Sender<Note>,
+}
+
+impl LaneThread {
+    /// Reads until the channel ends or the gate sends it home; says why.
+    pub(super) fn run(self, mut rx: Box<dyn ReceiveHalf>) -> Fault {
+        let mut work = Work {
+            table: Vec::with_capacity(8192),
+            runs: Vec::new(),
+            bad: Vec::new(),
+            lane: Lane::new(Round::new(0)),
+        };
+        let mut cpu = Duration::ZERO;
+        loop {
+            match self.frame(&mut *rx, &mut work) {
+                Ok(Step::Next) => {}
+                Ok(Step::Fence { last }) => {
+                    self.shared.counters.add_cpu(thread_cpu(&mut cpu));
+                    let round = work.lane.round();
+                    let arrived = Note::LaneArrived {
+                        lane: self.id,
+                        round,
+                        last,
+                    };
+                    let Some(next) = round.next() else {
+                        return Fault::OutOfTurn {
+                            what: "a round after the last".into(),
+                        };
+                    };
+                    if self.notes.send(arrived).is_err() || !self.gate.wait_for(next) {
+                        return Fault::Cancelled;
+                    }
+                    if let Err(error) = work.lane.gate_opened(next) {
+                        return error.into();
+                    }
+                }
+                Err(fault) => {
+                    self.shared.counters.add_cpu(thread_cpu(&mut cpu));
+                    return fault;
+                }
+            }
+        }
+    }
+
+    fn frame(&self, rx: &mut dyn ReceiveHalf, work: &mut Work) -> Result<Step, Fault> {
+        // Between frames a lane may be idle for as long as the source has nothing for it; the control channel tells whether
+        // the source lives. Inside a frame the octets have to come.
+        rx.set_stall(None);
+        let lane = &mut work.lane;
+        let header = read_head(rx, &mut work.table, ChannelKind::Data, |header| {
+            lane.header(header)
+        })?;
+        rx.set_stall(Some(self.shared.config.stall));
+        let frame = Frame::decode(&header, &work.table)?;
+        let mut step = Step::Next;
+        match frame {
+            Frame::Pages(pages) => {
+                self.pages(rx, &pages, &header, lane, &mut work.runs, &mut work.bad)?
+            }
+            Frame::Zeros(zeros) => self.zeros(&zeros, lane, &mut work.runs)?,
+            Frame::RoundEnd(mark) => {
+                lane.round_end(&mark)?;
+                step = Step::Fence {
+                    last: mark.final_round,
+                };
+            }
+            Frame::Skipped(_) => skip_body(rx, header.body_bytes())?,
+            // Device state is a feature, and this version agrees to none.
+            other => return Err(Misbehaved::Feature { kind: other.kind() }.into()),
+        }
+        let counters = &self.shared.counters;
+        counters.octets.fetch_add(
+            (HEADER_BYTES + header.table_bytes() + header.body_bytes()) as u64,
+            Ordering::Relaxed,
+        );
+        counters.frames.fetch_add(1, Ordering::Relaxed);
+        // Release: whoever acknowledges this frame has seen what became of its pages.
+        self.handled.store(lane.frames(), Ordering::Release);
+        Ok(step)
+    }
+
+    fn pages(
+        &self,
+        rx: &mut dyn ReceiveHalf,
+        pages: &Pages<'_>,
+        header: &Header,
+        lane: &mut Lane,
+        runs: &mut Vec<PageRun>,
+        bad: &mut Vec<PageRun>,
+    ) -> Result<(), Fault> {
+        lane.pages(pages.round, pages.checksums.len() as u64)?;
+        self.landing.admit(pages.runs, runs)?;
+        let memory = self.landing.memory();
+        let spans = runs.iter().filter_map(|run| {
+            memory
+                .span(run.region().value(), run.offset_bytes(), run.bytes())
+                .ok()
+        });
+        let spans: Vec<Span<'_>> = spans.collect();
+        self.landing.touch(runs);
+        rx.receive_into(&spans)?;
+        bad.clear();
+        self.landing.landed(runs, pages.checksums, bad);
+        self.shared
+            .counters
+            .pages
+            .fetch_add(pages.checksums.len() as u64, Ordering::Relaxed);
+        if !bad.is_empty() {
+            self.shared
+                .counters
+                .pages_damaged
+                .fetch_add(bad.len() as u64, Ordering::Relaxed);
+            // Before the frame counts as handled: the give-back must overtake its acknowledgement (SPEC: BACK-2).
+            let _ = self.notes.send(Note::Damaged {
+                lane: self.id,
+                sequence: header.sequence(),
+                runs: bad.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    fn zeros(
+        &self,
+        zeros: &Zeros<'_>,
+        lane: &mut Lane,
+        runs: &mut Vec<PageRun>,
+    ) -> Result<(), Fault> {
+        let pages = zeros.page_count();
+        lane.zeros(zeros.round, pages, self.landing.pages_total())?;
+        self.landing.admit(zeros.runs, runs)?;
+        for run in runs.iter() {
+            self.landing.zeros(*run);
+        }
+        self.shared
+            .counters
+            .zero_pages
+            .fetch_add(pages, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// What one frame means for the thread.
+enum Step {
+    Next,
+    Fence { last: bool },
+}
+
+/// Buffers that are reused from frame to frame, and the machine.
+struct Work {
+    table: Vec<u8>,
+    runs: Vec<PageRun>,
+    bad: Vec<PageRun>,
+    lane: Lane,
+}

@@ -1,0 +1,221 @@
+//! Threads, queues and sockets of the destination: what carries out the effects of [`Session`](crate::session::Session).
+//!
+//! ```text
+//!   accept thread (mio) ──► greeters (one per new connection, few, with a deadline) ── notes ──┐
+//!   control reader ◄── control channel                            ── notes ──────────────────► control thread ──► control channel
+//!   lane 0 … lane n-1 ◄── data channels, straight into memory     ── notes ──┘   │  ▲
+//!                                                                                ▼  │
+//!                                                                            VMM thread
+//! ```
+//! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`GREETERS_MAX`]).
+
+mod accept;
+mod control;
+mod gate;
+mod greet;
+mod lane;
+mod link;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use multifd_transport::{Channel, Listener, Spawner, StdSpawner};
+use multifd_wire::Phase;
+
+use crate::config::Config;
+use crate::error::{Error, Fault};
+use crate::progress::{Counters, Snapshot};
+use crate::report::Report;
+use crate::vmm::Vmm;
+
+/// Notes to the control thread that may wait. Some hold a part of a blob (1 MiB at most), so this bounds memory too.
+const NOTES_MAX: usize = 64;
+
+/// Connections that may be saying hello at the same time: every lane of a large migration at once, and some strangers.
+const GREETERS_MAX: usize = multifd_wire::limits::LANES_MAX as usize + 64;
+
+/// Everything that a reception works on.
+pub struct Parts {
+    /// The machine.
+    pub vmm: Box<dyn Vmm>,
+    /// Where the source dials. May be empty if every channel is handed over by [`Handle::offer`].
+    pub listeners: Vec<Listener>,
+    /// The settings.
+    pub config: Config,
+    /// How threads are started; `None` starts plain ones.
+    pub spawner: Option<Box<dyn Spawner>>,
+}
+
+/// What is left when a reception is over.
+pub struct Finished {
+    /// How it went.
+    pub report: Report,
+    /// Why it failed, if it did.
+    pub error: Option<Error>,
+    /// The machine. It runs if, and only if, the report says so.
+    pub vmm: Box<dyn Vmm>,
+}
+
+/// A destination that waits for a migration, or has one under way.
+pub struct Reception {
+    handle: Handle,
+    thread: JoinHandle<()>,
+    finished: Arc<Mutex<Option<Finished>>>,
+}
+
+/// Reads the progress, hands over connections and cancels; cheap to clone, usable from any thread.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+/// A connection that was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OfferError {
+    /// Too many connections are saying hello at this moment.
+    #[error("{GREETERS_MAX} connections are saying hello already")]
+    Busy,
+    /// No thread could be started.
+    #[error("no thread could be started for it")]
+    NoThread,
+}
+
+impl Handle {
+    /// How far it is. Lock-free.
+    #[must_use]
+    pub fn progress(&self) -> Snapshot {
+        self.shared.counters.snapshot()
+    }
+
+    /// Gives up as soon as possible; the source is told and its guest runs on. Without effect once the guest is this side's.
+    pub fn cancel(&self) {
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+        let _ = self.shared.notes.try_send(Note::Cancel);
+    }
+
+    /// Hands over a connection that the embedder accepted itself. It is closed again if its hello is not acceptable.
+    ///
+    /// # Errors
+    /// [`OfferError`]; the connection is then closed.
+    pub fn offer(&self, channel: Box<dyn Channel>) -> Result<(), OfferError> {
+        greet::offer(&self.shared, channel)
+    }
+}
+
+impl Reception {
+    /// Begins to wait for a source.
+    ///
+    /// # Errors
+    /// No thread, or no event queue for the listeners.
+    pub fn start(parts: Parts) -> Result<Self, Error> {
+        let fail = |step| move |source| Error::new(Phase::Hello, Fault::System { step, source });
+        let spawner: Arc<dyn Spawner> = parts
+            .spawner
+            .map_or_else(|| Arc::new(StdSpawner) as Arc<dyn Spawner>, Arc::from);
+        let (notes, inbox) = crossbeam_channel::bounded(NOTES_MAX);
+        let shared = Arc::new(Shared {
+            config: parts.config,
+            counters: Counters::default(),
+            notes,
+            spawner: Arc::clone(&spawner),
+            desk: greet::Desk::default(),
+            greeters: AtomicUsize::new(0),
+            cancelled: AtomicBool::new(false),
+        });
+        let acceptor = accept::Acceptor::start(&shared, parts.listeners)
+            .map_err(fail("wait on the listeners"))?;
+        let finished = Arc::new(Mutex::new(None));
+        let control = control::Control::new(Arc::clone(&shared), inbox, parts.vmm, acceptor)?;
+        let result = Arc::clone(&finished);
+        let body = Box::new(move || {
+            let done = control.run();
+            *lock(&result) = Some(done);
+        });
+        let thread = spawner
+            .spawn("mfd-control", body)
+            .map_err(fail("start a thread"))?;
+        Ok(Self {
+            handle: Handle { shared },
+            thread,
+            finished,
+        })
+    }
+
+    /// For progress, connections and cancellation.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Panics
+    /// If the control thread panicked, which is a bug; with the same words.
+    #[must_use]
+    pub fn wait(self) -> Finished {
+        if let Err(panic) = self.thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+        match lock(&self.finished).take() {
+            Some(finished) => finished,
+            None => unreachable!("the control thread leaves its result before it ends"),
+        }
+    }
+}
+
+/// What all threads of a reception share.
+struct Shared {
+    config: Config,
+    counters: Counters,
+    notes: Sender<Note>,
+    spawner: Arc<dyn Spawner>,
+    desk: greet::Desk,
+    greeters: AtomicUsize,
+    cancelled: AtomicBool,
+}
+
+/// What the other threads tell the control thread.
+enum Note {
+    /// A source said hello on a control channel and was accepted.
+    Opened(greet::Opened),
+    /// A data channel was let in.
+    LaneJoined(greet::Joined),
+    Inbound(link::Inbound),
+    ControlLost(Error),
+    LaneArrived {
+        lane: multifd_wire::LaneId,
+        round: multifd_wire::Round,
+        last: bool,
+    },
+    LaneEnded {
+        lane: multifd_wire::LaneId,
+        fault: Fault,
+    },
+    Damaged {
+        lane: multifd_wire::LaneId,
+        sequence: multifd_wire::Sequence,
+        runs: Vec<multifd_wire::PageRun>,
+    },
+    Vmm(control::VmmDone),
+    Cancel,
+}
+
+/// A poisoned lock means that another thread panicked; what it guards here is always left whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// CPU time of this thread since `last`, which is moved on.
+fn thread_cpu(last: &mut Duration) -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let now = Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    );
+    let spent = now.saturating_sub(*last);
+    *last = now;
+    spent
+}

@@ -1,0 +1,218 @@
+//! What can end a migration at the destination, sorted by whose fault it is, with where it happened.
+
+use std::fmt;
+
+use multifd_transport::ChannelError;
+use multifd_wire::{ChannelRef, Malformed, Misbehaved, Misuse, Phase, Reason};
+
+use crate::vmm::VmmError;
+
+/// Why a migration ended, when, and on which channel.
+#[derive(Debug)]
+pub struct Error {
+    phase: Phase,
+    at: ChannelRef,
+    fault: Box<Fault>,
+}
+
+/// What went wrong, sorted by whose fault it is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Fault {
+    /// The peer's octets make no sense.
+    #[error("the source sent octets that are no valid frame: {0}")]
+    Malformed(#[from] Malformed),
+    /// Valid octets at the wrong moment, or about things that do not exist.
+    #[error("the source broke the protocol: {0}")]
+    Misbehaved(#[from] Misbehaved),
+    /// A frame or event came in a state that does not know it.
+    #[error("{what} came out of turn")]
+    OutOfTurn {
+        /// The event.
+        what: String,
+    },
+    /// We tried to send what the format can't carry.
+    #[error("the answer can't be put on the wire: {0}")]
+    Misuse(#[from] Misuse),
+    /// The link failed.
+    #[error("{0}")]
+    Channel(#[from] ChannelError),
+    /// Every data channel is gone.
+    #[error("all data channels are lost; the last one failed with: {last}")]
+    AllLanesLost {
+        /// Why the last one died.
+        last: String,
+    },
+    /// The embedder said no.
+    #[error("the VMM could not {step}: {source}")]
+    Vmm {
+        /// What it was asked for.
+        step: &'static str,
+        /// Its reason.
+        source: VmmError,
+    },
+    /// The machine that the VMM built does not have the memory that the source described.
+    #[error("the VMM built other memory than the source has: {text}")]
+    MemoryDiffers {
+        /// In what.
+        text: String,
+    },
+    /// The source wants more than this side is set to give.
+    #[error("{what}: {wanted} wanted, {most} allowed")]
+    Limit {
+        /// What.
+        what: &'static str,
+        /// How much the source wants.
+        wanted: u64,
+        /// The setting.
+        most: u64,
+    },
+    /// The source ended the migration.
+    #[error("the source ended it: {reason}: {text}")]
+    PeerAborted {
+        /// Its reason code.
+        reason: Reason,
+        /// Its words.
+        text: String,
+    },
+    /// Nothing came in time.
+    #[error("waited too long for {what}")]
+    Timeout {
+        /// For what.
+        what: &'static str,
+    },
+    /// The user stopped it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The two sides do not have the same memory content. The guest was not started here.
+    #[error("memory differs: digest {ours:016x} here, {theirs:016x} at the source")]
+    DigestMismatch {
+        /// The digest over all pages as landed.
+        ours: u64,
+        /// The digest over all pages as last sent.
+        theirs: u64,
+    },
+    /// The operating system refused something: a thread, memory, random numbers.
+    #[error("{step}: {source}")]
+    System {
+        /// What was asked of it.
+        step: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+}
+
+impl Fault {
+    /// A stable identifier, the same in every version.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Malformed(e) => e.code(),
+            Self::Misbehaved(e) => e.code(),
+            Self::OutOfTurn { .. } => "receiver.misbehaved.out-of-turn",
+            Self::Misuse(e) => e.code(),
+            Self::Channel(e) => e.code(),
+            Self::AllLanesLost { .. } => "receiver.channel.all-lanes-lost",
+            Self::Vmm { .. } => "receiver.vmm.refused",
+            Self::MemoryDiffers { .. } => "receiver.vmm.memory-differs",
+            Self::Limit { .. } => "receiver.limit",
+            Self::PeerAborted { .. } => "receiver.peer.aborted",
+            Self::Timeout { .. } => "receiver.timeout",
+            Self::Cancelled => "receiver.cancelled",
+            Self::DigestMismatch { .. } => "receiver.digest-mismatch",
+            Self::System { .. } => "receiver.system",
+        }
+    }
+
+    /// The reason that the peer is told.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Malformed(e) => e.reason(),
+            Self::Misbehaved(e) => e.reason(),
+            Self::OutOfTurn { .. } => Reason::Misbehaved,
+            Self::Misuse(e) => e.reason(),
+            Self::Channel(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
+            Self::Vmm { .. } => Reason::VmmRefused,
+            Self::MemoryDiffers { .. } => Reason::MemoryMismatch,
+            Self::Limit { .. } => Reason::ResourceLimit,
+            Self::PeerAborted { reason, .. } => *reason,
+            Self::Timeout { .. } => Reason::Timeout,
+            Self::Cancelled => Reason::Cancelled,
+            Self::DigestMismatch { .. } => Reason::DigestMismatch,
+            Self::System { .. } => Reason::Internal,
+        }
+    }
+}
+
+impl Error {
+    /// A fault on no channel in particular.
+    #[must_use]
+    pub fn new(phase: Phase, fault: impl Into<Fault>) -> Self {
+        Self {
+            phase,
+            at: ChannelRef::None,
+            fault: Box::new(fault.into()),
+        }
+    }
+
+    /// Names the channel.
+    #[must_use]
+    pub fn at(mut self, at: ChannelRef) -> Self {
+        self.at = at;
+        self
+    }
+
+    /// Says when it happened, once that is known.
+    #[must_use]
+    pub(crate) fn in_phase(mut self, phase: Phase) -> Self {
+        self.phase = phase;
+        self
+    }
+
+    /// When it happened.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// On which channel.
+    #[must_use]
+    pub fn channel(&self) -> ChannelRef {
+        self.at
+    }
+
+    /// What happened.
+    #[must_use]
+    pub fn fault(&self) -> &Fault {
+        &self.fault
+    }
+
+    /// A stable identifier, the same in every version.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.fault.code()
+    }
+
+    /// The reason that the peer is told.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        self.fault.reason()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (phase: {}", self.fault, self.phase)?;
+        if self.at != ChannelRef::None {
+            write!(f, ", {}", self.at)?;
+        }
+        f.write_str(")")
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&*self.fault)
+    }
+}

@@ -1,0 +1,76 @@
+//! How far a migration is at the destination, for anybody to read at any time without a lock, also after it failed.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use multifd_wire::Phase;
+
+/// The live counters. Shared by all threads of a migration.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    phase: AtomicU32,
+    pub(crate) round: AtomicU32,
+    pub(crate) lanes: AtomicU32,
+    pub(crate) memory_pages: AtomicU64,
+    pub(crate) pages: AtomicU64,
+    pub(crate) zero_pages: AtomicU64,
+    pub(crate) octets: AtomicU64,
+    pub(crate) frames: AtomicU64,
+    pub(crate) pages_damaged: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    cpu_ns: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase.as_u32(), Relaxed);
+    }
+
+    pub(crate) fn add_cpu(&self, spent: Duration) {
+        self.cpu_ns
+            .fetch_add(u64::try_from(spent.as_nanos()).unwrap_or(0), Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            phase: Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello),
+            round: self.round.load(Relaxed),
+            lanes: self.lanes.load(Relaxed),
+            memory_pages: self.memory_pages.load(Relaxed),
+            pages: self.pages.load(Relaxed),
+            zero_pages: self.zero_pages.load(Relaxed),
+            octets: self.octets.load(Relaxed),
+            frames: self.frames.load(Relaxed),
+            pages_damaged: self.pages_damaged.load(Relaxed),
+            refused: self.refused.load(Relaxed),
+            cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
+        }
+    }
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Where in its life.
+    pub phase: Phase,
+    /// The round that is open, 0-based.
+    pub round: u32,
+    /// Data channels that live.
+    pub lanes: u32,
+    /// All pages of the guest.
+    pub memory_pages: u64,
+    /// Pages that landed with content, every version counted.
+    pub pages: u64,
+    /// Zero pages, every version counted.
+    pub zero_pages: u64,
+    /// Octets of heads and bodies that came on data channels.
+    pub octets: u64,
+    /// Frames that came on data channels.
+    pub frames: u64,
+    /// Pages whose checksum failed, every time counted.
+    pub pages_damaged: u64,
+    /// Connections that were refused.
+    pub refused: u64,
+    /// CPU time of the migration's own threads so far.
+    pub cpu: Duration,
+}

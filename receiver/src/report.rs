@@ -1,0 +1,117 @@
+//! What a migration did, as the destination saw it.
+
+use multifd_wire::{ChannelRef, PAGE_BYTES_U64};
+use serde::Serialize;
+
+use crate::error::Error;
+use crate::progress::Snapshot;
+use crate::session::Outcome;
+
+/// How it ended, in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutcomeKind {
+    /// The guest runs here.
+    Running,
+    /// The guest is the source's.
+    Failed,
+    /// The source gave the guest away, and it could not be run here: it is loaded and paused.
+    Stranded,
+}
+
+/// The final report. Times in milliseconds, sizes in octets.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: OutcomeKind,
+    /// From the source's hello to the end.
+    pub total_ms: f64,
+    /// Building the machine.
+    pub prepare_ms: f64,
+    /// Loading the VM state.
+    pub load_ms: f64,
+    /// Starting the guest.
+    pub resume_ms: f64,
+    /// Rounds that were closed.
+    pub rounds: u32,
+    /// Size of guest memory.
+    pub memory_bytes: u64,
+    /// Octets that came on data channels.
+    pub received_bytes: u64,
+    /// Guest memory that came with content, every version counted.
+    pub content_bytes: u64,
+    /// Guest memory that came as "all zero", every version counted.
+    pub zero_bytes: u64,
+    /// Pages whose checksum failed, every time counted.
+    pub pages_damaged: u64,
+    /// Connections that were refused.
+    pub refused: u64,
+    /// CPU seconds of this side's migration threads.
+    pub cpu_receiver_s: f64,
+    /// The digest that both sides had.
+    pub digest: Option<String>,
+    /// What went wrong, or null.
+    pub error: Option<ErrorReport>,
+}
+
+/// What went wrong.
+#[derive(Debug, Clone, Serialize)]
+pub struct ErrorReport {
+    /// A stable identifier.
+    pub code: String,
+    /// Where in the migration's life.
+    pub phase: String,
+    /// On which channel, if on one.
+    pub channel: Option<String>,
+    /// In words.
+    pub text: String,
+}
+
+impl From<&Error> for ErrorReport {
+    fn from(error: &Error) -> Self {
+        Self {
+            code: error.code().to_owned(),
+            phase: error.phase().to_string(),
+            channel: (error.channel() != ChannelRef::None).then(|| error.channel().to_string()),
+            text: error.fault().to_string(),
+        }
+    }
+}
+
+/// Times and results that the control thread notes down.
+#[derive(Debug, Default)]
+pub(crate) struct Timeline {
+    pub(crate) total_ms: f64,
+    pub(crate) prepare_ms: f64,
+    pub(crate) load_ms: f64,
+    pub(crate) resume_ms: f64,
+    pub(crate) rounds: u32,
+    pub(crate) digest: Option<u64>,
+}
+
+impl Report {
+    pub(crate) fn new(timeline: &Timeline, outcome: &Outcome, end: &Snapshot) -> Self {
+        let (kind, error) = match outcome {
+            Outcome::Running => (OutcomeKind::Running, None),
+            Outcome::Failed(error) => (OutcomeKind::Failed, Some(error)),
+            Outcome::Stranded(error) => (OutcomeKind::Stranded, Some(error)),
+        };
+        Self {
+            outcome: kind,
+            total_ms: timeline.total_ms,
+            prepare_ms: timeline.prepare_ms,
+            load_ms: timeline.load_ms,
+            resume_ms: timeline.resume_ms,
+            rounds: timeline.rounds,
+            memory_bytes: end.memory_pages * PAGE_BYTES_U64,
+            received_bytes: end.octets,
+            content_bytes: end.pages * PAGE_BYTES_U64,
+            zero_bytes: end.zero_pages * PAGE_BYTES_U64,
+            pages_damaged: end.pages_damaged,
+            refused: end.refused,
+            cpu_receiver_s: end.cpu.as_secs_f64(),
+            digest: timeline.digest.map(|digest| format!("{digest:016x}")),
+            error: error.map(ErrorReport::from),
+        }
+    }
+}

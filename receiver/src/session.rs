@@ -1,0 +1,559 @@
+//! The control plane at the destination, as a machine without I/O: events and the time in, effects out.
+//!
+//! ```text
+//!  Setup ──tables, machine, lanes──► Rounds(k) ──every living lane at the fence──► Rounds(k+1)
+//!                                       │ fence of a round with the guest paused
+//!                                       ▼
+//!                                    Fenced(k) ──FINAL(k), digests equal──► Loading ──► Prepared ──COMMIT──► Owning ──► Over
+//!                                       └── SWITCHOVER(k+1): pages are missing, the gate opens once more
+//! ```
+//! The rules it keeps: the gate to a round opens only when every living lane stands at the fence (SPEC: ROUND-3); only a
+//! [`Ready`] leads to PREPARED; only COMMIT on top of it gives [`Ownership`] (SPEC: COMMIT-1). In every state before, the
+//! guest can't run here. Which event is legal in which state is the one table in [`Session::handle`].
+
+use std::time::Duration;
+
+use multifd_wire::{Digest, LaneId, Phase, Reason, Round};
+
+use crate::config::Config;
+use crate::error::{Error, Fault};
+use crate::vmm::Ownership;
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// All tables are here and the VMM is to build this machine; the source will open this many lanes.
+    SetupEnd {
+        /// Data channels.
+        lanes: u32,
+    },
+    /// The VMM built the machine.
+    MachineReady,
+    /// A lane said hello and was let in.
+    LaneJoined {
+        /// Which.
+        lane: LaneId,
+    },
+    /// A lane stands at the fence of a round.
+    LaneArrived {
+        /// Which.
+        lane: LaneId,
+        /// Of which round.
+        round: Round,
+        /// The mark said that the guest is paused in this round.
+        last: bool,
+    },
+    /// A lane's thread has ended; nothing of it will land any more.
+    LaneEnded {
+        /// Which.
+        lane: LaneId,
+    },
+    /// Answer to [`Effect::CloseRound`]: what is in memory at the fence.
+    Closed {
+        /// The digest over all pages as landed.
+        digest: Digest,
+        /// Pages that are damaged.
+        damaged: u64,
+    },
+    /// SWITCHOVER: the guest is paused and this round is begun.
+    Switchover {
+        /// The round.
+        round: Round,
+    },
+    /// FINAL.
+    Final {
+        /// The last round.
+        round: Round,
+        /// Blobs of VM state that belong to it.
+        states: u32,
+        /// The digest over all pages as last sent.
+        digest: Digest,
+    },
+    /// The VMM loaded the VM state.
+    Loaded,
+    /// COMMIT.
+    Commit {
+        /// The digest that the source commits to.
+        digest: Digest,
+    },
+    /// The VMM runs the guest.
+    Resumed,
+    /// Something failed: a channel, the VMM, the source said no.
+    Failed(Error),
+    /// Only the time has gone on.
+    Tick,
+}
+
+/// What the driver must do.
+#[derive(Debug)]
+pub enum Effect {
+    /// Let the VMM build the machine.
+    Prepare,
+    /// Send READY.
+    SendReady,
+    /// Every living lane stands at the fence: acknowledge all, send ROUND_CLOSED, answer with [`Event::Closed`].
+    CloseRound {
+        /// The round.
+        round: Round,
+    },
+    /// Let the lanes go on into this round.
+    OpenGate {
+        /// The round.
+        round: Round,
+    },
+    /// Let the VMM load this many blobs of VM state.
+    Load {
+        /// How many.
+        states: u32,
+    },
+    /// Send PREPARED.
+    SendPrepared {
+        /// The digest that both sides have.
+        digest: Digest,
+    },
+    /// Let the VMM run the guest.
+    Resume(Ownership),
+    /// Send RUNNING.
+    SendRunning,
+    /// Tell the source why it ends.
+    Abort {
+        /// The code.
+        reason: Reason,
+        /// The text.
+        text: String,
+    },
+    /// Take the machine down: the guest is the source's.
+    Discard,
+    /// It is over.
+    Finish(Outcome),
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The guest runs here.
+    Running,
+    /// The guest is the source's.
+    Failed(Error),
+    /// The source gave the guest away, and it could not be run here: it is loaded and paused.
+    Stranded(Error),
+}
+
+/// Proof that this side has everything: the last round closed, nothing damaged, digests equal, the state loaded.
+#[derive(Debug)]
+#[must_use = "without it the guest can't be taken over"]
+pub struct Ready {
+    digest: Digest,
+}
+
+#[derive(Debug)]
+enum State {
+    Setup(Setup),
+    Rounds,
+    /// At the fence of a round with the guest paused, the gate closed.
+    Fenced {
+        round: Round,
+        digest: Digest,
+        damaged: u64,
+    },
+    Loading {
+        digest: Digest,
+    },
+    Prepared(Ready),
+    Owning,
+    Over,
+}
+
+#[derive(Debug, Default)]
+struct Setup {
+    lanes: Option<u32>,
+    machine: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Final {
+    round: Round,
+    states: u32,
+    digest: Digest,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Expected,
+    InRound,
+    AtFence { last: bool },
+    Ended,
+}
+
+/// The machine of one migration at the destination.
+#[derive(Debug)]
+pub struct Session {
+    config: Config,
+    state: State,
+    round: Round,
+    lanes: Vec<Fate>,
+    /// The newest SWITCHOVER and FINAL; they may come before the lanes reach the fence.
+    switchover: Option<Round>,
+    verdict: Option<Final>,
+    closing: bool,
+    /// A lane died with the guest paused: digests may then differ without anybody's fault.
+    lane_lost: bool,
+    began: Duration,
+    heard: Duration,
+}
+
+impl Session {
+    /// A session whose hello was accepted at `now`.
+    #[must_use]
+    pub fn new(config: Config, now: Duration) -> Self {
+        Self {
+            config,
+            state: State::Setup(Setup::default()),
+            round: Round::new(0),
+            lanes: Vec::new(),
+            switchover: None,
+            verdict: None,
+            closing: false,
+            lane_lost: false,
+            began: now,
+            heard: now,
+        }
+    }
+
+    /// Where in its life, in the words of SPEC.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Setup(_) => Phase::Setup,
+            State::Rounds if self.switchover.is_none() => Phase::Rounds,
+            State::Rounds | State::Fenced { .. } | State::Loading { .. } => Phase::Switchover,
+            State::Prepared(_) | State::Owning => Phase::Commit,
+            State::Over => Phase::Done,
+        }
+    }
+
+    /// The round that is open.
+    #[must_use]
+    pub fn round(&self) -> Round {
+        self.round
+    }
+
+    /// Whether the source has given the guest to this side.
+    #[must_use]
+    pub fn is_owner(&self) -> bool {
+        matches!(self.state, State::Owning)
+    }
+
+    /// The source was heard on the control channel.
+    pub fn heard(&mut self, now: Duration) {
+        self.heard = now;
+    }
+
+    /// When [`Event::Tick`] is due at the latest.
+    #[must_use]
+    pub fn next_deadline(&self) -> Duration {
+        self.deadline().0
+    }
+
+    /// The one table: what each event means in each state.
+    #[must_use]
+    pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        match (&mut self.state, event) {
+            (State::Over, _) => Vec::new(),
+            (_, Event::Failed(error)) => self.fail(error),
+            (_, Event::Tick) => self.tick(now),
+            (State::Setup(setup), Event::SetupEnd { lanes }) if setup.lanes.is_none() => {
+                setup.lanes = Some(lanes);
+                self.lanes = vec![Fate::Expected; lanes as usize];
+                vec![Effect::Prepare]
+            }
+            (State::Setup(setup), Event::MachineReady) => {
+                setup.machine = true;
+                self.begin()
+            }
+            (State::Setup(_), Event::LaneJoined { lane }) => self.joined(lane),
+            (State::Rounds, Event::LaneArrived { lane, round, last }) => {
+                self.arrived(lane, round, last)
+            }
+            (_, Event::LaneEnded { lane }) => self.ended(lane),
+            (State::Rounds, Event::Closed { digest, damaged }) if self.closing => {
+                self.closed(digest, damaged)
+            }
+            (State::Rounds | State::Fenced { .. }, Event::Switchover { round }) => {
+                self.switchover = Some(round);
+                self.verdict = None;
+                self.conclude()
+            }
+            (
+                State::Rounds | State::Fenced { .. },
+                Event::Final {
+                    round,
+                    states,
+                    digest,
+                },
+            ) => {
+                self.verdict = Some(Final {
+                    round,
+                    states,
+                    digest,
+                });
+                self.conclude()
+            }
+            // A lane of the source died after everything had landed here; both sides agree on the content already.
+            (
+                State::Loading { .. } | State::Prepared(_),
+                Event::Switchover { .. } | Event::Final { .. },
+            ) => Vec::new(),
+            (State::Loading { digest }, Event::Loaded) => {
+                let digest = *digest;
+                self.state = State::Prepared(Ready { digest });
+                vec![Effect::SendPrepared { digest }]
+            }
+            (State::Prepared(ready), Event::Commit { digest }) => {
+                let ours = ready.digest;
+                if digest != ours {
+                    return self.fail(Error::new(
+                        Phase::Commit,
+                        Fault::DigestMismatch {
+                            ours: ours.value(),
+                            theirs: digest.value(),
+                        },
+                    ));
+                }
+                match std::mem::replace(&mut self.state, State::Owning) {
+                    State::Prepared(ready) => vec![Effect::Resume(Ownership::new(ready))],
+                    _ => unreachable!("matched above"),
+                }
+            }
+            (State::Owning, Event::Resumed) => {
+                self.state = State::Over;
+                vec![Effect::SendRunning, Effect::Finish(Outcome::Running)]
+            }
+            (_, event) => {
+                let what = format!("{event:?}");
+                self.fail(Error::new(self.phase(), Fault::OutOfTurn { what }))
+            }
+        }
+    }
+
+    fn begin(&mut self) -> Vec<Effect> {
+        let State::Setup(Setup {
+            lanes: Some(_),
+            machine: true,
+        }) = self.state
+        else {
+            return Vec::new();
+        };
+        if self.lanes.contains(&Fate::Expected) {
+            return Vec::new();
+        }
+        self.state = State::Rounds;
+        vec![Effect::SendReady]
+    }
+
+    fn joined(&mut self, lane: LaneId) -> Vec<Effect> {
+        match self.lanes.get_mut(lane.value() as usize) {
+            Some(fate @ Fate::Expected) => {
+                *fate = Fate::InRound;
+                self.begin()
+            }
+            _ => self.fail(Error::new(
+                Phase::Setup,
+                Fault::OutOfTurn {
+                    what: format!("lane {lane}"),
+                },
+            )),
+        }
+    }
+
+    fn arrived(&mut self, lane: LaneId, round: Round, last: bool) -> Vec<Effect> {
+        match self.lanes.get_mut(lane.value() as usize) {
+            Some(fate @ Fate::InRound) if round == self.round => {
+                *fate = Fate::AtFence { last };
+                self.check_fence()
+            }
+            _ => self.fail(Error::new(
+                self.phase(),
+                Fault::OutOfTurn {
+                    what: format!("lane {lane} at the fence of round {round}"),
+                },
+            )),
+        }
+    }
+
+    fn ended(&mut self, lane: LaneId) -> Vec<Effect> {
+        let Some(fate) = self.lanes.get_mut(lane.value() as usize) else {
+            return Vec::new();
+        };
+        if *fate == Fate::Ended {
+            return Vec::new();
+        }
+        *fate = Fate::Ended;
+        if self.switchover.is_some() {
+            self.lane_lost = true;
+        }
+        let nobody = self.lanes.iter().all(|fate| *fate == Fate::Ended);
+        match self.state {
+            // Once the memory is verified no lane is needed any more.
+            State::Loading { .. } | State::Prepared(_) | State::Owning | State::Over => Vec::new(),
+            _ if nobody => self.fail(Error::new(
+                self.phase(),
+                Fault::AllLanesLost {
+                    last: format!("lane {lane} closed"),
+                },
+            )),
+            State::Setup(_) => self.fail(Error::new(
+                Phase::Setup,
+                Fault::AllLanesLost {
+                    last: format!("lane {lane} closed during set-up"),
+                },
+            )),
+            State::Rounds => self.check_fence(),
+            State::Fenced { .. } => Vec::new(),
+        }
+    }
+
+    /// SPEC: ROUND-3
+    fn check_fence(&mut self) -> Vec<Effect> {
+        let waiting = self
+            .lanes
+            .iter()
+            .any(|fate| matches!(fate, Fate::Expected | Fate::InRound));
+        if waiting || self.closing {
+            return Vec::new();
+        }
+        self.closing = true;
+        vec![Effect::CloseRound { round: self.round }]
+    }
+
+    fn closed(&mut self, digest: Digest, damaged: u64) -> Vec<Effect> {
+        self.closing = false;
+        let marks: Vec<bool> = self
+            .lanes
+            .iter()
+            .filter_map(|fate| {
+                if let Fate::AtFence { last } = fate {
+                    Some(*last)
+                } else {
+                    None
+                }
+            })
+            .collect();
+        if marks.windows(2).any(|pair| pair[0] != pair[1]) {
+            return self.fail(Error::new(
+                self.phase(),
+                Fault::OutOfTurn {
+                    what: "lanes that disagree whether the round is the last".into(),
+                },
+            ));
+        }
+        if marks.first() != Some(&true) {
+            return self.open_gate();
+        }
+        self.state = State::Fenced {
+            round: self.round,
+            digest,
+            damaged,
+        };
+        self.conclude()
+    }
+
+    /// With the guest paused the gate stays closed until the source says which it is: FINAL of this round, or a further one.
+    fn conclude(&mut self) -> Vec<Effect> {
+        let State::Fenced {
+            round,
+            digest,
+            damaged,
+        } = self.state
+        else {
+            return Vec::new();
+        };
+        if self.switchover == round.next() {
+            self.state = State::Rounds;
+            return self.open_gate();
+        }
+        let Some(verdict) = self.verdict.filter(|verdict| verdict.round == round) else {
+            return Vec::new();
+        };
+        if verdict.digest == digest && damaged == 0 {
+            self.state = State::Loading { digest };
+            return vec![Effect::Load {
+                states: verdict.states,
+            }];
+        }
+        if damaged > 0 || self.lane_lost {
+            // The source knows from ROUND_CLOSED, or from our LANE_DOWN, and begins a further round.
+            return Vec::new();
+        }
+        let fault = Fault::DigestMismatch {
+            ours: digest.value(),
+            theirs: verdict.digest.value(),
+        };
+        self.fail(Error::new(Phase::Switchover, fault))
+    }
+
+    fn open_gate(&mut self) -> Vec<Effect> {
+        let Some(next) = self.round.next() else {
+            return self.fail(Error::new(
+                self.phase(),
+                Fault::OutOfTurn {
+                    what: "a round after the last round number".into(),
+                },
+            ));
+        };
+        self.round = next;
+        for fate in &mut self.lanes {
+            if matches!(fate, Fate::AtFence { .. }) {
+                *fate = Fate::InRound;
+            }
+        }
+        vec![Effect::OpenGate { round: next }]
+    }
+
+    fn deadline(&self) -> (Duration, &'static str) {
+        let silence = (
+            self.heard + self.config.stall,
+            "a sign of life from the source",
+        );
+        let setup = (
+            self.began + self.config.setup_deadline,
+            "the source to finish set-up",
+        );
+        match self.state {
+            State::Setup(_) if setup.0 < silence.0 => setup,
+            // The guest is ours: no silence of the source changes that any more.
+            State::Owning => (Duration::MAX, ""),
+            _ => silence,
+        }
+    }
+
+    fn tick(&mut self, now: Duration) -> Vec<Effect> {
+        let (deadline, what) = self.deadline();
+        if now < deadline {
+            return Vec::new();
+        }
+        self.fail(Error::new(self.phase(), Fault::Timeout { what }))
+    }
+
+    fn fail(&mut self, error: Error) -> Vec<Effect> {
+        let abort = Effect::Abort {
+            reason: error.reason(),
+            text: error.to_string(),
+        };
+        match std::mem::replace(&mut self.state, State::Over) {
+            State::Owning if matches!(error.fault(), Fault::Vmm { .. }) => {
+                vec![abort, Effect::Finish(Outcome::Stranded(error))]
+            }
+            // The source can vanish now: the guest is ours and starts all the same.
+            State::Owning => {
+                self.state = State::Owning;
+                Vec::new()
+            }
+            _ => vec![
+                abort,
+                Effect::Discard,
+                Effect::Finish(Outcome::Failed(error)),
+            ],
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! What the destination's VMM gives to a migration, and the proof it is shown before it may run the guest.
+//!
+//! The rule this file keeps: the guest runs here only with a [`Ownership`], which the session makes from a
+//! [`Ready`](crate::session::Ready) (last round closed, digests equal, state loaded) and a COMMIT (SPEC: COMMIT-1).
+
+use bytes::Bytes;
+use multifd_transport::GuestMemory;
+use multifd_wire::Layout;
+
+use crate::session::Ready;
+
+/// A piece of VM state or configuration, opaque to multifd: exactly what the source's VMM gave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blob {
+    /// What it is, in the embedder's numbering.
+    pub kind: u32,
+    /// Which encoding of it, in the embedder's numbering.
+    pub version: u32,
+    /// The octets. They come from the peer: untrusted until the embedder has checked them.
+    pub octets: Bytes,
+}
+
+/// The embedder said no; its reason travels to the user and, in an ABORT, to the source.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct VmmError(Box<dyn std::error::Error + Send + Sync>);
+
+impl VmmError {
+    /// Wraps the embedder's own error, or a text.
+    pub fn new(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(reason.into())
+    }
+}
+
+/// Proof that the guest belongs to this side: everything is here, verified and loaded, and the source has committed.
+#[derive(Debug)]
+#[must_use = "the guest runs nowhere until the VMM is shown this"]
+pub struct Ownership {
+    _ready: Ready,
+}
+
+impl Ownership {
+    /// Only for the session's transition table, on COMMIT.
+    pub(crate) fn new(ready: Ready) -> Self {
+        Self { _ready: ready }
+    }
+}
+
+/// The destination's virtual machine monitor, as the migration sees it.
+///
+/// All calls come from one thread of their own, one at a time, so they may take their time: the source is told meanwhile that
+/// this side lives.
+pub trait Vmm: Send {
+    /// Builds the machine, not running, and returns its memory: the regions of `layout`, in its order, all zero. Memory that is
+    /// not all zero makes the migration fail at the digest, never silently.
+    ///
+    /// # Errors
+    /// An error refuses the migration in its first second; the source's guest was not touched.
+    fn prepare(&mut self, configs: Vec<Blob>, layout: &Layout) -> Result<GuestMemory, VmmError>;
+
+    /// Loads the state apart from memory. Memory is complete and verified by now.
+    ///
+    /// # Errors
+    /// An error ends the migration; the guest runs on at the source.
+    fn load(&mut self, states: Vec<Blob>) -> Result<(), VmmError>;
+
+    /// Runs the guest.
+    ///
+    /// # Errors
+    /// The source has given the guest away by now: an error here leaves a loaded, paused guest at this side, and says so.
+    fn resume(&mut self, proof: Ownership) -> Result<(), VmmError>;
+
+    /// The migration ended before the commit: take the machine down. It must never run.
+    fn discard(&mut self) {}
+}

@@ -1,0 +1,305 @@
+//! The settings of one migration, validated once.
+//!
+//! A [`Config`] can only be made by [`ConfigBuilder::build`], so every value in it is within its limits.
+
+use std::time::Duration;
+
+use multifd_wire::{PAGE_BYTES, limits};
+
+/// The most data channels that the format has room for.
+const LANES_MAX: u32 = limits::LANES_MAX as u32;
+
+/// What to do when the guest dirties memory faster than it can be moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WhenNotConverging {
+    /// Give up after the last allowed round; the guest goes on running at the source, and the error says what would help.
+    #[default]
+    Fail,
+    /// Switch over after the last allowed round, whatever the downtime.
+    Switch,
+}
+
+/// The validated settings of a migration. Made by [`Config::builder`].
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub(crate) channels: u32,
+    pub(crate) downtime_limit: Duration,
+    pub(crate) bandwidth: Option<u64>,
+    pub(crate) rounds_max: u32,
+    pub(crate) when_not_converging: WhenNotConverging,
+    pub(crate) body_pages: u64,
+    pub(crate) hello_deadline: Duration,
+    pub(crate) setup_deadline: Duration,
+    pub(crate) stall: Duration,
+    pub(crate) keep_alive: Duration,
+    pub(crate) commit_deadline: Duration,
+}
+
+impl Config {
+    /// Begins with the defaults: 4 channels, 300 ms downtime limit, no bandwidth cap, 30 rounds.
+    #[must_use]
+    pub fn builder() -> ConfigBuilder {
+        ConfigBuilder::default()
+    }
+
+    /// Number of data channels.
+    #[must_use]
+    pub fn channels(&self) -> u32 {
+        self.channels
+    }
+
+    /// The longest time that the guest may stand still.
+    #[must_use]
+    pub fn downtime_limit(&self) -> Duration {
+        self.downtime_limit
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        // The defaults are within every limit; `defaults_are_valid` holds this to it.
+        ConfigBuilder::default().into_config()
+    }
+}
+
+/// A setting that is out of its range. The text says which range.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{setting} is {value}, but must be {range}")]
+pub struct ConfigError {
+    setting: &'static str,
+    value: String,
+    range: String,
+}
+
+/// Builds a [`Config`]; each method replaces one default.
+#[derive(Debug, Clone)]
+pub struct ConfigBuilder {
+    config: Config,
+}
+
+impl Default for ConfigBuilder {
+    fn default() -> Self {
+        Self {
+            config: Config {
+                channels: 4,
+                downtime_limit: Duration::from_millis(300),
+                bandwidth: None,
+                rounds_max: 30,
+                when_not_converging: WhenNotConverging::default(),
+                body_pages: 64,
+                hello_deadline: Duration::from_secs(5),
+                setup_deadline: Duration::from_secs(60),
+                stall: Duration::from_secs(10),
+                keep_alive: Duration::from_secs(1),
+                commit_deadline: Duration::from_secs(30),
+            },
+        }
+    }
+}
+
+impl ConfigBuilder {
+    /// Data channels, 1 to `wire::limits::LANES_MAX`.
+    #[must_use]
+    pub fn channels(mut self, channels: u32) -> Self {
+        self.config.channels = channels;
+        self
+    }
+
+    /// The longest predicted stand-still at which the switchover is begun; 1 ms to 1 hour.
+    #[must_use]
+    pub fn downtime_limit(mut self, limit: Duration) -> Self {
+        self.config.downtime_limit = limit;
+        self
+    }
+
+    /// A cap on the octets a second over all data channels, in every phase; at least 1 MiB/s. `None`: no cap.
+    #[must_use]
+    pub fn bandwidth(mut self, octets_per_second: Option<u64>) -> Self {
+        self.config.bandwidth = octets_per_second;
+        self
+    }
+
+    /// How many live rounds may be spent before [`WhenNotConverging`] decides; 1 to 10,000.
+    #[must_use]
+    pub fn max_rounds(mut self, rounds: u32) -> Self {
+        self.config.rounds_max = rounds;
+        self
+    }
+
+    /// What happens when the rounds are used up.
+    #[must_use]
+    pub fn when_not_converging(mut self, choice: WhenNotConverging) -> Self {
+        self.config.when_not_converging = choice;
+        self
+    }
+
+    /// The largest body of a PAGES frame: whole pages, 4 KiB to 1 MiB. 256 KiB measured best (docs/measurements).
+    #[must_use]
+    pub fn body_bytes(mut self, octets: u64) -> Self {
+        self.config.body_pages = octets / PAGE_BYTES as u64;
+        self
+    }
+
+    /// How long a connection may take until its hello is answered; 100 ms to 10 min.
+    #[must_use]
+    pub fn hello_deadline(mut self, deadline: Duration) -> Self {
+        self.config.hello_deadline = deadline;
+        self
+    }
+
+    /// How long the destination may take to build the machine and get its memory ready; 100 ms to 1 hour.
+    #[must_use]
+    pub fn setup_deadline(mut self, deadline: Duration) -> Self {
+        self.config.setup_deadline = deadline;
+        self
+    }
+
+    /// A channel on which nothing moves for this long is given up; 100 ms to 1 hour.
+    #[must_use]
+    pub fn stall(mut self, stall: Duration) -> Self {
+        self.config.stall = stall;
+        self
+    }
+
+    /// How often the control channel says that this side lives; 10 ms to 1 min, and less than half of `stall`.
+    #[must_use]
+    pub fn keep_alive(mut self, period: Duration) -> Self {
+        self.config.keep_alive = period;
+        self
+    }
+
+    /// How long the source waits for `running` after the commit before it reports the outcome as unknown; 100 ms to 1 hour.
+    #[must_use]
+    pub fn commit_deadline(mut self, deadline: Duration) -> Self {
+        self.config.commit_deadline = deadline;
+        self
+    }
+
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// The first setting that is out of its range, by name, with the range.
+    pub fn build(self) -> Result<Config, ConfigError> {
+        const HOUR: Duration = Duration::from_secs(3600);
+        const SHORTEST: Duration = Duration::from_millis(100);
+        let c = &self.config;
+        within("channels", &c.channels, &1, &LANES_MAX)?;
+        within_time(
+            "downtime limit",
+            c.downtime_limit,
+            Duration::from_millis(1),
+            HOUR,
+        )?;
+        if let Some(cap) = c.bandwidth {
+            within("bandwidth (octets a second)", &cap, &(1 << 20), &u64::MAX)?;
+        }
+        within("max rounds", &c.rounds_max, &1, &10_000)?;
+        within(
+            "body pages",
+            &c.body_pages,
+            &1,
+            &(limits::PAGES_PER_FRAME_MAX as u64),
+        )?;
+        within_time(
+            "hello deadline",
+            c.hello_deadline,
+            SHORTEST,
+            Duration::from_secs(600),
+        )?;
+        within_time("set-up deadline", c.setup_deadline, SHORTEST, HOUR)?;
+        within_time("stall", c.stall, SHORTEST, HOUR)?;
+        within_time(
+            "keep-alive",
+            c.keep_alive,
+            Duration::from_millis(10),
+            c.stall / 2,
+        )?;
+        within_time("commit deadline", c.commit_deadline, SHORTEST, HOUR)?;
+        Ok(self.config)
+    }
+
+    fn into_config(self) -> Config {
+        self.config
+    }
+}
+
+fn within<T: PartialOrd + std::fmt::Display>(
+    setting: &'static str,
+    value: &T,
+    least: &T,
+    most: &T,
+) -> Result<(), ConfigError> {
+    if value < least || value > most {
+        return Err(ConfigError {
+            setting,
+            value: value.to_string(),
+            range: format!("{least} to {most}"),
+        });
+    }
+    Ok(())
+}
+
+fn within_time(
+    setting: &'static str,
+    value: Duration,
+    least: Duration,
+    most: Duration,
+) -> Result<(), ConfigError> {
+    if value < least || value > most {
+        return Err(ConfigError {
+            setting,
+            value: format!("{value:?}"),
+            range: format!("{least:?} to {most:?}"),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid() {
+        Config::builder().build().unwrap();
+    }
+
+    #[test]
+    fn each_setting_is_accepted_at_its_bounds_and_refused_one_past_them() {
+        let ms = Duration::from_millis;
+        let hour = Duration::from_secs(3600);
+        let good = |b: ConfigBuilder| b.build().unwrap();
+        let bad = |b: ConfigBuilder, name: &str| {
+            let text = b.build().unwrap_err().to_string();
+            assert!(text.starts_with(name) && text.contains("must be"), "{text}");
+        };
+        let b = Config::builder;
+        good(b().channels(1));
+        good(b().channels(LANES_MAX));
+        bad(b().channels(0), "channels");
+        bad(b().channels(LANES_MAX + 1), "channels");
+        good(b().downtime_limit(ms(1)));
+        good(b().downtime_limit(hour));
+        bad(
+            b().downtime_limit(Duration::from_micros(999)),
+            "downtime limit",
+        );
+        bad(b().downtime_limit(hour + ms(1)), "downtime limit");
+        good(b().bandwidth(Some(1 << 20)));
+        bad(b().bandwidth(Some((1 << 20) - 1)), "bandwidth");
+        good(b().max_rounds(1));
+        good(b().max_rounds(10_000));
+        bad(b().max_rounds(0), "max rounds");
+        bad(b().max_rounds(10_001), "max rounds");
+        good(b().body_bytes(4096));
+        good(b().body_bytes(1 << 20));
+        bad(b().body_bytes(4095), "body pages");
+        bad(b().body_bytes((1 << 20) + 4096), "body pages");
+        good(b().stall(ms(100)).keep_alive(ms(50)));
+        bad(b().stall(ms(99)).keep_alive(ms(20)), "stall");
+        bad(b().stall(ms(100)).keep_alive(ms(51)), "keep-alive");
+        bad(b().hello_deadline(ms(99)), "hello deadline");
+        bad(b().setup_deadline(hour + ms(1)), "set-up deadline");
+        bad(b().commit_deadline(ms(99)), "commit deadline");
+    }
+}

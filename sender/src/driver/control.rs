@@ -1,0 +1,1028 @@
+//! The control thread of the source: feeds events to the session machine and carries out its effects.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use multifd_tracking::{CollectPhase, Source};
+use multifd_transport::{Closer, Spawner};
+use multifd_wire::frame::{
+    Abort, Commit, Config as ConfigFrame, Final, Grant, KeepAlive, LaneDown, LaneMark, RawRegion,
+    RawRun, Ready, Regions, SetupEnd, Switchover, VmState, blob_parts,
+};
+use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
+use multifd_wire::negotiate::Agreement;
+use multifd_wire::{
+    ChannelRef, Features, Frame, Hello, Incarnation, LaneId, Misbehaved, Phase, Reason, Round,
+    SessionId, Text,
+};
+
+use super::lane::{LaneCommand, serve};
+use super::link::{ControlSender, Inbound, open, read_control};
+use super::work::{RoundWork, tracked};
+use super::{Dial, Finished, LaneState, Note, Shared, lock, thread_cpu};
+use crate::error::{Error, Fault};
+use crate::report::{Report, Timeline};
+use crate::session::{Effect, Event, Outcome, Session};
+use crate::vmm::{Blob, Vmm, VmmError};
+
+/// How long the end of a migration waits for the destination to close the control channel, so that a farewell is read.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// One lane, as the control thread sees it.
+struct Slot {
+    state: Arc<LaneState>,
+    incarnation: Incarnation,
+    /// Dropped when the lane is to end.
+    commands: Option<Sender<LaneCommand>>,
+    closer: Option<Closer>,
+    life: Life,
+    encoded: Option<Round>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Dialling,
+    Alive,
+    /// The channel failed; what the destination has of it is not known yet.
+    Dying,
+    Dead,
+}
+
+/// The round that is under way.
+struct Open {
+    round: Round,
+    last: bool,
+    told: bool,
+    octets_before: u64,
+}
+
+pub(super) struct Control {
+    shared: Arc<Shared>,
+    vmm: Box<dyn Vmm>,
+    sources: Vec<Box<dyn Source>>,
+    tracking: bool,
+    dial: Arc<dyn Dial>,
+    spawner: Arc<dyn Spawner>,
+    notes: Sender<Note>,
+    inbox: Receiver<Note>,
+    session: Session,
+    id: SessionId,
+    blobs: Vec<Blob>,
+    states: u32,
+    control: Option<ControlSender>,
+    control_closer: Option<Closer>,
+    control_lost: bool,
+    reader: Option<JoinHandle<()>>,
+    agreement: Option<Agreement>,
+    grant: Option<Grant>,
+    destination_ready: Option<Ready>,
+    lanes: Vec<Slot>,
+    open: Option<Open>,
+    timeline: Timeline,
+    outcome: Option<Outcome>,
+    keep_alive_due: Duration,
+    cpu: Duration,
+}
+
+impl Control {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        vmm: Box<dyn Vmm>,
+        sources: Vec<Box<dyn Source>>,
+        dial: Arc<dyn Dial>,
+        spawner: Arc<dyn Spawner>,
+        notes: Sender<Note>,
+        inbox: Receiver<Note>,
+    ) -> Self {
+        let session = Session::new(
+            shared.config.clone(),
+            shared.layout.pages_total().value(),
+            Duration::ZERO,
+        );
+        Self {
+            shared,
+            vmm,
+            sources,
+            tracking: false,
+            dial,
+            spawner,
+            notes,
+            inbox,
+            session,
+            id: SessionId::new([0; 16]),
+            blobs: Vec::new(),
+            states: 0,
+            control: None,
+            control_closer: None,
+            control_lost: false,
+            reader: None,
+            agreement: None,
+            grant: None,
+            destination_ready: None,
+            lanes: Vec::new(),
+            open: None,
+            timeline: Timeline::default(),
+            outcome: None,
+            keep_alive_due: Duration::ZERO,
+            cpu: Duration::ZERO,
+        }
+    }
+
+    /// From the hello to the end.
+    pub(super) fn run(mut self) -> Finished {
+        self.timeline.begin();
+        if let Err(error) = self.connect() {
+            self.drive(Event::Failed(error));
+        }
+        while self.outcome.is_none() {
+            if self.shared.cancelled.load(Relaxed) {
+                self.drive(Event::Cancel);
+            }
+            self.step();
+        }
+        self.wind_up()
+    }
+
+    /// Configuration first (the VMM may say no before anything is sent), then the hello on the control channel.
+    fn connect(&mut self) -> Result<(), Error> {
+        let hello_error = |fault: Fault| Error::new(Phase::Hello, fault).at(ChannelRef::Control);
+        self.blobs = self.vmm.config().map_err(|source| {
+            Error::new(
+                Phase::Hello,
+                Fault::Vmm {
+                    step: "describe the machine",
+                    source,
+                },
+            )
+        })?;
+        let mut id = [0u8; 16];
+        getrandom::fill(&mut id).map_err(|e| {
+            hello_error(Fault::System {
+                step: "random numbers",
+                source: std::io::Error::other(e),
+            })
+        })?;
+        self.id = SessionId::new(id);
+        let deadline = Instant::now() + self.shared.config.hello_deadline;
+        let channel = self
+            .dial
+            .dial(ChannelRef::Control, deadline)
+            .map_err(|e| hello_error(Fault::Dial(e.to_string())))?;
+        let opened = open(
+            channel,
+            &Hello::start(self.id, Features::NONE, Features::NONE),
+            deadline,
+        )
+        .map_err(hello_error)?;
+        tracing::info!(channel = %opened.description, session = ?self.id, "control channel open");
+        let notes = self.notes.clone();
+        let rx = opened.rx;
+        let body = Box::new(move || read_control(rx, &notes));
+        self.reader = Some(self.spawner.spawn("mfd-reader", body).map_err(|source| {
+            hello_error(Fault::System {
+                step: "start a thread",
+                source,
+            })
+        })?);
+        let mut tx = opened.tx;
+        tx.set_stall(Some(self.shared.config.stall));
+        self.control = Some(ControlSender::new(tx));
+        self.control_closer = Some(opened.closer);
+        self.agreement = Some(opened.agreement);
+        let now = self.shared.now();
+        self.session = Session::new(
+            self.shared.config.clone(),
+            self.shared.layout.pages_total().value(),
+            now,
+        );
+        self.keep_alive_due = now + self.shared.config.keep_alive;
+        Ok(())
+    }
+
+    /// Waits for the next note or timer, and handles it.
+    fn step(&mut self) {
+        let until = self.session.next_deadline().min(self.keep_alive_due);
+        match self
+            .inbox
+            .recv_timeout(until.saturating_sub(self.shared.now()))
+        {
+            Ok(note) => self.note(note),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                unreachable!("this thread holds a sender itself")
+            }
+        }
+        if self.outcome.is_some() {
+            return;
+        }
+        let now = self.shared.now();
+        if now >= self.keep_alive_due {
+            self.keep_alive_due = now + self.shared.config.keep_alive;
+            let stamp_us = micros(now).max(1);
+            self.send(KeepAlive {
+                stamp_us,
+                echo_us: 0,
+            });
+        }
+        self.drive(Event::Tick);
+        self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+    }
+
+    /// Sends on the control channel; a failure becomes an event.
+    fn send<'a>(&mut self, frame: impl Into<Frame<'a>>) {
+        if let Err(error) = self.try_send(frame) {
+            self.drive(Event::Failed(error));
+        }
+    }
+
+    fn try_send<'a>(&mut self, frame: impl Into<Frame<'a>>) -> Result<(), Error> {
+        let phase = self.session.phase();
+        let Some(control) = &mut self.control else {
+            return Ok(());
+        };
+        control
+            .send(frame)
+            .map_err(|fault| Error::new(phase, fault).at(ChannelRef::Control))
+    }
+
+    /// Passes an event to the machine and carries out what it wants, until it wants nothing more.
+    fn drive(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let effects = self.session.handle(event, self.shared.now());
+            self.shared.counters.set_phase(self.session.phase());
+            for effect in effects {
+                match self.apply(effect) {
+                    Ok(next) => events.extend(next),
+                    Err(error) => {
+                        events.clear();
+                        events.push_back(Event::Failed(error));
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn apply(&mut self, effect: Effect) -> Result<Option<Event>, Error> {
+        match effect {
+            Effect::SendSetup => self.send_setup().map(|()| None),
+            Effect::OpenRound { round, last } => {
+                self.open_round(round, last);
+                Ok(None)
+            }
+            Effect::Collect { last } => self.collect(last).map(Some),
+            Effect::Forecast(forecast) => {
+                self.shared.counters.set_forecast(forecast);
+                Ok(None)
+            }
+            Effect::Pause => self.pause().map(Some),
+            Effect::AnnounceSwitchover { round } => self
+                .try_send(Switchover { final_round: round })
+                .map(|()| None),
+            Effect::Save => self.save().map(Some),
+            Effect::SendFinal { round } => self.send_final(round).map(Some),
+            Effect::Commit => {
+                self.timeline.committed();
+                self.try_send(Commit {
+                    digest: self.shared.digest.value(),
+                })
+                .map(|()| None)
+            }
+            Effect::Reclaim { paused, proof } => {
+                if paused {
+                    self.timeline.reclaimed();
+                    if let Err(source) = self.vmm.resume(proof) {
+                        // The machine is over already: this can only be told.
+                        tracing::error!(error = %source, "the VMM could not resume the guest at the source: it is paused");
+                        self.timeline.resume_failed = Some(source.to_string());
+                    }
+                }
+                Ok(None)
+            }
+            Effect::Abort { reason, text } => {
+                self.abort(reason, &text);
+                Ok(None)
+            }
+            Effect::Finish(outcome) => {
+                self.outcome = Some(outcome);
+                Ok(None)
+            }
+        }
+    }
+
+    // ── effects ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    fn send_setup(&mut self) -> Result<(), Error> {
+        let shared = Arc::clone(&self.shared);
+        let blobs = std::mem::take(&mut self.blobs);
+        let configs = self.send_blobs(&blobs, |blob| Frame::Config(ConfigFrame { blob }))?;
+        let regions: Vec<RawRegion> = shared.layout.regions().map(RawRegion::from).collect();
+        self.try_send(Regions { regions: &regions })?;
+        let lanes = shared.config.channels.min(
+            self.grant
+                .as_ref()
+                .map_or(u32::MAX, |grant| grant.lanes_max),
+        );
+        let memory_bytes = shared.layout.pages_total().value() * multifd_wire::PAGE_BYTES_U64;
+        self.try_send(Frame::Devices(multifd_wire::frame::Devices {
+            devices: &[],
+        }))?;
+        self.try_send(SetupEnd {
+            configs,
+            regions: u32::try_from(regions.len()).unwrap_or(u32::MAX),
+            devices: 0,
+            lanes,
+            memory_bytes,
+        })?;
+        for id in 0..lanes {
+            self.start_lane(LaneId::new(id), Incarnation::new(0))?;
+        }
+        Ok(())
+    }
+
+    fn send_blobs(
+        &mut self,
+        blobs: &[Blob],
+        frame: impl Fn(multifd_wire::frame::BlobPart) -> Frame<'static>,
+    ) -> Result<u32, Error> {
+        let phase = self.session.phase();
+        let fail = |fault: Fault| Error::new(phase, fault).at(ChannelRef::Control);
+        if blobs.len() > BLOBS_MAX as usize {
+            let source = VmmError::new(format!(
+                "{} blobs, and the format carries {BLOBS_MAX}",
+                blobs.len()
+            ));
+            return Err(fail(Fault::Vmm {
+                step: "describe the machine",
+                source,
+            }));
+        }
+        for (blob, index) in blobs.iter().zip(0..) {
+            for (part, body) in blob_parts(blob.kind, blob.version, index, &blob.octets)
+                .map_err(|e| fail(e.into()))?
+            {
+                if let Some(control) = &mut self.control {
+                    control.send_with(frame(part), body).map_err(fail)?;
+                }
+            }
+        }
+        Ok(u32::try_from(blobs.len()).unwrap_or(u32::MAX))
+    }
+
+    fn start_lane(&mut self, id: LaneId, incarnation: Incarnation) -> Result<(), Error> {
+        let fail = |fault: Fault| Error::new(Phase::Setup, fault).at(ChannelRef::Lane(id));
+        let (Some(grant), Some(agreement)) = (self.grant, self.agreement) else {
+            return Err(fail(Fault::OutOfTurn {
+                what: "a lane before the grant".into(),
+            }));
+        };
+        let state = Arc::new(LaneState {
+            id,
+            lane: std::sync::Mutex::new(Some(crate::lane::Lane::new(id, incarnation))),
+        });
+        let (commands, orders) = crossbeam_channel::bounded(2);
+        let hello = Hello::join(self.id, grant.ticket, agreement.features, id, incarnation);
+        let (shared, dial, notes, lane) = (
+            Arc::clone(&self.shared),
+            Arc::clone(&self.dial),
+            self.notes.clone(),
+            Arc::clone(&state),
+        );
+        let body = Box::new(move || {
+            let fault = lane_life(&shared, &*dial, &hello, &lane, &orders, &notes).err();
+            let _ = notes.send(Note::LaneEnded { lane: id, fault });
+        });
+        let thread = self
+            .spawner
+            .spawn(&format!("mfd-lane{id}"), body)
+            .map_err(|source| {
+                fail(Fault::System {
+                    step: "start a thread",
+                    source,
+                })
+            })?;
+        self.lanes.push(Slot {
+            state,
+            incarnation,
+            commands: Some(commands),
+            closer: None,
+            life: Life::Dialling,
+            encoded: None,
+            thread: Some(thread),
+        });
+        Ok(())
+    }
+
+    fn open_round(&mut self, round: Round, last: bool) {
+        let taken = self.shared.dirty.take_round();
+        let pages = taken.pages();
+        let counters = &self.shared.counters;
+        counters.round.store(round.value(), Relaxed);
+        counters.round_pages_left.store(pages, Relaxed);
+        let octets_before = counters.octets_sent.load(Relaxed);
+        self.timeline
+            .round_opened(round, pages, octets_before, self.shared.now());
+        let work = Arc::new(RoundWork::new(taken));
+        for slot in self.lanes.iter().filter(|slot| slot.life == Life::Alive) {
+            if let Some(commands) = &slot.commands {
+                // There is room: a lane gets its next round only after it said that it encoded the one before.
+                let _ = commands.try_send(LaneCommand::Round {
+                    work: Arc::clone(&work),
+                    round,
+                    last,
+                });
+            }
+        }
+        self.open = Some(Open {
+            round,
+            last,
+            told: false,
+            octets_before,
+        });
+    }
+
+    fn collect(&mut self, last: bool) -> Result<Event, Error> {
+        let phase = if last {
+            CollectPhase::Final
+        } else {
+            CollectPhase::PreCopy
+        };
+        let began = Instant::now();
+        for source in &mut self.sources {
+            if let Err(error) = source.collect(&self.shared.dirty, phase) {
+                let text = format!("{}: {error}", source.name());
+                return Err(Error::new(self.session.phase(), Fault::Tracking(text)));
+            }
+        }
+        let pages = self.shared.dirty.dirty_pages();
+        self.shared.counters.dirty_pages.store(pages, Relaxed);
+        self.timeline.collected(pages, last, began.elapsed());
+        Ok(Event::Collected { pages })
+    }
+
+    fn pause(&mut self) -> Result<Event, Error> {
+        self.timeline.pausing(self.session.predicted_downtime());
+        self.vmm.pause().map_err(|source| {
+            Error::new(
+                Phase::Switchover,
+                Fault::Vmm {
+                    step: "pause the guest",
+                    source,
+                },
+            )
+        })?;
+        self.timeline.paused();
+        Ok(Event::Paused)
+    }
+
+    fn save(&mut self) -> Result<Event, Error> {
+        let blobs = self.vmm.save().map_err(|source| {
+            Error::new(
+                Phase::Switchover,
+                Fault::Vmm {
+                    step: "save its state",
+                    source,
+                },
+            )
+        })?;
+        self.states = self.send_blobs(&blobs, |blob| Frame::VmState(VmState { blob }))?;
+        self.timeline.saved();
+        Ok(Event::Saved)
+    }
+
+    fn send_final(&mut self, round: Round) -> Result<Event, Error> {
+        let digest = self.shared.digest.value();
+        let memory_pages = self.shared.layout.pages_total().value();
+        self.try_send(Final {
+            final_round: round,
+            states: self.states,
+            digest,
+            memory_pages,
+        })?;
+        self.timeline.final_sent();
+        Ok(Event::FinalSent {
+            digest: digest.value(),
+        })
+    }
+
+    /// Tells the peer why; as well as it can be told.
+    fn abort(&mut self, reason: Reason, text: &str) {
+        let phase = self.session.phase();
+        let text = Text::<TEXT_BYTES_MAX>::clip(text);
+        if let Some(control) = &mut self.control {
+            control.half().set_deadline(Some(Instant::now() + FAREWELL));
+            let frame = Abort {
+                reason,
+                phase,
+                channel: ChannelRef::None,
+                text: text.as_str(),
+            };
+            if let Err(fault) = control.send(frame) {
+                tracing::debug!(%fault, "the destination could not be told");
+            }
+        }
+    }
+
+    // ── notes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    fn note(&mut self, note: Note) {
+        match note {
+            Note::Inbound(inbound) => {
+                self.session.heard(self.shared.now());
+                if let Err(error) = self.inbound(inbound) {
+                    self.drive(Event::Failed(error.at(ChannelRef::Control)));
+                }
+            }
+            Note::ControlLost(error) => {
+                self.control_lost = true;
+                let phase = self.session.phase();
+                self.drive(Event::Failed(error.in_phase(phase)));
+            }
+            Note::LaneUp {
+                lane,
+                closer,
+                description,
+            } => {
+                tracing::info!(channel = %description, %lane, "lane open");
+                if let Some(slot) = self.slot(lane) {
+                    slot.closer = Some(closer);
+                    slot.life = Life::Alive;
+                }
+                self.count_lanes();
+                if let Err(error) = self.begin_rounds() {
+                    self.drive(Event::Failed(error));
+                }
+            }
+            Note::LaneEncoded { lane, round } => {
+                if let Some(slot) = self.slot(lane) {
+                    slot.encoded = Some(round);
+                }
+                self.check_encoded();
+            }
+            Note::LaneEnded { lane, fault } => self.lane_ended(lane, fault),
+            Note::Cancel => self.drive(Event::Cancel),
+        }
+    }
+
+    fn inbound(&mut self, inbound: Inbound) -> Result<(), Error> {
+        let fail = |phase: Phase, misbehaved: Misbehaved| Error::new(phase, misbehaved);
+        let phase = self.session.phase();
+        match inbound {
+            Inbound::Granted(grant) => {
+                self.grant = Some(grant);
+                self.drive(Event::Granted);
+            }
+            Inbound::Ready(ready) => {
+                let lanes = self.lanes.len() as u64;
+                if u64::from(ready.lanes) != lanes {
+                    return Err(fail(
+                        phase,
+                        Misbehaved::Amount {
+                            field: "ready.lanes",
+                            expected: lanes,
+                            found: u64::from(ready.lanes),
+                        },
+                    ));
+                }
+                self.destination_ready = Some(ready);
+                self.begin_rounds()?;
+            }
+            Inbound::Acks(marks) => marks
+                .iter()
+                .try_for_each(|mark| self.acked(mark))
+                .map_err(|m| fail(phase, m))?,
+            Inbound::GiveBack {
+                lane,
+                incarnation,
+                runs,
+            } => self
+                .given_back(lane, incarnation, &runs)
+                .map_err(|m| fail(phase, m))?,
+            Inbound::Closed(closed) => {
+                self.timeline.round_closed(&closed);
+                self.drive(Event::Closed {
+                    round: closed.round,
+                    damaged: closed.damaged_pages,
+                });
+            }
+            Inbound::Prepared(prepared) => {
+                self.timeline.prepared(&prepared);
+                self.drive(Event::Prepared {
+                    digest: prepared.digest.value(),
+                });
+            }
+            Inbound::Running(running) => {
+                self.timeline.running(&running);
+                self.drive(Event::Running);
+            }
+            Inbound::KeepAlive {
+                stamp_us,
+                echo_us: 0,
+            } => self.send(KeepAlive {
+                stamp_us: micros(self.shared.now()).max(1),
+                echo_us: stamp_us,
+            }),
+            Inbound::KeepAlive { echo_us, .. } => {
+                let time = self
+                    .shared
+                    .now()
+                    .saturating_sub(Duration::from_micros(echo_us));
+                self.drive(Event::RoundTrip(time));
+            }
+            Inbound::LaneDown {
+                lane,
+                incarnation,
+                reason,
+            } => self
+                .lane_down(lane, incarnation, reason)
+                .map_err(|m| fail(phase, m))?,
+            Inbound::Abort { reason, text } => {
+                return Err(Error::new(phase, Fault::PeerAborted { reason, text }));
+            }
+            Inbound::Other => {}
+        }
+        Ok(())
+    }
+
+    /// Once the destination is ready *and* every lane has read its acceptance, which may be later than READY.
+    fn begin_rounds(&mut self) -> Result<(), Error> {
+        if self.lanes.iter().any(|slot| slot.life == Life::Dialling) {
+            return Ok(());
+        }
+        let Some(ready) = self.destination_ready.take() else {
+            return Ok(());
+        };
+        self.start_tracking()?;
+        self.timeline.ready(self.shared.now(), ready.prepare_us);
+        self.drive(Event::Ready);
+        Ok(())
+    }
+
+    fn start_tracking(&mut self) -> Result<(), Error> {
+        self.tracking = true;
+        for source in &mut self.sources {
+            if let Err(error) = source.start(&self.shared.dirty) {
+                let text = format!("{}: {error}", source.name());
+                return Err(Error::new(Phase::Setup, Fault::Tracking(text)));
+            }
+        }
+        // Only now: what is written from here on is reported, what was written before is in round 0.
+        self.shared.dirty.mark_all();
+        Ok(())
+    }
+
+    fn acked(&mut self, mark: &LaneMark) -> Result<(), Misbehaved> {
+        let Some(slot) = self
+            .slot(mark.lane)
+            .filter(|slot| slot.incarnation == mark.incarnation)
+        else {
+            return Err(Misbehaved::Lane {
+                channel: ChannelRef::Lane(mark.lane),
+                incarnation: mark.incarnation.value(),
+            });
+        };
+        let state = Arc::clone(&slot.state);
+        let settled = match lock(&state.lane).as_mut() {
+            Some(lane) => lane.acked(mark.frames)?,
+            None => return Ok(()),
+        };
+        self.shared
+            .counters
+            .octets_acked
+            .fetch_add(settled.octets, Relaxed);
+        Ok(())
+    }
+
+    fn given_back(
+        &mut self,
+        lane: LaneId,
+        incarnation: Incarnation,
+        runs: &[RawRun],
+    ) -> Result<(), Misbehaved> {
+        let mut pages = 0;
+        for raw in runs {
+            let run = self.shared.layout.admit(raw)?;
+            self.shared.dirty.give_back(tracked(run));
+            pages += u64::from(run.count());
+        }
+        self.shared
+            .counters
+            .pages_given_back
+            .fetch_add(pages, Relaxed);
+        tracing::debug!(%lane, %incarnation, pages, "pages came back: their checksum failed at the destination");
+        Ok(())
+    }
+
+    fn lane_down(
+        &mut self,
+        lane: LaneId,
+        incarnation: Incarnation,
+        reason: Reason,
+    ) -> Result<(), Misbehaved> {
+        let Some(slot) = self
+            .slot(lane)
+            .filter(|slot| slot.incarnation == incarnation)
+        else {
+            return Err(Misbehaved::Lane {
+                channel: ChannelRef::Lane(lane),
+                incarnation: incarnation.value(),
+            });
+        };
+        match slot.life {
+            // Both sides know: what the destination has of it was acknowledged before this frame, the rest comes back.
+            Life::Dying => self.bury(lane),
+            Life::Dead => {}
+            Life::Dialling | Life::Alive => {
+                tracing::warn!(%lane, %reason, "the destination lost a lane");
+                if let Some(closer) = &slot.closer {
+                    closer.shutdown();
+                }
+                slot.commands = None;
+                slot.life = Life::Dying;
+                // Its thread ends now and says so; the destination has said its part already.
+                slot.encoded = None;
+                if let Some(thread) = slot.thread.take() {
+                    let _ = thread.join();
+                }
+                self.bury(lane);
+            }
+        }
+        Ok(())
+    }
+
+    fn lane_ended(&mut self, id: LaneId, fault: Option<Fault>) {
+        let phase = self.session.phase();
+        let Some(slot) = self.slot(id) else { return };
+        let Some(fault) = fault else { return };
+        match slot.life {
+            Life::Dying | Life::Dead => {}
+            // A migration begins with all its lanes or not at all: what is wrong is found in the first second.
+            Life::Dialling => self.drive(Event::Failed(
+                Error::new(phase, fault).at(ChannelRef::Lane(id)),
+            )),
+            Life::Alive => {
+                tracing::warn!(lane = %id, %fault, "lane lost");
+                slot.life = Life::Dying;
+                slot.commands = None;
+                if let Some(closer) = &slot.closer {
+                    closer.shutdown();
+                }
+                let incarnation = slot.incarnation;
+                self.timeline.lane_lost(&fault.to_string());
+                self.count_lanes();
+                if self.lanes.iter().all(|slot| slot.life != Life::Alive) {
+                    let all = Fault::AllLanesLost {
+                        last: fault.to_string(),
+                    };
+                    self.drive(Event::Failed(
+                        Error::new(phase, all).at(ChannelRef::Lane(id)),
+                    ));
+                    return;
+                }
+                self.send(LaneDown {
+                    lane: id,
+                    incarnation,
+                    reason: Reason::ChannelsLost,
+                });
+            }
+        }
+    }
+
+    /// What the destination has of a lost lane is settled: everything else of it comes back.
+    fn bury(&mut self, id: LaneId) {
+        let Some(slot) = self.slot(id) else { return };
+        slot.life = Life::Dead;
+        let state = Arc::clone(&slot.state);
+        let runs = lock(&state.lane)
+            .take()
+            .map(crate::lane::Lane::die)
+            .unwrap_or_default();
+        let pages: u64 = runs.iter().map(|run| u64::from(run.count())).sum();
+        for run in runs {
+            self.shared.dirty.give_back(tracked(run));
+        }
+        self.shared
+            .counters
+            .pages_given_back
+            .fetch_add(pages, Relaxed);
+        self.count_lanes();
+        if self
+            .lanes
+            .iter()
+            .all(|slot| matches!(slot.life, Life::Dead | Life::Dying))
+        {
+            let error = Error::new(
+                self.session.phase(),
+                Fault::AllLanesLost {
+                    last: "closed by the destination".into(),
+                },
+            );
+            self.drive(Event::Failed(error.at(ChannelRef::Lane(id))));
+            return;
+        }
+        self.drive(Event::LaneLost {
+            pages: self.shared.dirty.dirty_pages(),
+        });
+        self.check_encoded();
+    }
+
+    /// Tells the machine once that the present round is encoded: by every living lane, with no lane's fate unsettled.
+    fn check_encoded(&mut self) {
+        let Some(open) = self.open.as_mut().filter(|open| !open.told) else {
+            return;
+        };
+        let done = |slot: &Slot| match slot.life {
+            Life::Alive => slot.encoded == Some(open.round),
+            Life::Dying | Life::Dialling => false,
+            Life::Dead => true,
+        };
+        if !self.lanes.iter().all(done) {
+            return;
+        }
+        open.told = true;
+        let octets = self.shared.counters.octets_sent.load(Relaxed) - open.octets_before;
+        let (round, last) = (open.round, open.last);
+        let unacked = |slot: &Slot| {
+            lock(&slot.state.lane)
+                .as_ref()
+                .map_or(0, crate::lane::Lane::unacked_octets)
+        };
+        let unacked_octets = self.lanes.iter().map(unacked).sum();
+        self.timeline
+            .round_encoded(round, octets, self.shared.now());
+        tracing::debug!(%round, last, octets, unacked_octets, "round encoded");
+        self.drive(Event::Encoded {
+            octets,
+            unacked_octets,
+        });
+        if let Some(bandwidth) = self.session.bandwidth() {
+            self.shared
+                .counters
+                .bandwidth
+                .store(bandwidth as u64, Relaxed);
+        }
+    }
+
+    fn slot(&mut self, lane: LaneId) -> Option<&mut Slot> {
+        self.lanes.get_mut(lane.value() as usize)
+    }
+
+    fn count_lanes(&self) {
+        let alive = self
+            .lanes
+            .iter()
+            .filter(|slot| slot.life == Life::Alive)
+            .count();
+        self.shared
+            .counters
+            .lanes
+            .store(u32::try_from(alive).unwrap_or(u32::MAX), Relaxed);
+    }
+
+    // ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// Ends every thread, gives back what no one acknowledged, stops tracking, and writes the report.
+    fn wind_up(mut self) -> Finished {
+        let outcome = match self.outcome.take() {
+            Some(outcome) => outcome,
+            None => unreachable!("run() ends with an outcome"),
+        };
+        let migrated = matches!(outcome, Outcome::Migrated);
+        if migrated {
+            self.vmm.migrated();
+        }
+        self.timeline.ended();
+        // The control channel first: if the lanes went first, the destination would see lost lanes before it read why.
+        if let Some(control) = &mut self.control {
+            let _ = control.half().finish();
+        }
+        self.hear_the_farewell();
+        self.shared.stop.store(true, Relaxed);
+        self.open = None;
+        for slot in &mut self.lanes {
+            slot.commands = None;
+            if !migrated && let Some(closer) = &slot.closer {
+                closer.shutdown();
+            }
+        }
+        self.join_lanes();
+        for slot in &mut self.lanes {
+            for run in lock(&slot.state.lane)
+                .take()
+                .map(crate::lane::Lane::die)
+                .unwrap_or_default()
+            {
+                self.shared.dirty.give_back(tracked(run));
+            }
+        }
+        if self.tracking {
+            for source in &mut self.sources {
+                if let Err(error) = source.stop() {
+                    tracing::warn!(source = source.name(), %error, "dirty tracking could not be stopped");
+                }
+            }
+        }
+        self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+        let report = Report::new(
+            &self.timeline,
+            &outcome,
+            &self.shared.counters.snapshot(),
+            &self.shared.config,
+            &self.sources,
+        );
+        let error = match outcome {
+            Outcome::Migrated => None,
+            Outcome::Failed(error) | Outcome::Cancelled(error) | Outcome::Unknown(error) => {
+                Some(error)
+            }
+        };
+        Finished {
+            report,
+            error,
+            vmm: self.vmm,
+            sources: self.sources,
+        }
+    }
+
+    /// Lanes end when their command queue and their channel are closed; notes are read meanwhile so that none blocks on them.
+    fn join_lanes(&mut self) {
+        for slot in &mut self.lanes {
+            while slot
+                .thread
+                .as_ref()
+                .is_some_and(|thread| !thread.is_finished())
+            {
+                // A lane that was still dialling when it ended.
+                if let Ok(Note::LaneUp { closer, .. }) =
+                    self.inbox.recv_timeout(Duration::from_millis(1))
+                {
+                    closer.shutdown();
+                }
+            }
+            if let Some(thread) = slot.thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    /// Waits a moment for the destination to close, so that what it was told is not destroyed by our own close.
+    fn hear_the_farewell(&mut self) {
+        let until = Instant::now() + FAREWELL;
+        while self.reader.is_some() && !self.control_lost && Instant::now() < until {
+            match self.inbox.recv_deadline(until) {
+                Ok(Note::ControlLost(_)) | Err(_) => self.control_lost = true,
+                Ok(Note::LaneUp { closer, .. }) => closer.shutdown(),
+                Ok(_) => {}
+            }
+        }
+        if let Some(closer) = &self.control_closer {
+            closer.shutdown();
+        }
+        // The reader may be waiting for room in the queue.
+        while let Some(reader) = &self.reader {
+            if reader.is_finished() {
+                let _ = self.reader.take().map(JoinHandle::join);
+            } else {
+                let _ = self.inbox.recv_timeout(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
+/// The life of one lane's thread: dial, hello, serve.
+fn lane_life(
+    shared: &Shared,
+    dial: &dyn Dial,
+    hello: &Hello,
+    state: &LaneState,
+    orders: &Receiver<LaneCommand>,
+    notes: &Sender<Note>,
+) -> Result<(), Fault> {
+    let deadline = Instant::now() + shared.config.hello_deadline;
+    let channel = dial
+        .dial(ChannelRef::Lane(state.id), deadline)
+        .map_err(|e| Fault::Dial(e.to_string()))?;
+    shared.check_stop()?;
+    let opened = open(channel, hello, deadline)?;
+    let (mut tx, rx) = (opened.tx, opened.rx);
+    tx.set_stall(Some(shared.config.stall));
+    let _ = notes.send(Note::LaneUp {
+        lane: state.id,
+        closer: opened.closer,
+        description: opened.description,
+    });
+    let result = serve(shared, state, tx, orders, notes);
+    // Kept until here: closing the receiving half earlier would reset the connection.
+    drop(rx);
+    result
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

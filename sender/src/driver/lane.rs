@@ -1,0 +1,289 @@
+//! The thread of one data channel at the source: takes pages, tests, sums and sends them.
+//!
+//! Per page: one look for "all zero" that ends at the first other octet, one pass for the checksum, and the kernel's copy
+//! out of guest memory while the page is still in the cache. Nothing is allocated per page and no lock is taken per page.
+//! What it must never do: let go of a page that is neither in the ledger nor back in the dirty set ([`Unsent`]).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender};
+use multifd_tracking::Run;
+use multifd_transport::{ChannelError, IoSource, SendHalf};
+use multifd_wire::digest::page_value;
+use multifd_wire::frame::{Pages, RawRun, Zeros};
+use multifd_wire::limits::{RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX};
+use multifd_wire::{
+    Body, Frame, HEADER_BYTES, PAGE_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence,
+};
+use zerocopy::byteorder::little_endian::U32;
+
+use super::work::{RoundWork, Unsent};
+use super::{LaneState, Note, Shared, lock, thread_cpu};
+use crate::error::Fault;
+
+/// Frames a lane may have sent and not acknowledged. At 256 KiB a frame this is 1 GiB, far more than sockets hold: it
+/// bounds the ledger against a receiver that reads but never acknowledges.
+pub(super) const UNACKED_FRAMES_MAX: u64 = 4096;
+
+/// Zero pages are told in frames of at most this many, so that they are acknowledged as they go.
+const ZERO_PAGES_PER_FRAME_MAX: u64 = 1 << 16;
+
+/// How long a wait may be before it looks whether the migration is over.
+const NAP: Duration = Duration::from_millis(10);
+
+/// What the control thread asks of a lane.
+#[derive(Debug)]
+pub(super) enum LaneCommand {
+    /// Take part in a round until nothing is left of it, then end it with a mark.
+    Round {
+        work: Arc<RoundWork>,
+        round: Round,
+        last: bool,
+    },
+}
+
+/// Serves one lane until its channel dies or the migration ends. The result says why it ended, if not in peace.
+pub(super) fn serve(
+    shared: &Shared,
+    state: &LaneState,
+    tx: Box<dyn SendHalf>,
+    commands: &Receiver<LaneCommand>,
+    notes: &Sender<Note>,
+) -> Result<(), Fault> {
+    let mut feeder = Feeder::new(shared, state, tx);
+    for LaneCommand::Round { work, round, last } in commands {
+        feeder.round(&work, round, last, notes)?;
+        shared.counters.add_cpu(thread_cpu(&mut feeder.cpu));
+    }
+    Ok(())
+}
+
+struct Feeder<'s> {
+    shared: &'s Shared,
+    state: &'s LaneState,
+    tx: Box<dyn SendHalf>,
+    head: Vec<u8>,
+    raw_runs: Vec<RawRun>,
+    checksums: Vec<U32>,
+    cpu: Duration,
+}
+
+impl<'s> Feeder<'s> {
+    fn new(shared: &'s Shared, state: &'s LaneState, tx: Box<dyn SendHalf>) -> Self {
+        Self {
+            shared,
+            state,
+            tx,
+            head: Vec::with_capacity(8192),
+            raw_runs: Vec::new(),
+            checksums: Vec::new(),
+            cpu: Duration::ZERO,
+        }
+    }
+
+    fn round(
+        &mut self,
+        work: &RoundWork,
+        round: Round,
+        last: bool,
+        notes: &Sender<Note>,
+    ) -> Result<(), Fault> {
+        self.with_lane(|lane| lane.begin_round(round, last))?;
+        let mut unsent = Unsent::new(self.shared.dirty.clone());
+        loop {
+            self.shared.check_stop()?;
+            let left = work.take(&mut unsent.extent);
+            self.shared.counters.round_pages_left.store(left, Relaxed);
+            if unsent.extent.is_empty() {
+                break;
+            }
+            while let Some(run) = unsent.extent.last().copied() {
+                self.sort(run, &mut unsent, round)?;
+                unsent.extent.pop();
+            }
+        }
+        self.send_zeros(&mut unsent, round)?;
+        self.send_pages(&mut unsent, round)?;
+        let (mark, sequence) = self.with_lane(crate::lane::Lane::end_round)?;
+        // Before the mark is sent: a slow lane must not keep the others from beginning the next round (SPEC: ROUND-2 needs
+        // only that what this lane sends of the round was taken from memory before).
+        let _ = notes.send(Note::LaneEncoded {
+            lane: self.state.id,
+            round,
+        });
+        self.head.clear();
+        Frame::from(mark).encode(sequence, Body::None, &mut self.head)?;
+        Ok(self.tx.send(&self.head, &[])?)
+    }
+
+    /// Sorts the pages of one run into zeros and content, and sends frames as they fill up.
+    fn sort(&mut self, run: Run, unsent: &mut Unsent, round: Round) -> Result<(), Fault> {
+        for page in run.first..run.first + run.count {
+            // A page leaves the extent for a list in one step, as seen from outside: nothing below can fail in between.
+            if let Some(left) = unsent.extent.last_mut() {
+                *left = Run {
+                    first: page + 1,
+                    count: run.first + run.count - page - 1,
+                    ..run
+                };
+            }
+            let Ok(span) =
+                self.shared
+                    .memory
+                    .span(run.region, page * PAGE_BYTES_U64, PAGE_BYTES_U64)
+            else {
+                debug_assert!(
+                    false,
+                    "the dirty set and guest memory disagree about {run:?}"
+                );
+                continue;
+            };
+            if span.is_zero() {
+                unsent.zeros.push(run.region, page);
+                if unsent.zeros.runs() >= RUNS_PER_ZEROS_MAX
+                    || unsent.zeros.pages() >= ZERO_PAGES_PER_FRAME_MAX
+                {
+                    self.send_zeros(unsent, round)?;
+                }
+            } else {
+                self.checksums.push(U32::new(span.crc32()));
+                unsent.pages.push(run.region, page);
+                if unsent.pages.pages() >= self.shared.config.body_pages
+                    || unsent.pages.runs() >= RUNS_PER_PAGES_MAX
+                {
+                    self.send_pages(unsent, round)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn send_pages(&mut self, unsent: &mut Unsent, round: Round) -> Result<(), Fault> {
+        if unsent.pages.is_empty() {
+            return Ok(());
+        }
+        let runs = unsent.pages.admitted(&self.shared.layout);
+        let pages = unsent.pages.pages();
+        let body = pages * PAGE_BYTES_U64;
+        self.wait_for_turn(body)?;
+        let mut values = self.checksums.iter().map(|crc| page_value(crc.get()));
+        for run in &runs {
+            self.shared.digest.merge(
+                self.shared
+                    .values
+                    .replace(*run, values.by_ref().take(run.pages())),
+            );
+        }
+        self.raw_runs.clear();
+        self.raw_runs.extend(runs.iter().copied().map(RawRun::from));
+        let memory = &self.shared.memory;
+        let sources = runs.iter().filter_map(|run| {
+            memory
+                .span(run.region().value(), run.offset_bytes(), run.bytes())
+                .ok()
+        });
+        let sources: Vec<IoSource<'_>> = sources.map(IoSource::Guest).collect();
+        let octets = body + (HEADER_BYTES + 16 + runs.len() * 16 + self.checksums.len() * 4) as u64;
+        let sequence = self.enter(runs, octets, crate::lane::Lane::pages)?;
+        unsent.pages.clear();
+        let frame = Frame::Pages(Pages {
+            round,
+            runs: &self.raw_runs,
+            checksums: &self.checksums,
+        });
+        self.head.clear();
+        let encoded = frame.encode(sequence, Body::Pages, &mut self.head);
+        self.checksums.clear();
+        encoded?;
+        self.tx.send(&self.head, &sources)?;
+        self.count(octets, pages, 0);
+        Ok(())
+    }
+
+    fn send_zeros(&mut self, unsent: &mut Unsent, round: Round) -> Result<(), Fault> {
+        if unsent.zeros.is_empty() {
+            return Ok(());
+        }
+        let runs = unsent.zeros.admitted(&self.shared.layout);
+        let pages = unsent.zeros.pages();
+        for run in &runs {
+            self.shared.digest.merge(self.shared.values.clear(*run));
+        }
+        self.raw_runs.clear();
+        self.raw_runs.extend(runs.iter().copied().map(RawRun::from));
+        let octets = (HEADER_BYTES + 16 + runs.len() * 16) as u64;
+        self.wait_for_turn(octets)?;
+        let sequence = self.enter(runs, octets, crate::lane::Lane::zeros)?;
+        unsent.zeros.clear();
+        self.head.clear();
+        Frame::Zeros(Zeros {
+            round,
+            runs: &self.raw_runs,
+        })
+        .encode(sequence, Body::None, &mut self.head)?;
+        self.tx.send(&self.head, &[])?;
+        self.count(octets, 0, pages);
+        Ok(())
+    }
+
+    fn count(&self, octets: u64, pages: u64, zero_pages: u64) {
+        let counters = &self.shared.counters;
+        counters.octets_sent.fetch_add(octets, Relaxed);
+        counters.pages_sent.fetch_add(pages, Relaxed);
+        counters.zero_pages_sent.fetch_add(zero_pages, Relaxed);
+    }
+
+    /// Enters a frame in the ledger. From here on its pages come back if the lane dies.
+    fn enter(
+        &self,
+        runs: Vec<PageRun>,
+        octets: u64,
+        how: impl FnOnce(
+            &mut crate::lane::Lane,
+            Vec<PageRun>,
+            u64,
+        ) -> Result<Sequence, crate::lane::LaneMisuse>,
+    ) -> Result<Sequence, Fault> {
+        self.with_lane(|lane| how(lane, runs, octets))
+    }
+
+    fn with_lane<T>(
+        &self,
+        f: impl FnOnce(&mut crate::lane::Lane) -> Result<T, crate::lane::LaneMisuse>,
+    ) -> Result<T, Fault> {
+        match lock(&self.state.lane).as_mut() {
+            Some(lane) => f(lane).map_err(|misuse| Fault::OutOfTurn {
+                what: format!("lane {}: {misuse}", self.state.id),
+            }),
+            None => Err(Fault::Channel(ChannelError::ShutDown)),
+        }
+    }
+
+    /// Waits for the bandwidth cap and for room in the ledger.
+    fn wait_for_turn(&self, octets: u64) -> Result<(), Fault> {
+        let mut wait = self.shared.pacer.book(octets, self.shared.began.elapsed());
+        while !wait.is_zero() {
+            std::thread::sleep(wait.min(NAP));
+            wait = wait.saturating_sub(NAP);
+            self.shared.check_stop()?;
+        }
+        let since = Instant::now();
+        while lock(&self.state.lane)
+            .as_ref()
+            .is_some_and(|lane| lane.unacked_frames() >= UNACKED_FRAMES_MAX)
+        {
+            self.shared.check_stop()?;
+            if since.elapsed() > self.shared.config.stall {
+                return Err(Fault::Timeout {
+                    what: "an acknowledgement",
+                });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+}
+
+const _: () = assert!(PAGE_BYTES as u64 == PAGE_BYTES_U64);

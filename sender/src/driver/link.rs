@@ -1,0 +1,222 @@
+//! Frames over a channel: the hello exchange, the control channel's two directions.
+
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
+use multifd_wire::frame::{Grant, LaneMark, Prepared, RawRun, Ready, RoundClosed, Running};
+use multifd_wire::limits::TABLE_BYTES_MAX;
+use multifd_wire::negotiate::{Agreement, accept};
+use multifd_wire::{
+    Body, ChannelKind, ChannelRef, Frame, HEADER_BYTES, HELLO_REPLY_BYTES, Header, Hello,
+    HelloReply, Incarnation, Incompatible, LaneId, Misbehaved, Phase, Reason, Role, Sequence,
+};
+
+use super::Note;
+use crate::error::{Error, Fault};
+
+/// A channel whose hello was accepted.
+pub(super) struct Open {
+    pub(super) tx: Box<dyn SendHalf>,
+    pub(super) rx: Box<dyn ReceiveHalf>,
+    pub(super) closer: Closer,
+    pub(super) agreement: Agreement,
+    pub(super) description: String,
+}
+
+/// Says hello and reads the answer (SPEC: HELLO-1).
+pub(super) fn open(
+    channel: Box<dyn Channel>,
+    hello: &Hello,
+    deadline: Instant,
+) -> Result<Open, Fault> {
+    let description = channel.describe();
+    let (mut tx, mut rx, closer) = channel.split();
+    tx.set_deadline(Some(deadline));
+    rx.set_deadline(Some(deadline));
+    tx.send(&hello.encode(), &[])?;
+    let mut octets = [0u8; HELLO_REPLY_BYTES];
+    rx.receive(&mut octets)?;
+    let reply = HelloReply::decode(&octets)?;
+    let agreement = accept(hello, &reply).map_err(|e| match e {
+        Incompatible::Refused { reason, text } => Fault::Refused {
+            reason,
+            text: text.to_string(),
+        },
+        other => Fault::Incompatible(other),
+    })?;
+    tx.set_deadline(None);
+    rx.set_deadline(None);
+    Ok(Open {
+        tx,
+        rx,
+        closer,
+        agreement,
+        description,
+    })
+}
+
+/// The sending direction of the control channel.
+pub(super) struct ControlSender {
+    tx: Box<dyn SendHalf>,
+    next: Sequence,
+    head: Vec<u8>,
+}
+
+impl ControlSender {
+    pub(super) fn new(tx: Box<dyn SendHalf>) -> Self {
+        Self {
+            tx,
+            next: Sequence::new(0),
+            head: Vec::with_capacity(4096),
+        }
+    }
+
+    /// Sends a frame without a body.
+    pub(super) fn send<'a>(&mut self, frame: impl Into<Frame<'a>>) -> Result<(), Fault> {
+        self.head.clear();
+        frame.into().encode(self.next, Body::None, &mut self.head)?;
+        self.next = Sequence::new(self.next.value() + 1);
+        Ok(self.tx.send(&self.head, &[])?)
+    }
+
+    /// Sends a frame and its body.
+    pub(super) fn send_with<'a>(
+        &mut self,
+        frame: impl Into<Frame<'a>>,
+        body: &[u8],
+    ) -> Result<(), Fault> {
+        self.head.clear();
+        frame
+            .into()
+            .encode(self.next, Body::Octets(body), &mut self.head)?;
+        self.next = Sequence::new(self.next.value() + 1);
+        Ok(self
+            .tx
+            .send(&self.head, &[multifd_transport::IoSource::Octets(body)])?)
+    }
+
+    pub(super) fn half(&mut self) -> &mut dyn SendHalf {
+        &mut *self.tx
+    }
+}
+
+/// What the destination says, in owned form.
+#[derive(Debug)]
+pub(super) enum Inbound {
+    Granted(Grant),
+    Ready(Ready),
+    Acks(Vec<LaneMark>),
+    GiveBack {
+        lane: LaneId,
+        incarnation: Incarnation,
+        runs: Vec<RawRun>,
+    },
+    Closed(RoundClosed),
+    Prepared(Prepared),
+    Running(Running),
+    KeepAlive {
+        stamp_us: u64,
+        echo_us: u64,
+    },
+    LaneDown {
+        lane: LaneId,
+        incarnation: Incarnation,
+        reason: Reason,
+    },
+    Abort {
+        reason: Reason,
+        text: String,
+    },
+    /// A frame that tells this version nothing it acts on: progress, and optional kinds of later versions.
+    Other,
+}
+
+/// Reads the control channel until it ends, and passes every frame on. Never returns without a last word to the control thread.
+pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, notes: &Sender<Note>) {
+    let mut reader = Reader {
+        expected: Sequence::new(0),
+        table: Vec::new(),
+    };
+    loop {
+        let note = match reader.next(&mut *rx) {
+            Ok(inbound) => Note::Inbound(inbound),
+            Err(fault) => {
+                Note::ControlLost(Error::new(Phase::Hello, fault).at(ChannelRef::Control))
+            }
+        };
+        let ended = matches!(note, Note::ControlLost(_));
+        if notes.send(note).is_err() || ended {
+            return;
+        }
+    }
+}
+
+struct Reader {
+    expected: Sequence,
+    table: Vec<u8>,
+}
+
+impl Reader {
+    fn next(&mut self, rx: &mut dyn ReceiveHalf) -> Result<Inbound, Fault> {
+        let mut octets = [0u8; HEADER_BYTES];
+        rx.receive(&mut octets)?;
+        let header = Header::decode(&octets)?;
+        header.check_sequence(self.expected)?;
+        self.expected = Sequence::new(self.expected.value() + 1);
+        let (kind, from, on) = (header.kind(), Role::Destination, ChannelKind::Control);
+        if !kind.may_travel(from, on) {
+            return Err(Misbehaved::Direction { kind, from, on }.into());
+        }
+        debug_assert!(
+            header.table_bytes() <= TABLE_BYTES_MAX,
+            "Header::decode bounds it"
+        );
+        self.table.resize(header.table_bytes(), 0);
+        rx.receive(&mut self.table)?;
+        let inbound = owned(Frame::decode(&header, &self.table)?);
+        skip_body(rx, header.body_bytes())?;
+        Ok(inbound)
+    }
+}
+
+/// No kind that the destination sends in this version has a body; one of a later version, marked optional, may.
+fn skip_body(rx: &mut dyn ReceiveHalf, mut octets: usize) -> Result<(), ChannelError> {
+    let mut bin = [0u8; 4096];
+    while octets > 0 {
+        let piece = octets.min(bin.len());
+        rx.receive(&mut bin[..piece])?;
+        octets -= piece;
+    }
+    Ok(())
+}
+
+fn owned(frame: Frame<'_>) -> Inbound {
+    match frame {
+        Frame::Grant(grant) => Inbound::Granted(grant),
+        Frame::Ready(ready) => Inbound::Ready(ready),
+        Frame::Ack(acks) => Inbound::Acks(acks.iter().collect()),
+        Frame::GiveBack(back) => Inbound::GiveBack {
+            lane: back.lane,
+            incarnation: back.incarnation,
+            runs: back.runs.to_vec(),
+        },
+        Frame::RoundClosed(closed) => Inbound::Closed(closed),
+        Frame::Prepared(prepared) => Inbound::Prepared(prepared),
+        Frame::Running(running) => Inbound::Running(running),
+        Frame::KeepAlive(alive) => Inbound::KeepAlive {
+            stamp_us: alive.stamp_us,
+            echo_us: alive.echo_us,
+        },
+        Frame::LaneDown(down) => Inbound::LaneDown {
+            lane: down.lane,
+            incarnation: down.incarnation,
+            reason: down.reason,
+        },
+        Frame::Abort(abort) => Inbound::Abort {
+            reason: abort.reason,
+            text: abort.text.to_owned(),
+        },
+        _ => Inbound::Other,
+    }
+}

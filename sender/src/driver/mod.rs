@@ -1,0 +1,323 @@
+//! Threads, queues and sockets of the source: what carries out the effects of [`Session`](crate::session::Session).
+//!
+//! ```text
+//!   control thread ── commands ──► lane 0 … lane n-1 ──► data channels
+//!        ▲  ▲  └─────────────────────────────────────► control channel (sending)
+//!        │  └── notes ── lanes (up, encoded, ended)
+//!        └───── notes ── control reader ◄──────────── control channel (receiving)
+//! ```
+//! The control thread alone talks to the VMM and to the sources of dirty pages. Queues are bounded: at most one command per
+//! lane is under way, and [`NOTES_MAX`] notes.
+
+mod control;
+mod lane;
+mod link;
+mod work;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use multifd_tracking::{DirtySet, Source};
+use multifd_transport::{Address, Channel, GuestMemory, Spawner, StdSpawner, TcpOptions};
+use multifd_wire::{
+    ChannelRef, Digest, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
+};
+
+use crate::config::Config;
+use crate::error::{Error, Fault};
+use crate::pacer::Pacer;
+use crate::progress::{Counters, Snapshot};
+use crate::report::Report;
+use crate::vmm::Vmm;
+
+/// Notes to the control thread that may wait: enough that lanes and the control reader never stand still for it while it
+/// pauses the guest or writes to the control channel.
+const NOTES_MAX: usize = 1024;
+
+/// Makes connections to the destination. Called again whenever a channel is to be replaced.
+pub trait Dial: Send + Sync {
+    /// Connects; which channel it is for matters only to dialers that spread channels over several addresses.
+    ///
+    /// # Errors
+    /// Whatever went wrong; shown to the user.
+    fn dial(
+        &self,
+        channel: ChannelRef,
+        deadline: Instant,
+    ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// Dials one address for every channel.
+#[derive(Debug, Clone)]
+pub struct Dialer {
+    /// Where the destination listens.
+    pub address: Address,
+    /// For TCP.
+    pub options: TcpOptions,
+}
+
+impl Dial for Dialer {
+    fn dial(
+        &self,
+        _: ChannelRef,
+        deadline: Instant,
+    ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(multifd_transport::connect(
+            &self.address,
+            &self.options,
+            deadline,
+        )?)
+    }
+}
+
+/// Everything that a migration works on.
+pub struct Parts {
+    /// The machine.
+    pub vmm: Box<dyn Vmm>,
+    /// Its memory. Every writer of it is either stopped by [`Vmm::pause`] or seen by one of the sources.
+    pub memory: GuestMemory,
+    /// Who reports what was written.
+    pub sources: Vec<Box<dyn Source>>,
+    /// The way to the destination.
+    pub dial: Box<dyn Dial>,
+    /// The settings.
+    pub config: Config,
+    /// How threads are started; `None` starts plain ones.
+    pub spawner: Option<Box<dyn Spawner>>,
+}
+
+/// What is left when a migration is over.
+pub struct Finished {
+    /// How it went.
+    pub report: Report,
+    /// Why it failed, if it did.
+    pub error: Option<Error>,
+    /// The machine. If it migrated it must not run again.
+    pub vmm: Box<dyn Vmm>,
+    /// The sources, stopped.
+    pub sources: Vec<Box<dyn Source>>,
+}
+
+/// A migration under way.
+pub struct Migration {
+    handle: Handle,
+    thread: JoinHandle<()>,
+    finished: Arc<Mutex<Option<Finished>>>,
+}
+
+/// Reads the progress and cancels; cheap to clone, usable from any thread, also after the end.
+#[derive(Clone)]
+pub struct Handle {
+    counters: Arc<Counters>,
+    notes: Sender<Note>,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Handle {
+    /// How far it is. Lock-free.
+    #[must_use]
+    pub fn progress(&self) -> Snapshot {
+        self.counters.snapshot()
+    }
+
+    /// Stops the migration as soon as possible; the guest goes on running at the source. After the commit this has no effect,
+    /// since the guest is then the destination's.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+        // If the queue is full the control thread is awake and sees the flag.
+        let _ = self.notes.try_send(Note::Cancel);
+    }
+}
+
+impl Migration {
+    /// Begins a migration; returns once its control thread runs.
+    ///
+    /// # Errors
+    /// What can be found wrong before anything is sent: memory that the format can't describe, no memory for the dirty set's
+    /// checksums, no thread. The parts are then gone; the guest was not touched.
+    pub fn start(parts: Parts) -> Result<Self, Error> {
+        let setup = |fault: Fault| Error::new(Phase::Hello, fault);
+        let regions = parts.memory.layouts().zip(0..).map(|(region, id)| Region {
+            id: RegionId::new(id),
+            guest_address: region.guest_address,
+            bytes: region.bytes,
+        });
+        let layout = Layout::new(regions).map_err(|e| setup(Fault::Malformed(e.into())))?;
+        let values = PageValues::new(&layout).map_err(|e| {
+            setup(Fault::System {
+                step: "checksums of pages",
+                source: std::io::Error::other(e),
+            })
+        })?;
+        let region_pages: Vec<u64> = layout
+            .regions()
+            .map(|region| region.bytes / multifd_wire::PAGE_BYTES_U64)
+            .collect();
+        let counters = Arc::new(Counters::default());
+        counters
+            .memory_pages
+            .store(layout.pages_total().value(), Ordering::Relaxed);
+        let (notes, inbox) = crossbeam_channel::bounded(NOTES_MAX);
+        let handle = Handle {
+            counters: Arc::clone(&counters),
+            notes: notes.clone(),
+            cancelled: Arc::new(AtomicBool::new(false)),
+        };
+        let shared = Arc::new(Shared {
+            dirty: DirtySet::new(&region_pages),
+            values,
+            layout,
+            memory: parts.memory,
+            digest: SharedDigest::default(),
+            counters,
+            pacer: Pacer::new(parts.config.bandwidth),
+            began: Instant::now(),
+            stop: AtomicBool::new(false),
+            cancelled: Arc::clone(&handle.cancelled),
+            config: parts.config,
+        });
+        let spawner: Arc<dyn Spawner> = parts
+            .spawner
+            .map_or_else(|| Arc::new(StdSpawner) as Arc<dyn Spawner>, Arc::from);
+        let finished = Arc::new(Mutex::new(None));
+        let control = control::Control::new(
+            shared,
+            parts.vmm,
+            parts.sources,
+            Arc::from(parts.dial),
+            Arc::clone(&spawner),
+            notes,
+            inbox,
+        );
+        let result = Arc::clone(&finished);
+        let body = Box::new(move || {
+            let done = control.run();
+            *lock(&result) = Some(done);
+        });
+        let thread = spawner.spawn("mfd-control", body).map_err(|source| {
+            setup(Fault::System {
+                step: "start a thread",
+                source,
+            })
+        })?;
+        Ok(Self {
+            handle,
+            thread,
+            finished,
+        })
+    }
+
+    /// For progress and cancellation.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Panics
+    /// If the control thread panicked, which is a bug; with the same words.
+    #[must_use]
+    pub fn wait(self) -> Finished {
+        if let Err(panic) = self.thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+        match lock(&self.finished).take() {
+            Some(finished) => finished,
+            None => unreachable!("the control thread leaves its result before it ends"),
+        }
+    }
+}
+
+/// What all threads of a migration share.
+struct Shared {
+    config: Config,
+    layout: Layout,
+    memory: GuestMemory,
+    dirty: DirtySet,
+    values: PageValues,
+    digest: SharedDigest,
+    counters: Arc<Counters>,
+    pacer: Pacer,
+    began: Instant,
+    stop: AtomicBool,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Shared {
+    fn check_stop(&self) -> Result<(), Fault> {
+        if self.stop.load(Ordering::Relaxed) {
+            Err(Fault::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+}
+
+/// The digest over all pages as last sent, added to by every lane.
+#[derive(Debug, Default)]
+struct SharedDigest(AtomicU64);
+
+impl SharedDigest {
+    fn merge(&self, delta: Digest) {
+        // Addition modulo 2^64, which is what merging is: the order does not matter.
+        self.0.fetch_add(delta.value(), Ordering::Relaxed);
+    }
+
+    /// Complete once every lane has said that it encoded its round.
+    fn value(&self) -> Digest {
+        Digest::new(self.0.load(Ordering::Acquire))
+    }
+}
+
+/// A lane as the control thread and the lane's thread share it. `None` when the lane is dead.
+#[derive(Debug)]
+struct LaneState {
+    id: LaneId,
+    lane: Mutex<Option<crate::lane::Lane>>,
+}
+
+/// What the other threads tell the control thread.
+#[derive(Debug)]
+enum Note {
+    Inbound(link::Inbound),
+    ControlLost(Error),
+    LaneUp {
+        lane: LaneId,
+        closer: multifd_transport::Closer,
+        description: String,
+    },
+    LaneEncoded {
+        lane: LaneId,
+        round: Round,
+    },
+    LaneEnded {
+        lane: LaneId,
+        fault: Option<Fault>,
+    },
+    Cancel,
+}
+
+/// A poisoned lock means that another thread panicked; what it guards here is always left whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// CPU time of this thread since `last`, which is moved on.
+fn thread_cpu(last: &mut Duration) -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let now = Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    );
+    let spent = now.saturating_sub(*last);
+    *last = now;
+    spent
+}

@@ -1,0 +1,280 @@
+//! What can end a migration at the source, sorted by whose fault it is, with where it happened and what to do.
+
+use std::fmt;
+use std::time::Duration;
+
+use multifd_transport::ChannelError;
+use multifd_wire::{ChannelRef, Incompatible, Malformed, Misbehaved, Misuse, Phase, Reason};
+
+use crate::forecast::Forecast;
+use crate::vmm::VmmError;
+
+/// Why a migration ended, when, and on which channel.
+#[derive(Debug)]
+pub struct Error {
+    phase: Phase,
+    at: ChannelRef,
+    fault: Box<Fault>,
+}
+
+/// What went wrong, sorted by whose fault it is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Fault {
+    /// The peer's octets make no sense.
+    #[error("the destination sent octets that are no valid frame: {0}")]
+    Malformed(#[from] Malformed),
+    /// Valid octets at the wrong moment, or about things that do not exist.
+    #[error("the destination broke the protocol: {0}")]
+    Misbehaved(#[from] Misbehaved),
+    /// An event came in a state that does not know it.
+    #[error("{what} came out of turn")]
+    OutOfTurn {
+        /// The event.
+        what: String,
+    },
+    /// No version or feature in common.
+    #[error("the two sides have no common ground: {0}")]
+    Incompatible(#[from] Incompatible),
+    /// Our caller asked for something that can't be encoded.
+    #[error("the request can't be put on the wire: {0}")]
+    Misuse(#[from] Misuse),
+    /// The link failed.
+    #[error("{0}")]
+    Channel(#[from] ChannelError),
+    /// No connection could be made.
+    #[error("could not connect: {0}")]
+    Dial(String),
+    /// Every data channel is gone.
+    #[error("all data channels are lost; the last one failed with: {last}")]
+    AllLanesLost {
+        /// Why the last one died.
+        last: String,
+    },
+    /// The embedder said no.
+    #[error("the VMM could not {step}: {source}")]
+    Vmm {
+        /// What it was asked for.
+        step: &'static str,
+        /// Its reason.
+        source: VmmError,
+    },
+    /// A source of dirty pages failed.
+    #[error("dirty tracking failed: {0}")]
+    Tracking(String),
+    /// The destination refused the connection.
+    #[error("the destination refused: {reason}: {text}")]
+    Refused {
+        /// Its reason code.
+        reason: Reason,
+        /// Its words.
+        text: String,
+    },
+    /// The destination ended the migration.
+    #[error("the destination ended it: {reason}: {text}")]
+    PeerAborted {
+        /// Its reason code.
+        reason: Reason,
+        /// Its words.
+        text: String,
+    },
+    /// Nothing came in time.
+    #[error("waited too long for {what}")]
+    Timeout {
+        /// For what.
+        what: &'static str,
+    },
+    /// The user stopped it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The guest dirties memory faster than it can be moved.
+    #[error(
+        "not converging after {rounds} rounds: the downtime would be {predicted_ms} ms, the limit is {limit_ms} ms; {advice}"
+    )]
+    NotConverging {
+        /// Live rounds made.
+        rounds: u32,
+        /// What a switchover now would cost, in milliseconds.
+        predicted_ms: u128,
+        /// The user's limit, in milliseconds.
+        limit_ms: u128,
+        /// What would help.
+        advice: String,
+    },
+    /// The two sides do not have the same memory content. The guest was not started at the destination.
+    #[error("memory differs: digest {ours:016x} here, {theirs:016x} at the destination")]
+    DigestMismatch {
+        /// The digest over all pages as last sent.
+        ours: u64,
+        /// The digest over all pages as landed.
+        theirs: u64,
+    },
+    /// Pages keep being damaged or lost on the way.
+    #[error("{pages} pages still missing after {rounds} repair rounds: the link damages data")]
+    Unrepairable {
+        /// Pages still missing.
+        pages: u64,
+        /// Repairs tried.
+        rounds: u32,
+    },
+    /// The operating system refused something: a thread, memory, random numbers.
+    #[error("{step}: {source}")]
+    System {
+        /// What was asked of it.
+        step: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+}
+
+impl Fault {
+    pub(crate) fn not_converging(
+        rounds: u32,
+        predicted: Duration,
+        limit: Duration,
+        outlook: Option<Forecast>,
+    ) -> Self {
+        let advice = match outlook {
+            Some(Forecast::Diverges {
+                bandwidth_needed,
+                throttle_percent,
+                downtime,
+            }) => format!(
+                "{} MiB/s would make it converge, or holding back {throttle_percent} % of the guest's writes, or a limit of {} ms",
+                bandwidth_needed.div_ceil(1 << 20),
+                downtime.as_millis() + 1
+            ),
+            Some(Forecast::Converges { rounds, within, .. }) => {
+                format!(
+                    "{rounds} more rounds ({:.1} s) are expected to be enough: raise the number of rounds",
+                    within.as_secs_f64()
+                )
+            }
+            None => "raise the number of rounds or the limit".to_owned(),
+        };
+        Self::NotConverging {
+            rounds,
+            predicted_ms: predicted.as_millis(),
+            limit_ms: limit.as_millis(),
+            advice,
+        }
+    }
+
+    /// A stable identifier, the same in every version.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Malformed(e) => e.code(),
+            Self::Misbehaved(e) => e.code(),
+            Self::OutOfTurn { .. } => "sender.misbehaved.out-of-turn",
+            Self::Incompatible(e) => e.code(),
+            Self::Misuse(e) => e.code(),
+            Self::Channel(e) => e.code(),
+            Self::Dial(_) => "sender.channel.dial",
+            Self::AllLanesLost { .. } => "sender.channel.all-lanes-lost",
+            Self::Vmm { .. } => "sender.vmm.refused",
+            Self::Tracking(_) => "sender.tracking.failed",
+            Self::Refused { .. } => "sender.peer.refused",
+            Self::PeerAborted { .. } => "sender.peer.aborted",
+            Self::Timeout { .. } => "sender.timeout",
+            Self::Cancelled => "sender.cancelled",
+            Self::NotConverging { .. } => "sender.not-converging",
+            Self::DigestMismatch { .. } => "sender.digest-mismatch",
+            Self::Unrepairable { .. } => "sender.unrepairable",
+            Self::System { .. } => "sender.system",
+        }
+    }
+
+    /// The reason that the peer is told.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Malformed(e) => e.reason(),
+            Self::Misbehaved(e) => e.reason(),
+            Self::OutOfTurn { .. } => Reason::Misbehaved,
+            Self::Incompatible(e) => e.reason(),
+            Self::Misuse(e) => e.reason(),
+            Self::Channel(_) | Self::Dial(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
+            Self::Vmm { .. } => Reason::VmmRefused,
+            Self::Tracking(_) | Self::System { .. } => Reason::Internal,
+            Self::Refused { reason, .. } | Self::PeerAborted { reason, .. } => *reason,
+            Self::Timeout { .. } => Reason::Timeout,
+            Self::Cancelled => Reason::Cancelled,
+            Self::NotConverging { .. } => Reason::CannotConverge,
+            Self::DigestMismatch { .. } => Reason::DigestMismatch,
+            Self::Unrepairable { .. } => Reason::Corruption,
+        }
+    }
+}
+
+impl Error {
+    /// A fault on no channel in particular.
+    #[must_use]
+    pub fn new(phase: Phase, fault: impl Into<Fault>) -> Self {
+        Self {
+            phase,
+            at: ChannelRef::None,
+            fault: Box::new(fault.into()),
+        }
+    }
+
+    /// Names the channel.
+    #[must_use]
+    pub fn at(mut self, at: ChannelRef) -> Self {
+        self.at = at;
+        self
+    }
+
+    /// Says when it happened, once that is known.
+    #[must_use]
+    pub(crate) fn in_phase(mut self, phase: Phase) -> Self {
+        self.phase = phase;
+        self
+    }
+
+    /// When it happened.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// On which channel.
+    #[must_use]
+    pub fn channel(&self) -> ChannelRef {
+        self.at
+    }
+
+    /// What happened.
+    #[must_use]
+    pub fn fault(&self) -> &Fault {
+        &self.fault
+    }
+
+    /// A stable identifier, the same in every version.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.fault.code()
+    }
+
+    /// The reason that the peer is told.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        self.fault.reason()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (phase: {}", self.fault, self.phase)?;
+        if self.at != ChannelRef::None {
+            write!(f, ", {}", self.at)?;
+        }
+        f.write_str(")")
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&*self.fault)
+    }
+}

@@ -1,0 +1,353 @@
+//! When will it end, how long will the guest stand still, and if never, what would help.
+//!
+//! The model: a guest that writes pages of a set of `N` pages at `w` page writes a second, at random, has dirtied
+//! `u(t) = N (1 − e^(−w t / N))` different pages after `t` seconds. A round that has to send `r` pages at `B` pages a
+//! second lasts `r / B`, so the next one has `u(r / B)` to send. Either that falls until it fits the downtime limit, or it
+//! stops falling at a fixed point above it, and then no number of rounds helps. `w` and `N` follow from two rounds of
+//! different length. (Clark et al., NSDI 2005 describe the same writable working set; the closed form is elementary.)
+//!
+//! Pure arithmetic: no clock, no memory of its own.
+
+use std::time::Duration;
+
+use multifd_wire::PAGE_BYTES;
+
+/// What one stretch of time showed: how many different pages the guest wrote in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Observation {
+    /// Different pages dirtied.
+    pub pages: u64,
+    /// In this time.
+    pub over: Duration,
+}
+
+/// The guest's writing, as fitted to what was observed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Writer {
+    /// Page writes a second, the same page counted each time.
+    pub writes_per_second: f64,
+    /// Pages of the set that it writes.
+    pub set_pages: f64,
+}
+
+impl Writer {
+    /// Fits the model to the longest and the shortest observation; `None` until something was observed.
+    #[must_use]
+    pub fn fit(seen: &[Observation], memory_pages: u64) -> Option<Self> {
+        let usable = || seen.iter().filter(|o| o.over > Duration::ZERO);
+        let long = usable().max_by_key(|o| o.over)?;
+        let short = usable().min_by_key(|o| o.over)?;
+        let most = memory_pages as f64;
+        // The set that makes the short observation predict the long one. The prediction rises with the set's size.
+        let ratio = long.over.as_secs_f64() / short.over.as_secs_f64();
+        let predicted =
+            |set: f64| set * (1.0 - (1.0 - (short.pages as f64 / set).min(1.0)).powf(ratio));
+        let least = (long.pages.max(short.pages) as f64).max(1.0);
+        let set_pages = if ratio < 1.1 || least >= most || predicted(most) <= long.pages as f64 {
+            most.max(1.0)
+        } else {
+            bisect(least, most, |set| predicted(set) >= long.pages as f64)
+        };
+        let share = (short.pages as f64 / set_pages).min(1.0 - 1e-9);
+        Some(Self {
+            writes_per_second: -set_pages / short.over.as_secs_f64() * (1.0 - share).ln(),
+            set_pages,
+        })
+    }
+
+    /// Different pages written in `seconds`.
+    #[must_use]
+    pub fn unique(&self, seconds: f64) -> f64 {
+        self.set_pages * (1.0 - (-self.writes_per_second * seconds / self.set_pages).exp())
+    }
+}
+
+/// What the link and the machine can do, and what is asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Conditions {
+    /// Measured octets a second over all lanes.
+    pub bandwidth: f64,
+    /// The part of the downtime that does not depend on dirty pages: pause, state, commit round trip.
+    pub fixed: Duration,
+    /// The user's downtime limit.
+    pub limit: Duration,
+}
+
+impl Conditions {
+    /// Downtime if the switchover began with this many pages still to send.
+    #[must_use]
+    pub fn downtime(&self, pages: f64) -> Duration {
+        let seconds = pages * PAGE_BYTES as f64 / self.bandwidth.max(1.0);
+        self.fixed + Duration::from_secs_f64(seconds.clamp(0.0, 1e9))
+    }
+}
+
+/// The forecast, made anew after each round.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Forecast {
+    /// It will fit the limit.
+    Converges {
+        /// Rounds still to come before the switchover.
+        rounds: u32,
+        /// Time until the switchover begins.
+        within: Duration,
+        /// Predicted downtime.
+        downtime: Duration,
+    },
+    /// The rounds stop shrinking above the limit.
+    Diverges {
+        /// Downtime at the fixed point: the best that waiting can give.
+        downtime: Duration,
+        /// The bandwidth, in octets a second, that would make it converge.
+        bandwidth_needed: u64,
+        /// The share of the guest's writes that would have to be held back at the present bandwidth, in percent.
+        throttle_percent: u8,
+    },
+}
+
+/// More rounds than any useful migration has; a bound for the loop below.
+const ROUNDS_LOOKED_AHEAD: u32 = 10_000;
+
+/// Follows the model from `pages` dirty now until it fits or stops shrinking.
+#[must_use]
+pub fn forecast(writer: &Writer, pages: u64, conditions: &Conditions) -> Forecast {
+    match look_ahead(writer, pages as f64, conditions) {
+        Ok((rounds, within, downtime)) => Forecast::Converges {
+            rounds,
+            within,
+            downtime,
+        },
+        Err(downtime) => {
+            let converges_at = |bandwidth: f64| {
+                look_ahead(
+                    writer,
+                    pages as f64,
+                    &Conditions {
+                        bandwidth,
+                        ..*conditions
+                    },
+                )
+                .is_ok()
+            };
+            let converges_with = |share: f64| {
+                let slower = Writer {
+                    writes_per_second: writer.writes_per_second * (1.0 - share),
+                    ..*writer
+                };
+                look_ahead(&slower, pages as f64, conditions).is_ok()
+            };
+            let needed = bisect(
+                conditions.bandwidth,
+                conditions.bandwidth.max(1.0) * 1e6,
+                converges_at,
+            );
+            let throttle = bisect(0.0, 1.0, converges_with);
+            Forecast::Diverges {
+                downtime,
+                bandwidth_needed: needed.ceil() as u64,
+                throttle_percent: (throttle * 100.0).ceil().clamp(1.0, 100.0) as u8,
+            }
+        }
+    }
+}
+
+/// Rounds, time and downtime until it fits, or the downtime at which it gets stuck.
+fn look_ahead(
+    writer: &Writer,
+    pages: f64,
+    conditions: &Conditions,
+) -> Result<(u32, Duration, Duration), Duration> {
+    let (mut left, mut seconds) = (pages, 0.0_f64);
+    for round in 0..ROUNDS_LOOKED_AHEAD {
+        let downtime = conditions.downtime(left);
+        if downtime <= conditions.limit {
+            return Ok((round, Duration::from_secs_f64(seconds.min(1e9)), downtime));
+        }
+        let lasts = left * PAGE_BYTES as f64 / conditions.bandwidth.max(1.0);
+        let next = writer.unique(lasts);
+        seconds += lasts;
+        if next >= left * 0.999 {
+            return Err(conditions.downtime(next));
+        }
+        left = next;
+    }
+    Err(conditions.downtime(left))
+}
+
+/// The smallest value in `least..=most` at which a rising yes/no question says yes (or `most`).
+fn bisect(mut least: f64, mut most: f64, yes: impl Fn(f64) -> bool) -> f64 {
+    for _ in 0..60 {
+        let middle = f64::midpoint(least, most);
+        if yes(middle) {
+            most = middle;
+        } else {
+            least = middle;
+        }
+    }
+    most
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: f64 = (1 << 20) as f64;
+
+    fn observe(writer: &Writer, seconds: f64) -> Observation {
+        Observation {
+            pages: writer.unique(seconds) as u64,
+            over: Duration::from_secs_f64(seconds),
+        }
+    }
+
+    #[test]
+    fn finds_the_rate_and_the_set_again_from_two_rounds() {
+        let truth = Writer {
+            writes_per_second: 50_000.0,
+            set_pages: 65_536.0,
+        };
+        let fit = Writer::fit(&[observe(&truth, 4.0), observe(&truth, 0.7)], 1 << 20).unwrap();
+        assert!(
+            (fit.writes_per_second / truth.writes_per_second - 1.0).abs() < 0.02,
+            "{fit:?}"
+        );
+        assert!(
+            (fit.set_pages / truth.set_pages - 1.0).abs() < 0.02,
+            "{fit:?}"
+        );
+    }
+
+    #[test]
+    fn a_writer_that_never_repeats_gets_all_memory_as_its_set() {
+        let seen = [
+            Observation {
+                pages: 1000,
+                over: Duration::from_secs(1),
+            },
+            Observation {
+                pages: 4000,
+                over: Duration::from_secs(4),
+            },
+        ];
+        let fit = Writer::fit(&seen, 1 << 20).unwrap();
+        assert!((fit.unique(2.0) - 2000.0).abs() < 20.0, "{fit:?}");
+    }
+
+    #[test]
+    fn an_idle_guest_and_no_observation_are_told_apart() {
+        assert_eq!(Writer::fit(&[], 100), None);
+        let idle = Writer::fit(
+            &[Observation {
+                pages: 0,
+                over: Duration::from_secs(1),
+            }],
+            100,
+        )
+        .unwrap();
+        assert!(idle.unique(1e6) < 1e-6, "{idle:?}");
+    }
+
+    #[test]
+    fn says_converges_exactly_when_iterating_the_guest_would() {
+        let limit = Duration::from_millis(300);
+        for (writes, mib_s, want) in [
+            (25_000.0, 1000.0, true),
+            (200_000.0, 500.0, false),
+            (120_000.0, 400.0, false),
+            (90_000.0, 4000.0, true),
+        ] {
+            let writer = Writer {
+                writes_per_second: writes,
+                set_pages: 262_144.0,
+            };
+            let conditions = Conditions {
+                bandwidth: mib_s * MIB,
+                fixed: Duration::from_millis(5),
+                limit,
+            };
+            let got = forecast(&writer, 262_144, &conditions);
+            assert_eq!(
+                matches!(got, Forecast::Converges { .. }),
+                want,
+                "{writes} {mib_s} {got:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_it_says_would_help_does_help_and_less_does_not() {
+        let writer = Writer {
+            writes_per_second: 200_000.0,
+            set_pages: 262_144.0,
+        };
+        let conditions = Conditions {
+            bandwidth: 500.0 * MIB,
+            fixed: Duration::from_millis(5),
+            limit: Duration::from_millis(300),
+        };
+        let Forecast::Diverges {
+            bandwidth_needed,
+            throttle_percent,
+            downtime,
+        } = forecast(&writer, 262_144, &conditions)
+        else {
+            panic!("must diverge")
+        };
+        assert!(downtime > conditions.limit);
+        let at = |share: f64| {
+            forecast(
+                &writer,
+                262_144,
+                &Conditions {
+                    bandwidth: bandwidth_needed as f64 * share,
+                    ..conditions
+                },
+            )
+        };
+        assert!(matches!(at(1.001), Forecast::Converges { .. }));
+        assert!(matches!(at(0.98), Forecast::Diverges { .. }));
+        let held = |percent: f64| Writer {
+            writes_per_second: writer.writes_per_second * (1.0 - percent / 100.0),
+            ..writer
+        };
+        assert!(matches!(
+            forecast(&held(f64::from(throttle_percent)), 262_144, &conditions),
+            Forecast::Converges { .. }
+        ));
+        assert!(matches!(
+            forecast(
+                &held(f64::from(throttle_percent) - 2.0),
+                262_144,
+                &conditions
+            ),
+            Forecast::Diverges { .. }
+        ));
+    }
+
+    #[test]
+    fn predicted_rounds_and_time_follow_from_the_shrinking() {
+        let writer = Writer {
+            writes_per_second: 25_600.0,
+            set_pages: 1e9,
+        };
+        let conditions = Conditions {
+            bandwidth: 1000.0 * MIB,
+            fixed: Duration::ZERO,
+            limit: Duration::from_millis(20),
+        };
+        // 1 GiB at 1000 MiB/s and 100 MiB/s dirtied: 1.024 s, 0.102 s, then 10 ms would be left.
+        let Forecast::Converges {
+            rounds,
+            within,
+            downtime,
+        } = forecast(&writer, 262_144, &conditions)
+        else {
+            panic!()
+        };
+        assert_eq!(rounds, 2);
+        assert!(
+            (within.as_secs_f64() - 1.126).abs() < 0.01 && downtime < Duration::from_millis(11),
+            "{within:?} {downtime:?}"
+        );
+    }
+}

@@ -1,0 +1,324 @@
+//! One data channel at the source, as a machine without I/O: numbering, the ledger of what is not yet acknowledged, and
+//! the end marks.
+//!
+//! ```text
+//!            begin_round          end_round
+//!   Idle ────────────────► Open ───────────► Idle        acked(n): entries below n leave the ledger
+//!     └───────────┬──────────┘                           die(): everything in the ledger comes back
+//!                 ▼ die
+//!               (gone)
+//! ```
+//! The rule it keeps: a run that was handed to this lane is either acknowledged or comes back out of [`Lane::die`].
+//! It must never forget a run, and never give one back twice.
+
+use std::collections::VecDeque;
+
+use multifd_wire::frame::RoundEnd;
+use multifd_wire::{Incarnation, LaneId, Misbehaved, PageRun, Round, Sequence};
+
+/// One frame that was handed to the channel and is not yet acknowledged.
+#[derive(Debug)]
+struct Entry {
+    sequence: u64,
+    octets: u64,
+    runs: Vec<PageRun>,
+}
+
+/// What an acknowledgement settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Settled {
+    /// Frames that were handled since the last acknowledgement.
+    pub frames: u64,
+    /// Octets of their heads and bodies.
+    pub octets: u64,
+}
+
+/// The machine of one data channel.
+#[derive(Debug)]
+pub struct Lane {
+    id: LaneId,
+    incarnation: Incarnation,
+    next: u64,
+    acked: u64,
+    open: Option<Open>,
+    ledger: VecDeque<Entry>,
+    unacked_octets: u64,
+}
+
+/// The round that the lane is in, and what it carried of it.
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    round: Round,
+    last: bool,
+    pages: u64,
+    zero_pages: u64,
+}
+
+/// The caller used the lane out of turn. These are bugs of this crate's driver, never the peer's doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LaneMisuse {
+    /// Pages were handed over outside a round, or a round was ended that was not begun.
+    #[error("the lane is in no round")]
+    NotInRound,
+    /// A round was begun before the one before it was ended.
+    #[error("the lane is still in a round")]
+    StillInRound,
+}
+
+impl Lane {
+    /// A lane that has sent nothing on its channel yet.
+    #[must_use]
+    pub fn new(id: LaneId, incarnation: Incarnation) -> Self {
+        Self {
+            id,
+            incarnation,
+            next: 0,
+            acked: 0,
+            open: None,
+            ledger: VecDeque::new(),
+            unacked_octets: 0,
+        }
+    }
+
+    /// Which lane.
+    #[must_use]
+    pub fn id(&self) -> LaneId {
+        self.id
+    }
+
+    /// Which connection of it.
+    #[must_use]
+    pub fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// Frames handed to the channel and not yet acknowledged.
+    #[must_use]
+    pub fn unacked_frames(&self) -> u64 {
+        self.next.saturating_sub(self.acked)
+    }
+
+    /// Octets handed to the channel and not yet acknowledged.
+    #[must_use]
+    pub fn unacked_octets(&self) -> u64 {
+        self.unacked_octets
+    }
+
+    /// Enters a round.
+    ///
+    /// # Errors
+    /// [`LaneMisuse::StillInRound`] if the round before was not ended.
+    pub fn begin_round(&mut self, round: Round, last: bool) -> Result<(), LaneMisuse> {
+        if self.open.is_some() {
+            return Err(LaneMisuse::StillInRound);
+        }
+        self.open = Some(Open {
+            round,
+            last,
+            pages: 0,
+            zero_pages: 0,
+        });
+        Ok(())
+    }
+
+    /// Enters a PAGES frame in the ledger and gives it its number. To be called before the first octet is sent.
+    ///
+    /// # Errors
+    /// [`LaneMisuse::NotInRound`].
+    pub fn pages(&mut self, runs: Vec<PageRun>, octets: u64) -> Result<Sequence, LaneMisuse> {
+        let pages = count(&runs);
+        self.open.as_mut().ok_or(LaneMisuse::NotInRound)?.pages += pages;
+        Ok(self.enter(runs, octets))
+    }
+
+    /// Enters a ZEROS frame in the ledger and gives it its number. To be called before the first octet is sent.
+    ///
+    /// # Errors
+    /// [`LaneMisuse::NotInRound`].
+    pub fn zeros(&mut self, runs: Vec<PageRun>, octets: u64) -> Result<Sequence, LaneMisuse> {
+        let pages = count(&runs);
+        self.open.as_mut().ok_or(LaneMisuse::NotInRound)?.zero_pages += pages;
+        Ok(self.enter(runs, octets))
+    }
+
+    /// Ends the round: the mark that the lane must carry next (SPEC: ROUND-3), and its number.
+    ///
+    /// # Errors
+    /// [`LaneMisuse::NotInRound`].
+    pub fn end_round(&mut self) -> Result<(RoundEnd, Sequence), LaneMisuse> {
+        let open = self.open.take().ok_or(LaneMisuse::NotInRound)?;
+        let mark = RoundEnd {
+            round: open.round,
+            final_round: open.last,
+            pages: open.pages,
+            zero_pages: open.zero_pages,
+        };
+        Ok((mark, self.enter(Vec::new(), 0)))
+    }
+
+    /// Every frame below `frames` was handled by the receiver (SPEC: ACK-1).
+    ///
+    /// # Errors
+    /// [`Misbehaved::Amount`]; the ledger is then unchanged.
+    pub fn acked(&mut self, frames: u64) -> Result<Settled, Misbehaved> {
+        if frames < self.acked {
+            return Err(Misbehaved::Amount {
+                field: "ack.frames (gone back)",
+                expected: self.acked,
+                found: frames,
+            });
+        }
+        if frames > self.next {
+            return Err(Misbehaved::Amount {
+                field: "ack.frames",
+                expected: self.next,
+                found: frames,
+            });
+        }
+        let mut settled = Settled {
+            frames: frames - self.acked,
+            octets: 0,
+        };
+        while let Some(entry) = self.ledger.front()
+            && entry.sequence < frames
+        {
+            settled.octets += entry.octets;
+            self.ledger.pop_front();
+        }
+        self.acked = frames;
+        self.unacked_octets -= settled.octets;
+        Ok(settled)
+    }
+
+    /// The channel is gone: all runs that were not acknowledged, for the dirty set.
+    #[must_use = "these pages are not proven to be at the destination: give them back to the dirty set"]
+    pub fn die(self) -> Vec<PageRun> {
+        self.ledger
+            .into_iter()
+            .flat_map(|entry| entry.runs)
+            .collect()
+    }
+
+    fn enter(&mut self, runs: Vec<PageRun>, octets: u64) -> Sequence {
+        let sequence = self.next;
+        self.next += 1;
+        self.unacked_octets += octets;
+        self.ledger.push_back(Entry {
+            sequence,
+            octets,
+            runs,
+        });
+        Sequence::new(sequence)
+    }
+}
+
+fn count(runs: &[PageRun]) -> u64 {
+    runs.iter().map(|run| u64::from(run.count())).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use multifd_wire::{Layout, PageIndex, Region, RegionId};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn layout() -> Layout {
+        Layout::new([Region {
+            id: RegionId::new(0),
+            guest_address: 0,
+            bytes: 1 << 30,
+        }])
+        .unwrap()
+    }
+
+    fn run(first: u64, pages: u32) -> PageRun {
+        layout()
+            .run(RegionId::new(0), PageIndex::new(first), pages)
+            .unwrap()
+    }
+
+    fn lane_in_round() -> Lane {
+        let mut lane = Lane::new(LaneId::new(3), Incarnation::new(0));
+        lane.begin_round(Round::new(0), false).unwrap();
+        lane
+    }
+
+    #[test]
+    fn numbers_frames_from_zero_and_counts_them_in_the_end_mark() {
+        let mut lane = lane_in_round();
+        assert_eq!(lane.pages(vec![run(0, 4)], 100).unwrap(), Sequence::new(0));
+        assert_eq!(lane.zeros(vec![run(8, 5)], 10).unwrap(), Sequence::new(1));
+        let (mark, sequence) = lane.end_round().unwrap();
+        assert_eq!(
+            (mark.pages, mark.zero_pages, sequence),
+            (4, 5, Sequence::new(2))
+        );
+        assert_eq!(lane.unacked_octets(), 110);
+    }
+
+    #[test]
+    fn refuses_pages_outside_a_round_and_a_round_inside_a_round() {
+        let mut lane = lane_in_round();
+        assert_eq!(
+            lane.begin_round(Round::new(1), false),
+            Err(LaneMisuse::StillInRound)
+        );
+        lane.end_round().unwrap();
+        assert_eq!(lane.pages(vec![run(0, 1)], 1), Err(LaneMisuse::NotInRound));
+        assert_eq!(lane.zeros(vec![run(0, 1)], 1), Err(LaneMisuse::NotInRound));
+        assert!(lane.end_round().is_err());
+    }
+
+    #[test]
+    fn refuses_an_ack_that_goes_back_or_past_what_was_sent() {
+        let mut lane = lane_in_round();
+        lane.pages(vec![run(0, 1)], 7).unwrap();
+        lane.pages(vec![run(1, 1)], 7).unwrap();
+        assert_eq!(
+            lane.acked(1).unwrap(),
+            Settled {
+                frames: 1,
+                octets: 7
+            }
+        );
+        assert!(matches!(
+            lane.acked(0),
+            Err(Misbehaved::Amount { found: 0, .. })
+        ));
+        assert!(matches!(
+            lane.acked(3),
+            Err(Misbehaved::Amount { found: 3, .. })
+        ));
+        assert_eq!(
+            lane.acked(2).unwrap(),
+            Settled {
+                frames: 1,
+                octets: 7
+            }
+        );
+        assert!(lane.die().is_empty());
+    }
+
+    proptest! {
+        /// Whatever the order of frames and acknowledgements, each page is settled or comes back, exactly once.
+        #[test]
+        fn every_run_is_acknowledged_or_comes_back(steps in proptest::collection::vec((0u64..50, 1u32..9, any::<bool>()), 1..60)) {
+            let mut lane = lane_in_round();
+            let (mut sent, mut settled_upto, mut next_page) = (Vec::new(), 0u64, 0u64);
+            for (ack, pages, zero) in steps {
+                let r = run(next_page, pages);
+                let octets = u64::from(pages);
+                next_page += octets;
+                if zero { lane.zeros(vec![r], octets).unwrap() } else { lane.pages(vec![r], octets).unwrap() };
+                sent.push(r);
+                let upto = (settled_upto + ack).min(sent.len() as u64);
+                lane.acked(upto).unwrap();
+                settled_upto = upto;
+            }
+            let left = &sent[settled_upto as usize..];
+            prop_assert_eq!(lane.unacked_octets(), count(left));
+            prop_assert_eq!(lane.die(), left.to_vec());
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! How far a migration is, for anybody to read at any time without a lock, also after it failed.
+//!
+//! The migration's threads only ever store; readers only ever load. Each number is true on its own; two numbers of one
+//! [`Snapshot`] may be some microseconds apart.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use multifd_wire::Phase;
+
+use crate::forecast::Forecast;
+
+/// The live counters. Shared by all threads of a migration.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    phase: AtomicU32,
+    pub(crate) round: AtomicU32,
+    pub(crate) lanes: AtomicU32,
+    pub(crate) memory_pages: AtomicU64,
+    /// Pages of this round that no lane has taken yet.
+    pub(crate) round_pages_left: AtomicU64,
+    /// Pages found dirty by the collection after the newest finished round.
+    pub(crate) dirty_pages: AtomicU64,
+    pub(crate) pages_sent: AtomicU64,
+    pub(crate) zero_pages_sent: AtomicU64,
+    /// Octets of heads and bodies handed to data channels.
+    pub(crate) octets_sent: AtomicU64,
+    pub(crate) octets_acked: AtomicU64,
+    pub(crate) pages_given_back: AtomicU64,
+    /// Octets a second over all lanes in the newest round that was long enough to measure.
+    pub(crate) bandwidth: AtomicU64,
+    cpu_ns: AtomicU64,
+    forecast_kind: AtomicU32,
+    forecast_downtime_us: AtomicU64,
+    forecast_within_ms: AtomicU64,
+    forecast_rounds: AtomicU32,
+    forecast_bandwidth: AtomicU64,
+    forecast_throttle: AtomicU32,
+}
+
+impl Counters {
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase.as_u32(), Relaxed);
+    }
+
+    pub(crate) fn add_cpu(&self, spent: Duration) {
+        self.cpu_ns
+            .fetch_add(u64::try_from(spent.as_nanos()).unwrap_or(0), Relaxed);
+    }
+
+    pub(crate) fn set_forecast(&self, forecast: Forecast) {
+        let (kind, downtime) = match forecast {
+            Forecast::Converges {
+                rounds,
+                within,
+                downtime,
+            } => {
+                self.forecast_rounds.store(rounds, Relaxed);
+                self.forecast_within_ms.store(
+                    u64::try_from(within.as_millis()).unwrap_or(u64::MAX),
+                    Relaxed,
+                );
+                (1, downtime)
+            }
+            Forecast::Diverges {
+                downtime,
+                bandwidth_needed,
+                throttle_percent,
+            } => {
+                self.forecast_bandwidth.store(bandwidth_needed, Relaxed);
+                self.forecast_throttle
+                    .store(u32::from(throttle_percent), Relaxed);
+                (2, downtime)
+            }
+        };
+        self.forecast_downtime_us.store(
+            u64::try_from(downtime.as_micros()).unwrap_or(u64::MAX),
+            Relaxed,
+        );
+        self.forecast_kind.store(kind, Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let downtime = Duration::from_micros(self.forecast_downtime_us.load(Relaxed));
+        Snapshot {
+            phase: Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello),
+            round: self.round.load(Relaxed),
+            lanes: self.lanes.load(Relaxed),
+            memory_pages: self.memory_pages.load(Relaxed),
+            round_pages_left: self.round_pages_left.load(Relaxed),
+            dirty_pages: self.dirty_pages.load(Relaxed),
+            pages_sent: self.pages_sent.load(Relaxed),
+            zero_pages_sent: self.zero_pages_sent.load(Relaxed),
+            octets_sent: self.octets_sent.load(Relaxed),
+            octets_acked: self.octets_acked.load(Relaxed),
+            pages_given_back: self.pages_given_back.load(Relaxed),
+            bandwidth: self.bandwidth.load(Relaxed),
+            cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
+            forecast: match self.forecast_kind.load(Relaxed) {
+                1 => Some(Forecast::Converges {
+                    rounds: self.forecast_rounds.load(Relaxed),
+                    within: Duration::from_millis(self.forecast_within_ms.load(Relaxed)),
+                    downtime,
+                }),
+                2 => Some(Forecast::Diverges {
+                    downtime,
+                    bandwidth_needed: self.forecast_bandwidth.load(Relaxed),
+                    throttle_percent: u8::try_from(self.forecast_throttle.load(Relaxed))
+                        .unwrap_or(100),
+                }),
+                _ => None,
+            },
+        }
+    }
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Snapshot {
+    /// Where in its life.
+    pub phase: Phase,
+    /// The newest round, 0-based.
+    pub round: u32,
+    /// Data channels that live.
+    pub lanes: u32,
+    /// All pages of the guest.
+    pub memory_pages: u64,
+    /// Pages of the present round that no lane has taken yet.
+    pub round_pages_left: u64,
+    /// Pages found dirty when the newest finished round ended.
+    pub dirty_pages: u64,
+    /// Pages sent with their content, every version counted.
+    pub pages_sent: u64,
+    /// Pages sent as "all zero", every version counted.
+    pub zero_pages_sent: u64,
+    /// Octets of heads and bodies handed to data channels.
+    pub octets_sent: u64,
+    /// Octets of those that the destination has acknowledged.
+    pub octets_acked: u64,
+    /// Pages that came back into the dirty set: lost with a lane, or damaged on the way.
+    pub pages_given_back: u64,
+    /// Measured octets a second over all lanes; 0 before the first measurement.
+    pub bandwidth: u64,
+    /// CPU time of the migration's own threads so far.
+    pub cpu: Duration,
+    /// From the end of round 0; from round 1 on the guest's working set is known as well.
+    pub forecast: Option<Forecast>,
+}

@@ -1,0 +1,377 @@
+//! What a migration did, for people and for programs: written once, at its end, whatever the end was.
+
+use std::time::{Duration, Instant};
+
+use multifd_tracking::Source;
+use multifd_wire::frame::{Prepared, RoundClosed, Running};
+use multifd_wire::{ChannelRef, PAGE_BYTES_U64, Round};
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::progress::Snapshot;
+use crate::session::Outcome;
+
+/// How it ended, in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutcomeKind {
+    /// The guest runs at the destination.
+    Migrated,
+    /// The guest runs at the source.
+    Failed,
+    /// The user stopped it; the guest runs at the source.
+    Cancelled,
+    /// The commit was sent and nothing was heard since: the source stays paused.
+    Unknown,
+}
+
+/// The final report. Times in milliseconds, sizes in octets.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: OutcomeKind,
+    /// From the start of the migration to its end.
+    pub total_ms: f64,
+    /// From before the guest was told to pause until it was known to run again (here or there); null if it never paused.
+    pub downtime_ms: Option<f64>,
+    /// The parts of the downtime.
+    pub downtime: Option<Downtime>,
+    /// The downtime that was predicted when the switchover was decided.
+    pub predicted_downtime_ms: Option<f64>,
+    /// Number of rounds, the last one included.
+    pub rounds: usize,
+    /// Each round.
+    pub round_list: Vec<RoundReport>,
+    /// Data channels asked for.
+    pub channels: u32,
+    /// Data channels that were lost on the way.
+    pub channels_lost: u32,
+    /// Size of guest memory.
+    pub memory_bytes: u64,
+    /// Octets handed to data channels: heads and bodies.
+    pub sent_bytes: u64,
+    /// Guest memory that was sent as "all zero", every version counted.
+    pub zero_bytes: u64,
+    /// Guest memory that was sent with content, every version counted.
+    pub content_bytes: u64,
+    /// Pages that came back into the dirty set: damaged on the way or lost with a channel.
+    pub pages_given_back: u64,
+    /// Guest memory moved, zero pages included, per second from the first round to the last.
+    pub goodput_mib_s: f64,
+    /// CPU seconds of this side's migration threads.
+    pub cpu_sender_s: f64,
+    /// CPU seconds of the destination's migration threads, as it said itself; null if it did not get that far.
+    pub cpu_receiver_s: Option<f64>,
+    /// Whether both sides' digests over all of memory agreed; null if it did not get that far.
+    pub digest_equal: Option<bool>,
+    /// The digest over all pages as last sent.
+    pub digest: Option<String>,
+    /// Figures of each source of dirty pages.
+    pub sources: Vec<SourceReport>,
+    /// What went wrong, or null.
+    pub error: Option<ErrorReport>,
+}
+
+/// The parts of the downtime, in milliseconds. They follow one another but for `load_ms`, which overlaps none here.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Downtime {
+    /// Stopping the vCPUs.
+    pub pause_ms: f64,
+    /// The last collections from all sources of dirty pages.
+    pub collect_ms: f64,
+    /// Saving the VM state and sending it, while the lanes send the last pages.
+    pub save_ms: f64,
+    /// From then until the last page was handed to a channel and FINAL was sent.
+    pub send_ms: f64,
+    /// From then until the destination said `prepared`: the wire, and the destination's own work.
+    pub prepare_ms: f64,
+    /// Of which: the destination loading the VM state.
+    pub load_ms: f64,
+    /// From `prepared` to `running`: the commit's round trip and the destination starting its vCPUs.
+    pub commit_ms: f64,
+}
+
+/// One round.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct RoundReport {
+    /// Its number.
+    pub round: u32,
+    /// Pages that it began with.
+    pub pages: u64,
+    /// Octets sent in it.
+    pub sent_bytes: u64,
+    /// How long the lanes took.
+    pub ms: f64,
+    /// Octets sent a second.
+    pub mib_s: f64,
+    /// Pages found dirty after it.
+    pub dirty_after: Option<u64>,
+}
+
+/// One source of dirty pages.
+#[derive(Debug, Clone, Serialize)]
+pub struct SourceReport {
+    /// Its name.
+    pub name: String,
+    /// Pages it put into the dirty set that were clean there.
+    pub pages: u64,
+    /// Reports of pages, the same page counted each time.
+    pub reported: u64,
+    /// Collections.
+    pub harvests: u64,
+    /// Time spent collecting.
+    pub harvest_ms: f64,
+    /// Kernel resets.
+    pub resets: u64,
+    /// Exits of vCPUs because their ring was full.
+    pub ring_full: u64,
+}
+
+/// What went wrong.
+#[derive(Debug, Clone, Serialize)]
+pub struct ErrorReport {
+    /// A stable identifier.
+    pub code: String,
+    /// Where in the migration's life.
+    pub phase: String,
+    /// On which channel, if on one.
+    pub channel: Option<String>,
+    /// In words.
+    pub text: String,
+}
+
+impl From<&Error> for ErrorReport {
+    fn from(error: &Error) -> Self {
+        Self {
+            code: error.code().to_owned(),
+            phase: error.phase().to_string(),
+            channel: (error.channel() != ChannelRef::None).then(|| error.channel().to_string()),
+            text: error.fault().to_string(),
+        }
+    }
+}
+
+/// Notes down when things happened. Kept by the control thread.
+#[derive(Debug, Default)]
+pub(crate) struct Timeline {
+    began: Option<Instant>,
+    rounds_began: Option<Duration>,
+    rounds_ended: Option<Duration>,
+    pausing: Option<Instant>,
+    paused: Option<Instant>,
+    saved: Option<Instant>,
+    final_sent: Option<Instant>,
+    prepared: Option<Instant>,
+    running_again: Option<Instant>,
+    ended: Option<Instant>,
+    predicted: Option<Duration>,
+    last_collects: Duration,
+    rounds: Vec<(RoundReport, Duration)>,
+    lanes_lost: u32,
+    committed: bool,
+    destination_load: Duration,
+    destination_cpu: Option<Duration>,
+    digest: Option<u64>,
+    pub(crate) resume_failed: Option<String>,
+}
+
+impl Timeline {
+    pub(crate) fn begin(&mut self) {
+        self.began = Some(Instant::now());
+    }
+
+    pub(crate) fn ready(&mut self, now: Duration, prepare_us: u64) {
+        tracing::info!(prepare_ms = prepare_us / 1000, "the destination is ready");
+        self.rounds_began = Some(now);
+    }
+
+    pub(crate) fn round_opened(
+        &mut self,
+        round: Round,
+        pages: u64,
+        _octets_before: u64,
+        now: Duration,
+    ) {
+        let report = RoundReport {
+            round: round.value(),
+            pages,
+            sent_bytes: 0,
+            ms: 0.0,
+            mib_s: 0.0,
+            dirty_after: None,
+        };
+        self.rounds.push((report, now));
+    }
+
+    pub(crate) fn round_encoded(&mut self, _round: Round, octets: u64, now: Duration) {
+        self.rounds_ended = Some(now);
+        if let Some((report, since)) = self.rounds.last_mut() {
+            let took = now.saturating_sub(*since);
+            report.sent_bytes = octets;
+            report.ms = ms(took);
+            report.mib_s = mib_s(octets, took);
+        }
+    }
+
+    pub(crate) fn collected(&mut self, pages: u64, last: bool, took: Duration) {
+        if last {
+            self.last_collects += took;
+        } else if let Some((report, _)) = self.rounds.last_mut() {
+            report.dirty_after = Some(pages);
+        }
+    }
+
+    pub(crate) fn round_closed(&mut self, closed: &RoundClosed) {
+        tracing::debug!(round = %closed.round, pages = closed.pages, zero_pages = closed.zero_pages, damaged = closed.damaged_pages, "round closed");
+    }
+
+    pub(crate) fn pausing(&mut self, predicted: Option<Duration>) {
+        self.pausing = Some(Instant::now());
+        self.predicted = predicted;
+    }
+
+    pub(crate) fn paused(&mut self) {
+        self.paused = Some(Instant::now());
+    }
+
+    pub(crate) fn saved(&mut self) {
+        self.saved = Some(Instant::now());
+    }
+
+    pub(crate) fn final_sent(&mut self) {
+        self.final_sent = Some(Instant::now());
+    }
+
+    pub(crate) fn prepared(&mut self, prepared: &Prepared) {
+        self.prepared = Some(Instant::now());
+        self.destination_load = Duration::from_micros(prepared.load_us);
+        self.digest = Some(prepared.digest.value());
+    }
+
+    pub(crate) fn committed(&mut self) {
+        self.committed = true;
+    }
+
+    pub(crate) fn running(&mut self, running: &Running) {
+        self.running_again = Some(Instant::now());
+        self.destination_cpu = Some(Duration::from_micros(running.cpu_us));
+    }
+
+    pub(crate) fn reclaimed(&mut self) {
+        self.running_again = Some(Instant::now());
+    }
+
+    pub(crate) fn lane_lost(&mut self, _why: &str) {
+        self.lanes_lost += 1;
+    }
+
+    pub(crate) fn ended(&mut self) {
+        self.ended = Some(Instant::now());
+    }
+
+    fn downtime(&self) -> Option<Downtime> {
+        let pausing = self.pausing?;
+        let paused = self.paused.unwrap_or(pausing);
+        let saved = self.saved.unwrap_or(paused);
+        let sent = self.final_sent.unwrap_or(saved).max(saved);
+        let prepared = self.prepared.unwrap_or(sent);
+        let running = self.running_again.unwrap_or(prepared);
+        Some(Downtime {
+            pause_ms: ms(paused - pausing),
+            collect_ms: ms(self.last_collects),
+            save_ms: ms((saved - paused).saturating_sub(self.last_collects)),
+            send_ms: ms(sent - saved),
+            prepare_ms: ms(prepared.saturating_duration_since(sent)),
+            load_ms: ms(self.destination_load),
+            commit_ms: ms(running.saturating_duration_since(prepared)),
+        })
+    }
+}
+
+impl Report {
+    pub(crate) fn new(
+        timeline: &Timeline,
+        outcome: &Outcome,
+        end: &Snapshot,
+        config: &Config,
+        sources: &[Box<dyn Source>],
+    ) -> Self {
+        let (kind, error) = match outcome {
+            Outcome::Migrated => (OutcomeKind::Migrated, None),
+            Outcome::Failed(error) => (OutcomeKind::Failed, Some(error)),
+            Outcome::Cancelled(error) => (OutcomeKind::Cancelled, Some(error)),
+            Outcome::Unknown(error) => (OutcomeKind::Unknown, Some(error)),
+        };
+        let ended = timeline.ended.unwrap_or_else(Instant::now);
+        let total = timeline.began.map_or(Duration::ZERO, |began| ended - began);
+        let moved = (end.pages_sent + end.zero_pages_sent) * PAGE_BYTES_U64;
+        let moving = timeline
+            .rounds_ended
+            .zip(timeline.rounds_began)
+            .map_or(Duration::ZERO, |(b, a)| b.saturating_sub(a));
+        Self {
+            outcome: kind,
+            total_ms: ms(total),
+            downtime_ms: timeline
+                .pausing
+                .map(|since| ms(timeline.running_again.unwrap_or(ended) - since)),
+            downtime: timeline.downtime(),
+            predicted_downtime_ms: timeline.predicted.map(ms),
+            rounds: timeline.rounds.len(),
+            round_list: timeline.rounds.iter().map(|(report, _)| *report).collect(),
+            channels: config.channels(),
+            channels_lost: timeline.lanes_lost,
+            memory_bytes: end.memory_pages * PAGE_BYTES_U64,
+            sent_bytes: end.octets_sent,
+            zero_bytes: end.zero_pages_sent * PAGE_BYTES_U64,
+            content_bytes: end.pages_sent * PAGE_BYTES_U64,
+            pages_given_back: end.pages_given_back,
+            goodput_mib_s: mib_s(moved, moving),
+            cpu_sender_s: end.cpu.as_secs_f64(),
+            cpu_receiver_s: timeline.destination_cpu.map(|cpu| cpu.as_secs_f64()),
+            // The machine commits only after it compared them.
+            digest_equal: timeline
+                .committed
+                .then_some(true)
+                .or_else(|| mismatch(error)),
+            digest: timeline.digest.map(|digest| format!("{digest:016x}")),
+            sources: sources
+                .iter()
+                .map(|source| SourceReport::from(&**source))
+                .collect(),
+            error: error.map(ErrorReport::from),
+        }
+    }
+}
+
+fn mismatch(error: Option<&Error>) -> Option<bool> {
+    matches!(error?.fault(), crate::error::Fault::DigestMismatch { .. }).then_some(false)
+}
+
+impl From<&dyn Source> for SourceReport {
+    fn from(source: &dyn Source) -> Self {
+        let figures = source.figures();
+        Self {
+            name: source.name().to_owned(),
+            pages: figures.pages,
+            reported: figures.reported,
+            harvests: figures.harvests,
+            harvest_ms: figures.harvest_ns as f64 / 1e6,
+            resets: figures.resets,
+            ring_full: figures.ring_full_soft + figures.ring_full_hard,
+        }
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+fn mib_s(octets: u64, over: Duration) -> f64 {
+    if over.is_zero() {
+        0.0
+    } else {
+        (octets as f64 / f64::from(1 << 20) / over.as_secs_f64() * 10.0).round() / 10.0
+    }
+}

@@ -1,0 +1,625 @@
+//! The control plane at the source, as a machine without I/O: events and the time in, effects out.
+//!
+//! ```text
+//!  Setup ──ready──► Sending(0) ──encoded──► Deciding ──► Sending(k+1)
+//!                                              │ fits the limit, or the rounds are used up
+//!                                              ▼
+//!                     Pausing ──► Collecting ──► Last(k) ──prepared──► Committed ──running──► Over
+//!                                                  │ damaged, lost or late pages
+//!                                                  └──► Last(k+1)
+//! ```
+//! Every state before `Committed` can fail or be cancelled; the guest then belongs to the source, and the machine says so
+//! with an [`Effect::Reclaim`]. From `Committed` on no effect ever gives the guest back (SPEC: COMMIT-3). Which event is
+//! legal in which state is the one table in [`Session::handle`]; `the_table_of_states_and_events` prints it.
+
+use std::time::Duration;
+
+use multifd_wire::{Phase, Reason, Round};
+
+use crate::config::{Config, WhenNotConverging};
+use crate::error::{Error, Fault};
+use crate::forecast::{Conditions, Forecast, Observation, Writer, forecast};
+use crate::vmm::Reclaimed;
+
+/// Damaged or lost pages are sent again in a further last round; more than this many and the link can't be trusted.
+pub const REPAIR_ROUNDS_MAX: u32 = 16;
+
+/// A round is worth while below the limit only if it halves what is left, and only this often.
+const POLISH_ROUNDS_MAX: u32 = 4;
+
+/// Pause, state and commit as long as nothing of them was measured: the round trip counts three times beside this.
+const FIXED_GUESS: Duration = Duration::from_millis(4);
+
+/// A round with fewer octets than this says too little about the bandwidth.
+const MEASURABLE_OCTETS: u64 = 4 << 20;
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// The destination granted the session; lanes may be dialled.
+    Granted,
+    /// The destination's machine, memory and lanes are ready, and tracking is on at the source.
+    Ready,
+    /// Every living lane has encoded the whole of the present round and ends it with its mark.
+    Encoded {
+        /// Octets that were handed to channels in this round.
+        octets: u64,
+        /// Octets that were handed to channels and are not acknowledged yet.
+        unacked_octets: u64,
+    },
+    /// The sources were collected into the dirty set, which now has this many pages.
+    Collected {
+        /// Pages in the dirty set.
+        pages: u64,
+    },
+    /// The VMM paused the guest.
+    Paused,
+    /// The VM state was saved and sent.
+    Saved,
+    /// FINAL was sent with this digest.
+    FinalSent {
+        /// The digest over all pages as last sent.
+        digest: u64,
+    },
+    /// The destination closed a round.
+    Closed {
+        /// Which.
+        round: Round,
+        /// Pages that were damaged on the way and are still missing there.
+        damaged: u64,
+    },
+    /// A lane died; this many pages that it had not been acknowledged for are back in the dirty set.
+    LaneLost {
+        /// How many.
+        pages: u64,
+    },
+    /// The destination verified and loaded everything.
+    Prepared {
+        /// The digest over all pages as landed.
+        digest: u64,
+    },
+    /// The guest runs at the destination.
+    Running,
+    /// Round trip of a keep-alive.
+    RoundTrip(Duration),
+    /// The user wants it to stop.
+    Cancel,
+    /// Something failed: a channel, the VMM, the tracking, the peer said no.
+    Failed(Error),
+    /// Only the time has gone on.
+    Tick,
+}
+
+/// What the driver must do.
+#[derive(Debug)]
+pub enum Effect {
+    /// Send the configuration, the tables and SETUP_END, and dial the lanes.
+    SendSetup,
+    /// Begin a round with what the dirty set holds.
+    OpenRound {
+        /// Its number.
+        round: Round,
+        /// The guest is paused: this may be the last.
+        last: bool,
+    },
+    /// Collect from all sources. `last`: the guest is paused.
+    Collect {
+        /// Whether the guest is paused.
+        last: bool,
+    },
+    /// Tell progress readers.
+    Forecast(Forecast),
+    /// Pause the guest.
+    Pause,
+    /// Send SWITCHOVER: the guest is paused and this round is begun.
+    AnnounceSwitchover {
+        /// The round.
+        round: Round,
+    },
+    /// Save the VM state and send it.
+    Save,
+    /// Send FINAL for this round.
+    SendFinal {
+        /// Which.
+        round: Round,
+    },
+    /// Send COMMIT. The guest belongs to the destination from before the first octet of it.
+    Commit,
+    /// Tell the peer why it ends.
+    Abort {
+        /// The code.
+        reason: Reason,
+        /// The text.
+        text: String,
+    },
+    /// The guest belongs to the source: give all pages back, and run it again if it was paused.
+    Reclaim {
+        /// Whether the VMM has to be told to resume.
+        paused: bool,
+        /// The proof that it may.
+        proof: Reclaimed,
+    },
+    /// It is over.
+    Finish(Outcome),
+}
+
+/// How a migration ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The guest runs at the destination.
+    Migrated,
+    /// The guest runs at the source.
+    Failed(Error),
+    /// The user stopped it; the guest runs at the source.
+    Cancelled(Error),
+    /// The commit was sent, but whether the guest runs at the destination is not known; the source stays paused.
+    Unknown(Error),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Setup {
+        granted: bool,
+    },
+    Sending {
+        round: Round,
+        since: Duration,
+    },
+    Deciding {
+        round: Round,
+        since: Duration,
+        encoded: Duration,
+    },
+    Pausing {
+        round: Round,
+    },
+    Collecting {
+        round: Round,
+    },
+    Last(Last),
+    Committed {
+        since: Duration,
+    },
+    Over,
+}
+
+/// A round with the guest paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Last {
+    round: Round,
+    encoded: bool,
+    saved: bool,
+    /// The collection after the save was made.
+    collected: bool,
+    /// Pages that this round does not bring (dirtied by the save, damaged, lost with a lane): they need a further one.
+    missing: u64,
+    /// FINAL was sent for this round, and nothing has gone missing since.
+    final_sent: bool,
+    /// The digest of the newest FINAL. With the guest paused every FINAL has the same.
+    digest: Option<u64>,
+}
+
+/// The machine of one migration at the source.
+#[derive(Debug)]
+pub struct Session {
+    config: Config,
+    memory_pages: u64,
+    state: State,
+    began: Duration,
+    heard: Duration,
+    paused_at: Option<Duration>,
+    observed: Vec<Observation>,
+    bandwidth: Option<f64>,
+    round_trip: Duration,
+    unacked_octets: u64,
+    polished: u32,
+    repairs: u32,
+    predicted: Option<Duration>,
+}
+
+impl Session {
+    /// A session whose hello was accepted at `now`.
+    #[must_use]
+    pub fn new(config: Config, memory_pages: u64, now: Duration) -> Self {
+        Self {
+            config,
+            memory_pages,
+            state: State::Setup { granted: false },
+            began: now,
+            heard: now,
+            paused_at: None,
+            observed: Vec::new(),
+            bandwidth: None,
+            round_trip: Duration::ZERO,
+            unacked_octets: 0,
+            polished: 0,
+            repairs: 0,
+            predicted: None,
+        }
+    }
+
+    /// Where in its life, in the words of SPEC.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Setup { .. } => Phase::Setup,
+            State::Sending { .. } | State::Deciding { .. } => Phase::Rounds,
+            State::Pausing { .. } | State::Collecting { .. } | State::Last(_) => Phase::Switchover,
+            State::Committed { .. } => Phase::Commit,
+            State::Over => Phase::Done,
+        }
+    }
+
+    /// Whether the commit was made: from then on the guest is the destination's.
+    #[must_use]
+    pub fn is_committed(&self) -> bool {
+        matches!(self.state, State::Committed { .. })
+    }
+
+    /// The downtime that was predicted when the switchover was decided.
+    #[must_use]
+    pub fn predicted_downtime(&self) -> Option<Duration> {
+        self.predicted
+    }
+
+    /// The measured octets a second, once a round was long enough.
+    #[must_use]
+    pub fn bandwidth(&self) -> Option<f64> {
+        self.bandwidth
+    }
+
+    /// The peer was heard on the control channel.
+    pub fn heard(&mut self, now: Duration) {
+        self.heard = now;
+    }
+
+    /// When [`Event::Tick`] is due at the latest.
+    #[must_use]
+    pub fn next_deadline(&self) -> Duration {
+        self.deadline().0
+    }
+
+    /// The one table: what each event means in each state.
+    #[must_use]
+    pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        match (self.state, event) {
+            (State::Over, _) => Vec::new(),
+            (_, Event::Failed(error)) => self.fail(error),
+            // Too late to stop: the guest is the destination's (SPEC: COMMIT-3).
+            (State::Committed { .. }, Event::Cancel) => Vec::new(),
+            (_, Event::Cancel) => self.fail(Error::new(self.phase(), Fault::Cancelled)),
+            (_, Event::Tick) => self.tick(now),
+            (_, Event::RoundTrip(time)) => {
+                self.round_trip = time;
+                Vec::new()
+            }
+            (State::Setup { granted: false }, Event::Granted) => {
+                self.state = State::Setup { granted: true };
+                vec![Effect::SendSetup]
+            }
+            (State::Setup { granted: true }, Event::Ready) => self.open(Round::new(0), now),
+            (
+                State::Sending { round, since },
+                Event::Encoded {
+                    octets,
+                    unacked_octets,
+                },
+            ) => {
+                self.measure(octets, now.saturating_sub(since));
+                self.unacked_octets = unacked_octets;
+                self.state = State::Deciding {
+                    round,
+                    since,
+                    encoded: now,
+                };
+                vec![Effect::Collect { last: false }]
+            }
+            (
+                State::Deciding {
+                    round,
+                    since,
+                    encoded,
+                },
+                Event::Collected { pages },
+            ) => {
+                // What was collected was dirtied from the round's begin to now.
+                self.observed.push(Observation {
+                    pages,
+                    over: now.saturating_sub(since).max(encoded.saturating_sub(since)),
+                });
+                self.decide(round, pages, now)
+            }
+            (State::Pausing { round }, Event::Paused) => {
+                self.state = State::Collecting { round };
+                vec![Effect::Collect { last: true }]
+            }
+            (State::Collecting { round }, Event::Collected { .. }) => {
+                self.state = State::Last(Last {
+                    round,
+                    encoded: false,
+                    saved: false,
+                    collected: false,
+                    missing: 0,
+                    final_sent: false,
+                    digest: None,
+                });
+                vec![
+                    Effect::AnnounceSwitchover { round },
+                    Effect::OpenRound { round, last: true },
+                    Effect::Save,
+                ]
+            }
+            (State::Last(last), event) => self.handle_last(last, event, now),
+            (State::Committed { .. }, Event::Running) => {
+                self.state = State::Over;
+                vec![Effect::Finish(Outcome::Migrated)]
+            }
+            // Old news: rounds close and pages come back while the next round is long under way.
+            (
+                State::Sending { .. }
+                | State::Deciding { .. }
+                | State::Pausing { .. }
+                | State::Collecting { .. },
+                Event::Closed { .. } | Event::LaneLost { .. },
+            )
+            | (
+                State::Committed { .. },
+                Event::Closed { .. } | Event::LaneLost { .. } | Event::Encoded { .. },
+            ) => Vec::new(),
+            (_, event) => {
+                let what = format!("{event:?}");
+                self.fail(Error::new(self.phase(), Fault::OutOfTurn { what }))
+            }
+        }
+    }
+
+    fn handle_last(&mut self, mut last: Last, event: Event, now: Duration) -> Vec<Effect> {
+        match event {
+            Event::Encoded { .. } => last.encoded = true,
+            Event::Saved => {
+                last.saved = true;
+                self.state = State::Last(last);
+                return vec![Effect::Collect { last: true }];
+            }
+            Event::Collected { pages } => {
+                last.collected = true;
+                last.missing += pages;
+            }
+            Event::LaneLost { pages } => {
+                last.missing += pages;
+                last.final_sent &= pages == 0;
+            }
+            // The receiver knows best whether a damaged page is still missing there: one that landed again is counted off.
+            Event::Closed { round, damaged } if round == last.round => {
+                last.missing += damaged;
+                last.final_sent &= damaged == 0;
+            }
+            Event::Closed { .. } => {}
+            Event::FinalSent { digest } => {
+                last.final_sent = true;
+                last.digest = Some(digest);
+            }
+            Event::Prepared { digest } => {
+                let Some(ours) = last.digest else {
+                    return self.fail(Error::new(
+                        Phase::Switchover,
+                        Fault::OutOfTurn {
+                            what: "PREPARED before FINAL".into(),
+                        },
+                    ));
+                };
+                if digest != ours {
+                    return self.fail(Error::new(
+                        Phase::Switchover,
+                        Fault::DigestMismatch {
+                            ours,
+                            theirs: digest,
+                        },
+                    ));
+                }
+                self.state = State::Committed { since: now };
+                return vec![Effect::Commit];
+            }
+            event => {
+                let what = format!("{event:?}");
+                return self.fail(Error::new(Phase::Switchover, Fault::OutOfTurn { what }));
+            }
+        }
+        self.state = State::Last(last);
+        self.conclude(last)
+    }
+
+    /// Once the last round is encoded and the save's own writes are known: FINAL, or a further round for missing pages.
+    fn conclude(&mut self, last: Last) -> Vec<Effect> {
+        if !(last.encoded && last.saved && last.collected) || last.final_sent {
+            return Vec::new();
+        }
+        if last.missing == 0 {
+            return vec![Effect::SendFinal { round: last.round }];
+        }
+        self.repairs += 1;
+        let next = last
+            .round
+            .next()
+            .filter(|_| self.repairs <= REPAIR_ROUNDS_MAX);
+        let Some(round) = next else {
+            return self.fail(Error::new(
+                Phase::Switchover,
+                Fault::Unrepairable {
+                    pages: last.missing,
+                    rounds: self.repairs,
+                },
+            ));
+        };
+        self.state = State::Last(Last {
+            round,
+            encoded: false,
+            missing: 0,
+            ..last
+        });
+        vec![
+            Effect::AnnounceSwitchover { round },
+            Effect::OpenRound { round, last: true },
+        ]
+    }
+
+    fn open(&mut self, round: Round, now: Duration) -> Vec<Effect> {
+        self.state = State::Sending { round, since: now };
+        vec![Effect::OpenRound { round, last: false }]
+    }
+
+    fn measure(&mut self, octets: u64, over: Duration) {
+        if (octets >= MEASURABLE_OCTETS || self.bandwidth.is_none())
+            && over > Duration::ZERO
+            && octets > 0
+        {
+            self.bandwidth = Some(octets as f64 / over.as_secs_f64());
+        }
+    }
+
+    fn conditions(&self) -> Conditions {
+        // Without any measurement (a guest of zero pages only) what is left costs next to nothing.
+        let bandwidth = self.bandwidth.unwrap_or(1e9);
+        let draining =
+            Duration::from_secs_f64((self.unacked_octets as f64 / bandwidth.max(1.0)).min(1e9));
+        Conditions {
+            bandwidth,
+            fixed: FIXED_GUESS + self.round_trip * 3 + draining,
+            limit: self.config.downtime_limit,
+        }
+    }
+
+    /// The decision after a live round: go on, switch over, or give up.
+    fn decide(&mut self, round: Round, pages: u64, now: Duration) -> Vec<Effect> {
+        let conditions = self.conditions();
+        let writer = Writer::fit(&self.observed, self.memory_pages);
+        let mut effects = Vec::new();
+        let outlook = writer.map(|w| forecast(&w, pages, &conditions));
+        effects.extend(outlook.map(Effect::Forecast));
+        let predicted = conditions.downtime(pages as f64);
+        let used_up = round.value() + 1 >= self.config.rounds_max;
+        let fits = predicted <= conditions.limit;
+        if fits && !used_up && self.worth_polishing(writer.as_ref(), pages, &conditions) {
+            self.polished += 1;
+        } else if fits || (used_up && self.config.when_not_converging == WhenNotConverging::Switch)
+        {
+            return self.switch_over(round, predicted, now, effects);
+        } else if used_up {
+            let error = Error::new(
+                Phase::Rounds,
+                Fault::not_converging(round.value() + 1, predicted, conditions.limit, outlook),
+            );
+            effects.extend(self.fail(error));
+            return effects;
+        }
+        match round.next() {
+            Some(next) => effects.extend(self.open(next, now)),
+            None => effects.extend(self.fail(Error::new(
+                Phase::Rounds,
+                Fault::not_converging(round.value(), predicted, conditions.limit, outlook),
+            ))),
+        }
+        effects
+    }
+
+    /// Below the limit a further live round is made as long as it is short and halves the downtime: it costs the guest nothing.
+    fn worth_polishing(
+        &self,
+        writer: Option<&Writer>,
+        pages: u64,
+        conditions: &Conditions,
+    ) -> bool {
+        let lasts = conditions
+            .downtime(pages as f64)
+            .saturating_sub(conditions.fixed);
+        let Some(writer) = writer else { return false };
+        let next = writer.unique(lasts.as_secs_f64());
+        self.polished < POLISH_ROUNDS_MAX
+            && lasts > Duration::from_millis(2)
+            && next < pages as f64 / 2.0
+    }
+
+    fn switch_over(
+        &mut self,
+        round: Round,
+        predicted: Duration,
+        now: Duration,
+        mut effects: Vec<Effect>,
+    ) -> Vec<Effect> {
+        let Some(next) = round.next() else {
+            effects.extend(self.fail(Error::new(
+                Phase::Rounds,
+                Fault::OutOfTurn {
+                    what: "a switchover after the last round number".into(),
+                },
+            )));
+            return effects;
+        };
+        self.predicted = Some(predicted);
+        self.state = State::Pausing { round: next };
+        self.paused_at = Some(now);
+        effects.push(Effect::Pause);
+        effects
+    }
+
+    /// The next instant at which waiting any longer is an error, and which one.
+    fn deadline(&self) -> (Duration, &'static str) {
+        let silence = (
+            self.heard + self.config.stall,
+            "a sign of life from the destination",
+        );
+        let own = match self.state {
+            State::Setup { .. } => (
+                self.began + self.config.setup_deadline,
+                "the destination to get ready",
+            ),
+            State::Committed { since } => (
+                since + self.config.commit_deadline,
+                "the destination to say that the guest runs",
+            ),
+            _ => match self.paused_at {
+                Some(at) => (
+                    at + self.config.commit_deadline,
+                    "the destination to take the paused guest over",
+                ),
+                None => silence,
+            },
+        };
+        if own.0 < silence.0 { own } else { silence }
+    }
+
+    fn tick(&mut self, now: Duration) -> Vec<Effect> {
+        let (deadline, what) = self.deadline();
+        if now < deadline {
+            return Vec::new();
+        }
+        self.fail(Error::new(self.phase(), Fault::Timeout { what }))
+    }
+
+    fn fail(&mut self, error: Error) -> Vec<Effect> {
+        let committed = self.is_committed();
+        let paused = matches!(
+            self.state,
+            State::Pausing { .. } | State::Collecting { .. } | State::Last(_)
+        );
+        self.state = State::Over;
+        if committed {
+            return vec![Effect::Finish(Outcome::Unknown(error))];
+        }
+        let abort = Effect::Abort {
+            reason: error.reason(),
+            text: error.to_string(),
+        };
+        let reclaim = Effect::Reclaim {
+            paused,
+            proof: Reclaimed::new(),
+        };
+        let outcome = if matches!(error.fault(), Fault::Cancelled) {
+            Outcome::Cancelled(error)
+        } else {
+            Outcome::Failed(error)
+        };
+        // The guest first: telling the peer may take as long as a dead link takes.
+        vec![reclaim, abort, Effect::Finish(outcome)]
+    }
+}

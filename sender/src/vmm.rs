@@ -1,0 +1,79 @@
+//! What the source's VMM gives to a migration, and the proof it must be shown before it may run the guest again.
+//!
+//! The rule this file keeps: after the commit was sent the source can't run the guest, because the only way to
+//! [`Vmm::resume`] is a [`Reclaimed`], and the session makes none once it is committed (SPEC: COMMIT-3).
+
+use bytes::Bytes;
+
+/// A piece of VM state or configuration, opaque to multifd.
+///
+/// `kind` and `version` are the embedder's own numbers; the destination's VMM is handed exactly these three values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blob {
+    /// What it is, in the embedder's numbering.
+    pub kind: u32,
+    /// Which encoding of it, in the embedder's numbering.
+    pub version: u32,
+    /// The octets; at most `wire::limits::BLOB_BYTES_MAX`.
+    pub octets: Bytes,
+}
+
+/// The embedder said no; its reason travels to the user and, in an ABORT, to the peer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct VmmError(Box<dyn std::error::Error + Send + Sync>);
+
+impl VmmError {
+    /// Wraps the embedder's own error, or a text.
+    pub fn new(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(reason.into())
+    }
+}
+
+/// Proof that the guest still belongs to the source: the commit was not sent, and never will be in this migration.
+///
+/// Only the session makes it. It is consumed by [`Vmm::resume`].
+#[derive(Debug)]
+#[must_use = "the guest stays paused until the VMM is shown this"]
+pub struct Reclaimed(());
+
+impl Reclaimed {
+    /// Only for the session's transition tables, which call it in states before the commit.
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
+}
+
+/// The source's virtual machine monitor, as the migration sees it.
+///
+/// All calls come from the migration's control thread, one at a time. Guest memory and dirty tracking are handed over
+/// apart from this ([`crate::Migration`]), since they are used from other threads.
+pub trait Vmm: Send {
+    /// The configuration that the destination needs to build the same machine. Called once, first, with the guest running.
+    ///
+    /// # Errors
+    /// An error refuses the migration before anything was sent.
+    fn config(&mut self) -> Result<Vec<Blob>, VmmError>;
+
+    /// Stops all vCPUs and the VMM's own writers of guest memory. After it returns, guest memory changes only through
+    /// devices that are still running and through [`Vmm::save`].
+    ///
+    /// # Errors
+    /// An error ends the migration; [`Vmm::resume`] is called next, so a half-paused guest must be able to resume.
+    fn pause(&mut self) -> Result<(), VmmError>;
+
+    /// The state of the paused machine apart from memory. It may write guest memory: there is one more collection after it.
+    ///
+    /// # Errors
+    /// An error ends the migration; the guest is resumed.
+    fn save(&mut self) -> Result<Vec<Blob>, VmmError>;
+
+    /// Runs the guest again at the source, after a migration that failed or was cancelled while it was paused.
+    ///
+    /// # Errors
+    /// Reported to the user beside the first error: the guest is then still paused at the source.
+    fn resume(&mut self, proof: Reclaimed) -> Result<(), VmmError>;
+
+    /// The guest runs at the destination. The source's machine must never run again; it may be taken down.
+    fn migrated(&mut self) {}
+}

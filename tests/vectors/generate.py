@@ -1,0 +1,600 @@
+#!/usr/bin/env python3
+"""Writes the test vectors of this directory, and the fuzz corpus that is made of them, from SPEC.md alone.
+
+This is a second, independent reading of the specification: it shares no code with the Rust crate, so a mistake in one
+of them shows as a difference. Run it without arguments from anywhere; it needs nothing but Python 3.8. The output is
+committed, and the tests read only the committed files.
+"""
+
+import pathlib
+import struct
+import zlib
+
+HERE = pathlib.Path(__file__).resolve().parent
+CORPUS = HERE.parent.parent / "fuzz" / "corpus"
+
+PAGE = 4096
+MASK = (1 << 64) - 1
+ZERO_CRC = zlib.crc32(bytes(PAGE))
+MAGIC = b"MULTIFD\n"
+SESSION = bytes(range(0x10, 0x20))
+TICKET = bytes(range(0x20, 0x30))
+SECRET = bytes(range(0x30, 0x40))
+MIB = 1 << 20
+NONE = 0xFFFFFFFF
+
+KINDS = {
+    "GRANT": 0x0001, "CONFIG": 0x0002, "REGIONS": 0x0003, "DEVICES": 0x0004, "SETUP_END": 0x0005, "READY": 0x0006,
+    "PAGES": 0x0010, "ZEROS": 0x0011, "ROUND_END": 0x0012, "DEVICE_CHUNK": 0x0013, "DEVICE_MARK": 0x0014,
+    "ACK": 0x0020, "GIVE_BACK": 0x0021, "ROUND_CLOSED": 0x0022, "CREDIT": 0x0023, "SWITCHOVER_ACK": 0x0024,
+    "DEVICE_LOADED": 0x0025, "KEEP_ALIVE": 0x0027, "LANE_DOWN": 0x0028, "SWITCHOVER": 0x0030, "VM_STATE": 0x0031,
+    "FINAL": 0x0032, "PREPARED": 0x0033, "COMMIT": 0x0034, "RUNNING": 0x0035, "ABORT": 0x0036, "LANDED": 0x0040,
+    "OUTCOME": 0x0042, "PROGRESS": 0x8026,
+}
+
+
+class Octets:
+    """Octets with a remark for each field; each line of a vector file is one field."""
+
+    def __init__(self):
+        self.lines = []
+
+    def put(self, raw, remark):
+        self.lines.append((bytes(raw), remark))
+        return self
+
+    def u8(self, value, name):
+        return self.put(struct.pack("<B", value), f"{name} = {value}")
+
+    def u16(self, value, name):
+        return self.put(struct.pack("<H", value), f"{name} = {value}")
+
+    def u32(self, value, name):
+        return self.put(struct.pack("<I", value), f"{name} = {value}")
+
+    def u64(self, value, name):
+        return self.put(struct.pack("<Q", value), f"{name} = {value}")
+
+    def hex32(self, value, name):
+        return self.put(struct.pack("<I", value), f"{name} = {value:#010x}")
+
+    def hex64(self, value, name):
+        return self.put(struct.pack("<Q", value), f"{name} = {value:#018x}")
+
+    def zero(self, count, name="reserved"):
+        return self.put(bytes(count), name)
+
+    def text(self, value, name):
+        return self.put(value, f"{name} = {value.decode('utf-8', 'replace')!r}")
+
+    def join(self, other):
+        self.lines += other.lines
+        return self
+
+    def raw(self):
+        return b"".join(raw for raw, _ in self.lines)
+
+
+def show(raw, remark):
+    """One field as lines of text; a long field of equal octets is written as `HH * count`."""
+    if not raw:
+        return [f"; {remark} (no octets)"]
+    if len(raw) > 16 and len(set(raw)) == 1:
+        return [f"{raw[0]:02x} * {len(raw)} ; {remark}"]
+    rows = [raw[at:at + 16].hex(" ") for at in range(0, len(raw), 16)]
+    rows[0] += f" ; {remark}"
+    return rows
+
+
+def write(name, structure, expect, rules, octets):
+    """Writes one vector and, where a fuzz target reads such octets, one corpus entry."""
+    text = [f"name: {name}", f"structure: {structure}", f"expect: {expect}", f"spec: {' '.join(rules)}", "octets:"]
+    for raw, remark in octets.lines:
+        text += show(raw, remark)
+    (HERE / f"{name}.txt").write_text("\n".join(text) + "\n")
+    for target in {"frame": ["frame", "stream"]}.get(structure, [structure]):
+        seed(target, name, octets.raw())
+    if structure == "frame":
+        seed("header", name, octets.raw()[:32])
+
+
+def seed(target, name, raw):
+    directory = CORPUS / target
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_bytes(raw)
+
+
+# --- structures -----------------------------------------------------------------------------------------------------
+
+def hello(intent=1, token=bytes(16), lane=0, incarnation=0, magic=MAGIC, versions=(1, 1), role=1, channel=0,
+          mandatory=0, optional=3, session=SESSION, reserved=bytes(52), crc=None):
+    out = Octets().put(magic, "magic")
+    out.u16(versions[0], "version_min").u16(versions[1], "version_max").u8(role, "role").u8(channel, "channel")
+    out.u16(intent, "intent").hex64(mandatory, "features_mandatory").hex64(optional, "features_optional")
+    out.put(session, "session").put(token, "token").u32(lane, "lane").u32(incarnation, "incarnation")
+    out.put(reserved, "reserved")
+    return out.hex32(zlib.crc32(out.raw()) if crc is None else crc, "crc")
+
+
+def hello_reply(version=1, status=0, reason=0, features=3, session=SESSION, role=2, text=b"", text_bytes=None,
+                magic=MAGIC, reserved=(bytes(7), bytes(6), bytes(12)), crc=None):
+    out = Octets().put(magic, "magic").u16(version, "version").u16(status, "status").u32(reason, "reason")
+    out.hex64(features, "features").put(session, "session").u8(role, "role").put(reserved[0], "reserved")
+    out.u16(len(text) if text_bytes is None else text_bytes, "text_bytes").put(reserved[1], "reserved")
+    out.text(text, "text").zero(184 - len(text), "rest of text").put(reserved[2], "reserved")
+    return out.hex32(zlib.crc32(out.raw()) if crc is None else crc, "crc")
+
+
+def frame(kind, table, sequence=0, body=b"", reserved=0, table_bytes=None, body_bytes=None, table_crc=None,
+          body_crc=None, header_crc=None, bodies=None):
+    code = KINDS[kind] if isinstance(kind, str) else kind
+    if body_crc is None:
+        body_crc = 0 if kind == "PAGES" else zlib.crc32(body)
+    out = Octets().put(struct.pack("<H", code), f"kind = {code:#06x} {kind if isinstance(kind, str) else ''}".rstrip())
+    out.u16(reserved, "reserved")
+    out.u32(len(table.raw()) if table_bytes is None else table_bytes, "table_bytes").u64(sequence, "sequence")
+    out.u32(len(body) if body_bytes is None else body_bytes, "body_bytes")
+    out.hex32(zlib.crc32(table.raw()) if table_crc is None else table_crc, "table_crc").hex32(body_crc, "body_crc")
+    out.hex32(zlib.crc32(out.raw()) if header_crc is None else header_crc, "header_crc").join(table)
+    for piece in bodies if bodies is not None else [body] if body else []:
+        out.put(piece, "body")
+    return out
+
+
+def grant(lanes_max=16, ticket=TICKET, secret=SECRET, suspend_ms=30000, window=33554432):
+    out = Octets().put(ticket, "ticket").put(secret, "resume_secret").u32(lanes_max, "lanes_max")
+    return out.u32(suspend_ms, "suspend_ms").u64(window, "device_window_bytes").zero(16)
+
+
+def blob(kind=1, version=2, index=0, part=0, blob_bytes=0, reserved=0):
+    out = Octets().u32(kind, "blob_kind").u32(version, "version").u32(index, "index").u32(part, "part")
+    return out.u64(blob_bytes, "blob_bytes").u64(reserved, "reserved")
+
+
+REGIONS = [(0, 0, 0x100000), (1, 0x100000000, 0x200000)]
+
+
+def regions(entries=REGIONS, count=None, flags=0):
+    out = Octets().u32(len(entries) if count is None else count, "count").zero(4)
+    for number, address, size in entries:
+        out.u32(number, "id").u32(flags, "flags").hex64(address, "guest_address").u64(size, "bytes").zero(8)
+    return out
+
+
+DEVICES = [(0, 15, 1048576, 104857600, 1048576, b"net0"), (1, 0, 0, 65536, 65536, b"rng")]
+
+
+def devices(entries=DEVICES, count=None):
+    out = Octets().u32(len(entries) if count is None else count, "count").zero(4)
+    for number, flags, initial, state, chunk, name in entries:
+        out.u32(number, "id").u32(flags, "flags").u64(initial, "initial_bytes").u64(state, "state_bytes")
+        out.u64(chunk, "chunk_bytes_max").u16(len(name), "name_bytes").zero(6)
+        out.text(name, "name").zero(64 - len(name), "rest of name").zero(8)
+    return out
+
+
+def setup_end(configs=1, region_count=2, device_count=2, lanes=4, memory=0x300000):
+    out = Octets().u32(configs, "configs").u32(region_count, "regions").u32(device_count, "devices")
+    return out.u32(lanes, "lanes").u64(memory, "memory_bytes").zero(8)
+
+
+def ready(lanes=4, prepare_us=12345):
+    return Octets().u32(lanes, "lanes").zero(4).u64(prepare_us, "prepare_us")
+
+
+def runs(out, entries):
+    for region, first, count in entries:
+        out.u32(region, "run.region").u32(count, "run.count").u64(first, "run.first")
+    return out
+
+
+def pages_table(round_number, entries, contents, page_count=None, run_count=None, reserved=0):
+    out = Octets().u32(round_number, "round").u32(len(entries) if run_count is None else run_count, "run_count")
+    out.u32(len(contents) if page_count is None else page_count, "page_count").u32(reserved, "reserved")
+    runs(out, entries)
+    for content in contents:
+        out.hex32(zlib.crc32(content), "checksum")
+    return out
+
+
+def pages(round_number, entries, contents, sequence=0, **other):
+    table_keys = ("page_count", "run_count", "reserved")
+    table = pages_table(round_number, entries, contents, **{k: other.pop(k) for k in table_keys if k in other})
+    return frame("PAGES", table, sequence, b"".join(contents), bodies=contents, **other)
+
+
+def zeros(round_number, entries, page_count=None, run_count=None):
+    total = sum(count for _, _, count in entries)
+    out = Octets().u32(round_number, "round").u32(len(entries) if run_count is None else run_count, "run_count")
+    return runs(out.u64(total if page_count is None else page_count, "page_count"), entries)
+
+
+def round_end(round_number, flags, page_count, zero_pages):
+    out = Octets().u32(round_number, "round").u32(flags, "flags").u64(page_count, "pages")
+    return out.u64(zero_pages, "zero_pages").zero(8)
+
+
+def device_chunk(device, section, index, offset):
+    out = Octets().u32(device, "device").u32(section, "section").u64(index, "index").u64(offset, "offset")
+    return out.zero(8)
+
+
+def device_mark(device, mark, generation, index, offset):
+    out = Octets().u32(device, "device").u32(mark, "mark").u32(generation, "generation").zero(4)
+    return out.u64(index, "index").u64(offset, "offset")
+
+
+def lane_marks(out, entries):
+    for lane, incarnation, frames in entries:
+        out.u32(lane, "lane").u32(incarnation, "incarnation").u64(frames, "frames")
+    return out
+
+
+def ack(entries, count=None):
+    return lane_marks(Octets().u32(len(entries) if count is None else count, "count").zero(4), entries)
+
+
+def give_back(lane, incarnation, sequence, reason, entries):
+    out = Octets().u32(lane, "lane").u32(incarnation, "incarnation").u64(sequence, "sequence")
+    return runs(out.u32(len(entries), "count").u32(reason, "reason"), entries)
+
+
+def round_closed(round_number, page_count, zero_pages, digest, elapsed_us, damaged=0):
+    out = Octets().u32(round_number, "round").zero(4).u64(page_count, "pages").u64(zero_pages, "zero_pages")
+    return out.hex64(digest, "digest").u64(elapsed_us, "elapsed_us").u64(damaged, "damaged_pages")
+
+
+def credit(entries):
+    out = Octets().u32(len(entries), "count").zero(4)
+    for device, offset_max in entries:
+        out.u32(device, "device").zero(4).u64(offset_max, "offset_max")
+    return out
+
+
+def switchover_ack(device, generation, size, load_us):
+    return Octets().u32(device, "device").u32(generation, "generation").u64(size, "bytes").u64(load_us, "load_us")
+
+
+def device_loaded(device, size, load_us, config_us):
+    out = Octets().u32(device, "device").zero(4).u64(size, "bytes").u64(load_us, "load_us")
+    return out.u64(config_us, "config_us")
+
+
+def progress(landed, zero_pages, frames, cpu_us, round_number, lanes):
+    out = Octets().u64(landed, "landed_bytes").u64(zero_pages, "zero_pages").u64(frames, "frames")
+    return out.u64(cpu_us, "cpu_us").u32(round_number, "round").u32(lanes, "lanes").zero(8)
+
+
+def keep_alive(stamp_us, echo_us):
+    return Octets().u64(stamp_us, "stamp_us").u64(echo_us, "echo_us")
+
+
+def lane_down(lane, incarnation, reason):
+    return Octets().u32(lane, "lane").u32(incarnation, "incarnation").u32(reason, "reason").zero(4)
+
+
+def switchover(round_number):
+    return Octets().u32(round_number, "final_round").zero(4).zero(8)
+
+
+def final(round_number, states, digest, memory_pages):
+    out = Octets().u32(round_number, "final_round").u32(states, "states").hex64(digest, "digest")
+    return out.u64(memory_pages, "memory_pages").zero(16)
+
+
+def prepared(digest, wait_us, load_us, verify_us):
+    out = Octets().hex64(digest, "digest").u64(wait_us, "wait_us").u64(load_us, "load_us")
+    return out.u64(verify_us, "verify_us").zero(8)
+
+
+def commit(digest):
+    return Octets().hex64(digest, "digest")
+
+
+def running(resume_us, cpu_us, landed):
+    return Octets().u64(resume_us, "resume_us").u64(cpu_us, "cpu_us").u64(landed, "landed_bytes").zero(8)
+
+
+def abort(reason, phase, channel, text, text_bytes=None):
+    out = Octets().u32(reason, "reason").u32(phase, "phase").u32(channel, "channel")
+    return out.u32(len(text) if text_bytes is None else text_bytes, "text_bytes").text(text, "text")
+
+
+def landed(rounds_closed, entries):
+    return lane_marks(Octets().u32(rounds_closed, "rounds_closed").u32(len(entries), "count").zero(8), entries)
+
+
+def outcome(state):
+    return Octets().u32(state, "state").zero(4).zero(8)
+
+
+# --- the digest -----------------------------------------------------------------------------------------------------
+
+def page_value(content):
+    return zlib.crc32(content) ^ ZERO_CRC
+
+
+def term(region, page, value):
+    if value == 0:
+        return 0
+    mixed = ((region << 40) | page) * 0x9E3779B97F4A7C15 & MASK
+    mixed ^= value * 0xC2B2AE3D27D4EB4F & MASK
+    mixed ^= mixed >> 29
+    mixed = mixed * 0xBF58476D1CE4E5B9 & MASK
+    return mixed ^ (mixed >> 32)
+
+
+def digest_file():
+    lines = ["name: digest", "structure: digest", "expect: accept", "spec: DIGEST-1 DIGEST-2 DIGEST-3",
+             "; a line is: the octet that fills the page, region, page, CRC-32, value, term, sum of the terms so far",
+             "terms:"]
+    total = 0
+    cases = [(0x00, 0, 0), (0x11, 0, 0), (0x11, 0, 1), (0x11, 1, 0), (0xA5, 0, 3), (0xFF, 1023, (1 << 40) - 1),
+             (0x00, 5, 77), (0x01, 7, 123456789)]
+    for octet, region, page in cases:
+        content = bytes([octet]) * PAGE
+        one = term(region, page, page_value(content))
+        total = (total + one) & MASK
+        lines.append(f"{octet:02x} {region} {page} {zlib.crc32(content):08x} {page_value(content):08x} "
+                     f"{one:016x} {total:016x}")
+    (HERE / "digest.txt").write_text("\n".join(lines) + "\n")
+
+
+# --- the vectors ----------------------------------------------------------------------------------------------------
+
+def page(octet):
+    return bytes([octet]) * PAGE
+
+
+def accepted():
+    def yes(name, structure, rules, octets):
+        write(name, structure, "accept", rules.split(), octets)
+
+    yes("hello-start", "hello", "HELLO-1 HELLO-5", hello())
+    yes("hello-join", "hello", "HELLO-5 JOIN-1",
+        hello(2, TICKET, lane=3, incarnation=1, channel=1, mandatory=3, optional=0))
+    yes("hello-resume", "hello", "HELLO-5 RESUME-1", hello(3, SECRET, mandatory=3, optional=0))
+    yes("hello-ask", "hello", "HELLO-5 ASK-1", hello(4, SECRET, optional=0))
+    yes("hello-later-version", "hello", "VER-2", hello(versions=(1, 9), optional=0xFFFF))
+    yes("reply-accepted", "hello_reply", "REPLY-2", hello_reply())
+    yes("reply-refused", "hello_reply", "REPLY-3",
+        hello_reply(0, 1, 12, 0, text="beschäftigt: try again".encode()))
+    yes("reply-refused-bare", "hello_reply", "REPLY-3 EXT-4", hello_reply(0, 1, 4096, 0, session=bytes(16)))
+
+    def each(name, kind, rules, table, sequence=0, body=b""):
+        yes(name, "frame", rules, frame(kind, table, sequence, body))
+
+    each("grant", "GRANT", "GRANT-1", grant())
+    each("config", "CONFIG", "BLOB-1", blob(blob_bytes=5), 0, b"hello")
+    each("config-empty", "CONFIG", "BLOB-3", blob(index=1), 1)
+    each("config-last-part", "CONFIG", "BLOB-2", blob(7, 1, 63, 1, MIB + 3), 2, b"end")
+    each("regions", "REGIONS", "REGION-1", regions(), 1)
+    each("devices", "DEVICES", "DEVICE-1", devices(), 2)
+    each("devices-none", "DEVICES", "DEVICE-1", devices([]), 2)
+    each("setup_end", "SETUP_END", "SETUP-2", setup_end(), 3)
+    each("ready", "READY", "READY-1", ready(), 1)
+    yes("pages", "frame", "PAGES-1 PAGES-2", pages(0, [(0, 3, 1)], [page(0xA5)]))
+    yes("pages-runs", "frame", "PAGES-3 PAGES-4",
+        pages(7, [(0, 1, 1), (1, 16, 2)], [page(0x11), page(0x22), page(0x33)], 9))
+    each("zeros", "ZEROS", "ZEROS-1", zeros(0, [(0, 0, 3), (1, 100, 412)]), 1)
+    each("round_end", "ROUND_END", "ROUND-3", round_end(0, 0, 253, 515), 2)
+    each("round_end-final", "ROUND_END", "ROUND-4", round_end(0xFFFFFFFE, 1, 0, 0), 1 << 40)
+    each("device_chunk", "DEVICE_CHUNK", "DEVSTREAM-2", device_chunk(1, 0, 0, 0), 3, bytes(range(16)))
+    each("device_chunk-config", "DEVICE_CHUNK", "DEVSTREAM-2", device_chunk(255, 1, 41, (1 << 48) - 1), 3, b"\x7f")
+    each("device_mark-initial", "DEVICE_MARK", "DEVSTREAM-4", device_mark(1, 1, 1, 1, 16), 4)
+    each("device_mark-data", "DEVICE_MARK", "DEVSTREAM-3", device_mark(0, 2, 2, 9, 4096), 4)
+    each("device_mark-config", "DEVICE_MARK", "DEVSTREAM-3", device_mark(0, 3, 0, 10, 4097), 4)
+    each("device_mark-restart", "DEVICE_MARK", "DEVSTREAM-3", device_mark(0, 4, 0, 11, 1 << 48), 4)
+    each("ack", "ACK", "ACK-1", ack([(0, 0, 17), (255, 2, 1 << 33)]), 5)
+    each("give_back", "GIVE_BACK", "BACK-3", give_back(2, 1, 99, 1, [(0, 3, 1), (1, 18, 1)]), 6)
+    each("round_closed", "ROUND_CLOSED", "CLOSED-1", round_closed(0, 253, 515, 0x0123456789ABCDEF, 2500000, 2), 7)
+    each("credit", "CREDIT", "CREDIT-1", credit([(0, 67108864), (1, 65536)]), 8)
+    each("switchover_ack", "SWITCHOVER_ACK", "SWACK-1", switchover_ack(0, 1, 1048576, 2200), 9)
+    each("device_loaded", "DEVICE_LOADED", "LOADED-1", device_loaded(1, 65536, 800, 90), 10)
+    each("progress", "PROGRESS", "PROG-1", progress(1036288, 515, 18, 6400, 1, 4), 11)
+    each("keep_alive", "KEEP_ALIVE", "ALIVE-1", keep_alive(1000001, 999000), 12)
+    each("lane_down", "LANE_DOWN", "LANE-1", lane_down(3, 1, 18), 13)
+    each("switchover", "SWITCHOVER", "SWITCH-1", switchover(6), 14)
+    each("vm_state", "VM_STATE", "BLOB-1", blob(3, 1, 0, 0, 8), 15, b"cpu-zero")
+    each("final", "FINAL", "FINAL-1", final(6, 1, 0xFEDCBA9876543210, 768), 16)
+    each("prepared", "PREPARED", "PREP-1", prepared(0xFEDCBA9876543210, 10, 20, 30), 17)
+    each("commit", "COMMIT", "COMMIT-1", commit(0xFEDCBA9876543210), 18)
+    each("running", "RUNNING", "RUNNING-1", running(150, 7000, 3145728), 19)
+    each("abort", "ABORT", "ABORT-1", abort(9, 3, 4, "net0: state refused – näher?".encode()), 20)
+    each("abort-bare", "ABORT", "ABORT-1", abort(1, 2, NONE, b""), 20)
+    each("landed", "LANDED", "LANDED-1", landed(3, [(0, 0, 120), (1, 2, 77)]), 2)
+    each("landed-nothing", "LANDED", "LANDED-1", landed(0, []), 2)
+    each("outcome", "OUTCOME", "ASK-2", outcome(3), 0)
+    each("unknown-optional", 0xFFFE, "EXT-2", Octets().put(b"\x01\x02\x03", "what a later version put here"), 4,
+         b"later")
+
+
+def rejected():
+    def no(name, structure, code, rules, octets):
+        write("reject-" + name, structure, code, rules.split(), octets)
+
+    bad = "wire.malformed."
+    no("hello-magic", "hello", bad + "magic", "HELLO-2", hello(magic=b"MULTIFD\r"))
+    no("hello-crc", "hello", bad + "hello-crc", "HELLO-4", hello(crc=0))
+    no("hello-versions", "hello", bad + "value", "VER-1", hello(versions=(2, 1)))
+    no("hello-version-zero", "hello", bad + "value", "VER-1", hello(versions=(0, 1)))
+    no("hello-role", "hello", bad + "value", "HELLO-6", hello(role=2))
+    no("hello-channel", "hello", bad + "value", "HELLO-6", hello(channel=2))
+    no("hello-intent", "hello", bad + "value", "HELLO-6", hello(5))
+    no("hello-join-on-control", "hello", bad + "value", "HELLO-6", hello(2, TICKET))
+    no("hello-session", "hello", bad + "value", "HELLO-7", hello(session=bytes(16)))
+    no("hello-start-with-token", "hello", bad + "value", "HELLO-8", hello(token=TICKET))
+    no("hello-join-without-ticket", "hello", bad + "value", "HELLO-8", hello(2, channel=1))
+    no("hello-control-lane", "hello", bad + "reserved", "HELLO-9", hello(lane=1))
+    no("hello-lane", "hello", bad + "value", "LIMIT-9", hello(2, TICKET, lane=256, channel=1))
+    no("hello-reserved", "hello", bad + "reserved", "GEN-3", hello(reserved=bytes(51) + b"\x80"))
+    no("hello-feature-twice", "hello", bad + "value", "FEAT-2", hello(mandatory=1, optional=1))
+    no("reply-magic", "hello_reply", bad + "magic", "HELLO-2", hello_reply(magic=b"HTTP/1.1"))
+    no("reply-crc", "hello_reply", bad + "hello-crc", "REPLY-1", hello_reply(crc=1))
+    no("reply-status", "hello_reply", bad + "value", "REPLY-1", hello_reply(status=2))
+    no("reply-accepted-with-reason", "hello_reply", bad + "reserved", "REPLY-2", hello_reply(reason=1))
+    no("reply-refused-without-reason", "hello_reply", bad + "value", "REPLY-3", hello_reply(0, 1, 0, 0))
+    no("reply-role", "hello_reply", bad + "value", "REPLY-1", hello_reply(role=1))
+    no("reply-control-character", "hello_reply", bad + "text", "TEXT-1", hello_reply(0, 1, 12, 0, text=b"\x1b[2J"))
+    no("reply-text-too-long", "hello_reply", bad + "text", "LIMIT-13", hello_reply(0, 1, 12, 0, text_bytes=185))
+    no("reply-text-tail", "hello_reply", bad + "reserved", "TEXT-2",
+       hello_reply(0, 1, 12, 0, text=b"busy!", text_bytes=4))
+
+    no("header-crc", "frame", bad + "header-crc", "HEAD-2", frame("COMMIT", commit(1), header_crc=0))
+    no("header-reserved", "frame", bad + "reserved", "HEAD-3", frame("COMMIT", commit(1), reserved=1))
+    no("unknown-mandatory", "frame", bad + "unknown-kind", "EXT-1", frame(0x7FFE, Octets()))
+    no("unknown-optional-too-long", "frame", bad + "table-bytes", "LIMIT-1", frame(0xFFFE, Octets(), table_bytes=65537))
+    no("unknown-optional-body-too-long", "frame", bad + "body-bytes", "LIMIT-2",
+       frame(0xFFFE, Octets(), body_bytes=MIB + 1))
+    no("table-bytes", "frame", bad + "table-bytes", "HEAD-5", frame("COMMIT", Octets().zero(12)))
+    no("table-crc", "frame", bad + "table-crc", "HEAD-6", frame("COMMIT", commit(1), table_crc=5))
+    no("body-where-none", "frame", bad + "body-bytes", "HEAD-5", frame("COMMIT", commit(1), body=b"x"))
+    no("body-crc-of-nothing", "frame", bad + "value", "HEAD-7", frame("COMMIT", commit(1), body_crc=1))
+    no("body-crc", "frame", bad + "body-crc", "HEAD-7",
+       frame("DEVICE_CHUNK", device_chunk(0, 0, 0, 0), body=b"x", body_crc=1))
+    no("grant-no-ticket", "frame", bad + "value", "GRANT-1", frame("GRANT", grant(ticket=bytes(16))))
+    no("grant-no-lanes", "frame", bad + "value", "GRANT-2", frame("GRANT", grant(0)))
+    no("grant-too-many-lanes", "frame", bad + "value", "LIMIT-9", frame("GRANT", grant(257)))
+    no("config-short-part", "frame", bad + "body-bytes", "BLOB-2", frame("CONFIG", blob(blob_bytes=6), body=b"hello"))
+    no("config-part-past-end", "frame", bad + "value", "BLOB-2", frame("CONFIG", blob(part=1, blob_bytes=5)))
+    no("config-too-long", "frame", bad + "value", "LIMIT-10",
+       frame("CONFIG", blob(part=16, blob_bytes=16 * MIB + 1), body=b"x"))
+    no("config-too-many", "frame", bad + "value", "LIMIT-11", frame("CONFIG", blob(index=64)))
+    no("regions-count", "frame", bad + "count", "REGION-5", frame("REGIONS", regions(count=3)))
+    no("regions-flags", "frame", bad + "reserved", "REGION-5", frame("REGIONS", regions(flags=1)))
+    no("regions-none", "frame", bad + "table-bytes", "REGION-1", frame("REGIONS", regions([])))
+    for name, code, rule, entries in [
+            ("order", "order", "REGION-1", [(0, 0, PAGE), (2, PAGE, PAGE)]),
+            ("unaligned", "alignment", "REGION-2", [(0, 512, PAGE)]),
+            ("empty", "alignment", "REGION-2", [(0, 0, 0)]),
+            ("wraps", "wraps", "REGION-3", [(0, (1 << 64) - PAGE, PAGE)]),
+            ("overlap", "overlap", "REGION-3", [(0, PAGE, 2 * PAGE), (1, 0, 2 * PAGE)]),
+            ("pages", "pages", "LIMIT-15", [(0, 0, 1 << 52), (1, 1 << 52, PAGE)])]:
+        no("layout-" + name, "frame", "wire.layout." + code, rule, frame("REGIONS", regions(entries)))
+    no("devices-flags", "frame", bad + "reserved", "DEVICE-2", frame("DEVICES", devices([(0, 16, 0, 0, 1, b"a")])))
+    no("devices-ack-without-pre-copy", "frame", bad + "value", "DEVICE-5",
+       frame("DEVICES", devices([(0, 4, 0, 0, 1, b"a")])))
+    no("devices-initial-without-pre-copy", "frame", bad + "value", "DEVICE-5",
+       frame("DEVICES", devices([(0, 2, 1, 0, 1, b"a")])))
+    no("devices-no-name", "frame", bad + "value", "DEVICE-4", frame("DEVICES", devices([(0, 0, 0, 0, 1, b"")])))
+    no("devices-same-name", "frame", bad + "value", "DEVICE-4",
+       frame("DEVICES", devices([(0, 0, 0, 0, 1, b"a"), (1, 0, 0, 0, 1, b"a")])))
+    no("devices-name-not-utf8", "frame", bad + "text", "TEXT-1",
+       frame("DEVICES", devices([(0, 0, 0, 0, 1, b"\xff\xfe")])))
+    no("devices-order", "frame", bad + "value", "DEVICE-1", frame("DEVICES", devices([(1, 0, 0, 0, 1, b"a")])))
+    no("devices-chunk-too-long", "frame", bad + "value", "DEVICE-3",
+       frame("DEVICES", devices([(0, 0, 0, 0, MIB + 1, b"a")])))
+    no("setup_end-memory", "frame", bad + "value", "SETUP-2", frame("SETUP_END", setup_end(memory=4097)))
+    no("ready-no-lanes", "frame", bad + "value", "READY-1", frame("READY", ready(0)))
+    no("pages-count", "frame", bad + "count", "PAGES-3", pages(0, [(0, 3, 2)], [page(1)]))
+    no("pages-body", "frame", bad + "body-bytes", "PAGES-3",
+       pages(0, [(0, 3, 1)], [page(1)], body_bytes=2 * PAGE))
+    no("pages-body-half-a-page", "frame", bad + "body-bytes", "PAGES-1",
+       pages(0, [(0, 3, 1)], [page(1)], body_bytes=PAGE + 2048))
+    no("pages-body-crc", "frame", bad + "value", "PAGES-5", pages(0, [(0, 3, 1)], [page(1)], body_crc=7))
+    no("pages-empty-run", "frame", bad + "value", "RUN-2", pages(0, [(0, 3, 0), (0, 4, 1)], [page(1)]))
+    no("pages-region", "frame", bad + "value", "RUN-4", pages(0, [(1024, 0, 1)], [page(1)]))
+    no("pages-first", "frame", bad + "value", "RUN-4", pages(0, [(0, 1 << 40, 1)], [page(1)]))
+    no("pages-round", "frame", bad + "value", "LIMIT-16", pages(NONE, [(0, 0, 1)], [page(1)]))
+    no("pages-run-count", "frame", bad + "count", "PAGES-2",
+       pages(0, [(0, 0, 1)], [page(1)], run_count=2))
+    no("zeros-count", "frame", bad + "count", "ZEROS-2", frame("ZEROS", zeros(0, [(0, 0, 3)], page_count=4)))
+    no("zeros-empty-run", "frame", bad + "value", "RUN-2", frame("ZEROS", zeros(0, [(0, 0, 0)])))
+    no("round_end-flags", "frame", bad + "reserved", "ROUND-4", frame("ROUND_END", round_end(0, 2, 0, 0)))
+    no("round_end-pages", "frame", bad + "value", "LIMIT-15",
+       frame("ROUND_END", round_end(0, 0, (1 << 40) + 1, 0)))
+    no("device_chunk-empty", "frame", bad + "body-bytes", "DEVSTREAM-2", frame("DEVICE_CHUNK", device_chunk(0, 0, 0, 0)))
+    no("device_chunk-section", "frame", bad + "value", "DEVSTREAM-2",
+       frame("DEVICE_CHUNK", device_chunk(0, 2, 0, 0), body=b"x"))
+    no("device_chunk-offset", "frame", bad + "value", "LIMIT-17",
+       frame("DEVICE_CHUNK", device_chunk(0, 0, 0, 1 << 48), body=b"x"))
+    no("device_mark-mark", "frame", bad + "value", "DEVSTREAM-3", frame("DEVICE_MARK", device_mark(0, 5, 0, 0, 0)))
+    no("device_mark-generation", "frame", bad + "value", "DEVSTREAM-4",
+       frame("DEVICE_MARK", device_mark(0, 1, 0, 0, 0)))
+    no("ack-lane", "frame", bad + "value", "LIMIT-9", frame("ACK", ack([(256, 0, 1)])))
+    no("ack-none", "frame", bad + "table-bytes", "ACK-1", frame("ACK", ack([])))
+    no("ack-count", "frame", bad + "count", "ACK-1", frame("ACK", ack([(0, 0, 1)], count=NONE)))
+    no("give_back-reason", "frame", bad + "value", "BACK-3", frame("GIVE_BACK", give_back(0, 0, 0, 2, [(0, 0, 1)])))
+    no("give_back-pages", "frame", bad + "value", "BACK-3", frame("GIVE_BACK", give_back(0, 0, 0, 1, [(0, 0, 257)])))
+    no("switchover_ack-generation", "frame", bad + "value", "SWACK-1",
+       frame("SWITCHOVER_ACK", switchover_ack(0, 0, 1, 1)))
+    no("keep_alive-stamp", "frame", bad + "value", "ALIVE-1", frame("KEEP_ALIVE", keep_alive(0, 1)))
+    no("lane_down-reason", "frame", bad + "value", "REASON-1", frame("LANE_DOWN", lane_down(0, 0, 0)))
+    no("final-no-memory", "frame", bad + "value", "FINAL-1", frame("FINAL", final(0, 0, 0, 0)))
+    no("abort-text-bytes", "frame", bad + "count", "ABORT-1", frame("ABORT", abort(1, 2, 0, b"text", 3)))
+    no("abort-control-character", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, b"a\nb")))
+    no("abort-phase", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 7, 0, b"")))
+    no("abort-channel", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 2, 257, b"")))
+    no("abort-reason", "frame", bad + "value", "REASON-1", frame("ABORT", abort(0, 2, 0, b"")))
+    no("landed-order", "frame", bad + "value", "LANDED-2", frame("LANDED", landed(1, [(1, 0, 1), (0, 0, 1)])))
+    no("outcome-state", "frame", bad + "value", "ASK-2", frame("OUTCOME", outcome(0)))
+
+
+def sessions():
+    """A whole small migration, channel by channel: two regions, one device, one lane, two rounds."""
+    first, second, last = page(0x11), page(0x22), page(0x33)
+    live = term(0, 1, page_value(first)) + term(1, 16, page_value(second)) & MASK
+    end = term(0, 1, page_value(last)) + term(1, 16, page_value(second)) & MASK
+    one_device = [(0, 7, 4, 9, 1024, b"net0")]
+
+    def stream(name, rules, frames):
+        octets = Octets()
+        for sequence, make in enumerate(frames):
+            octets.join(make(sequence))
+        write(name, "stream", "accept", rules.split(), octets)
+
+    def plain(kind, table, body=b""):
+        return lambda sequence: frame(kind, table, sequence, body)
+
+    stream("session-control-source", "SETUP-1 SWITCH-1 FINAL-1 COMMIT-1", [
+        plain("CONFIG", blob(blob_bytes=5), b"hello"), plain("REGIONS", regions()),
+        plain("DEVICES", devices(one_device)), plain("SETUP_END", setup_end(1, 2, 1, 1)),
+        plain("KEEP_ALIVE", keep_alive(5, 0)), plain("SWITCHOVER", switchover(1)),
+        plain("VM_STATE", blob(3, 1, 0, 0, 8), b"cpu-zero"), plain("FINAL", final(1, 1, end, 768)),
+        plain("COMMIT", commit(end))])
+    stream("session-control-destination", "READY-1 ACK-1 CLOSED-1 PREP-1 RUNNING-1", [
+        plain("GRANT", grant()), plain("READY", ready(1)), plain("PROGRESS", progress(0, 0, 0, 900, 0, 1)),
+        plain(0xFFFE, Octets().put(b"\x01\x02\x03", "what a later version put here"), b"later"),
+        plain("SWITCHOVER_ACK", switchover_ack(0, 1, 4, 20)), plain("CREDIT", credit([(0, 33554436)])),
+        plain("ACK", ack([(0, 0, 5)])), plain("ROUND_CLOSED", round_closed(0, 2, 766, live, 2500)),
+        plain("DEVICE_LOADED", device_loaded(0, 9, 30, 5)), plain("ACK", ack([(0, 0, 11)])),
+        plain("ROUND_CLOSED", round_closed(1, 1, 0, end, 300)), plain("PREPARED", prepared(end, 10, 20, 30)),
+        plain("RUNNING", running(150, 7000, 12288))])
+    stream("session-data", "PAGES-3 ZEROS-1 ROUND-3 DEVSTREAM-1", [
+        lambda sequence: pages(0, [(0, 1, 1), (1, 16, 1)], [first, second], sequence),
+        plain("ZEROS", zeros(0, [(0, 0, 1), (0, 2, 254), (1, 0, 16), (1, 17, 495)])),
+        plain("DEVICE_CHUNK", device_chunk(0, 0, 0, 0), b"init"), plain("DEVICE_MARK", device_mark(0, 1, 1, 1, 4)),
+        plain("ROUND_END", round_end(0, 0, 2, 766)),
+        lambda sequence: pages(1, [(0, 1, 1)], [last], sequence),
+        plain("DEVICE_CHUNK", device_chunk(0, 0, 2, 4), b"stop"), plain("DEVICE_MARK", device_mark(0, 2, 1, 3, 8)),
+        plain("DEVICE_CHUNK", device_chunk(0, 1, 4, 8), b"c"), plain("DEVICE_MARK", device_mark(0, 3, 1, 5, 9)),
+        plain("ROUND_END", round_end(1, 1, 1, 0))])
+
+
+def layout_seeds():
+    """Seeds of the layout target: a number of regions, the regions (id, address, bytes), then runs."""
+    def entry(name, table, wanted):
+        raw = bytes([len(table)]) + b"".join(struct.pack("<IQQ", *region) for region in table)
+        raw += b"".join(struct.pack("<IIQ", region, count, first) for region, first, count in wanted)
+        seed("layout", name, raw)
+
+    entry("two-regions", REGIONS, [(0, 0, 256), (1, 511, 1), (1, 0, 512)])
+    entry("past-end", REGIONS, [(0, 255, 2), (1, 512, 1), (2, 0, 1), (0, 0, 0)])
+    entry("wrapping-run", REGIONS, [(0, (1 << 64) - 1, 1), (1, (1 << 64) - 1, NONE)])
+    entry("descending", [(0, 1 << 32, PAGE), (1, 0, PAGE)], [(0, 0, 1), (1, 0, 1)])
+    entry("overlap", [(0, PAGE, 2 * PAGE), (1, 0, 2 * PAGE)], [])
+    entry("top", [(0, (1 << 64) - 2 * PAGE, PAGE)], [(0, 0, 1)])
+
+
+def main():
+    for old in HERE.glob("*.txt"):
+        old.unlink()
+    accepted()
+    rejected()
+    sessions()
+    digest_file()
+    layout_seeds()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+//! What the vCPUs wrote, from KVM: the dirty ring, and the dirty log where there is no ring.
+//!
+//! The VMM owns its VM and its memory slots. It tells this module which slots hold which regions ([`Slots`]), and how
+//! logging is switched on and off for them ([`SlotControl`]). Source: `Documentation/virt/kvm/api.rst`, `linux/kvm.h`.
+//!
+//! A VMM that wants the ring calls, in this order: [`probe`], [`enable`] (before its first vCPU), creates its vCPUs,
+//! [`RingSource::new`]; and each vCPU thread calls [`RingFullHandle::on_full`] when KVM_RUN returns with
+//! `KVM_EXIT_DIRTY_RING_FULL` (31).
+
+mod abi;
+mod log_source;
+mod ring;
+mod ring_source;
+mod slots;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use kvm_ioctls::VmFd;
+
+pub use log_source::{LogSource, Protect};
+pub use ring::{RingConfig, enable};
+pub use ring_source::{RingFullHandle, RingSource, VcpuFigures};
+pub use slots::{Slot, Slots};
+
+use crate::Error;
+use crate::kernel::{Kernel, Linux, Payload, duplicate, host_page_bytes};
+
+/// `KVM_EXIT_DIRTY_RING_FULL`: the exit reason that asks for [`RingFullHandle::on_full`].
+pub const EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
+
+/// Switches `KVM_MEM_LOG_DIRTY_PAGES` on the VMM's slots. Only the VMM can: the flag goes with
+/// `KVM_SET_USER_MEMORY_REGION`, which needs all that the slot was made with.
+///
+/// A closure `Fn(bool) -> io::Result<()>` is one.
+pub trait SlotControl: Send + Sync {
+    /// Sets (`on`) or clears the flag on every slot that was named in the source's [`Slots`]. The vCPUs may run.
+    ///
+    /// # Errors
+    /// What KVM answered. The VMM then has put the slots back as they were.
+    fn set_logging(&self, on: bool) -> io::Result<()>;
+}
+
+impl<F: Fn(bool) -> io::Result<()> + Send + Sync> SlotControl for F {
+    fn set_logging(&self, on: bool) -> io::Result<()> {
+        self(on)
+    }
+}
+
+/// Which of the two capabilities offers the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RingVariant {
+    /// `KVM_CAP_DIRTY_LOG_RING`: on processors that keep the order of stores (x86).
+    Plain,
+    /// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`: entries are read with acquire and released with release order. This crate
+    /// always does so, and therefore takes this one wherever it is offered.
+    AcqRel,
+}
+
+/// The dirty ring that a kernel offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingSupport {
+    /// By which capability.
+    pub variant: RingVariant,
+    /// The biggest ring of one vCPU, in octets.
+    pub ring_bytes_max: u32,
+}
+
+/// What a VM's kernel offers for dirty tracking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Support {
+    /// The ring, if there is one.
+    pub ring: Option<RingSupport>,
+    /// `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`: writes outside any vCPU go to the log even with the ring on. Only
+    /// architectures that make such writes need it (arm64 with a virtual ITS); x86 does not offer it.
+    pub ring_with_bitmap: bool,
+    /// The flags of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: 1 manual protect, 2 initially set. 0 if not offered.
+    pub manual_protect: u64,
+}
+
+/// A way to learn what the vCPUs wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Method {
+    /// The dirty ring.
+    Ring,
+    /// The dirty log.
+    Log,
+}
+
+impl Support {
+    /// The ring where it is offered, else the log.
+    pub fn method(&self) -> Method {
+        if self.ring.is_some() {
+            Method::Ring
+        } else {
+            Method::Log
+        }
+    }
+}
+
+/// Asks what the kernel offers for this VM.
+///
+/// # Errors
+/// [`Error::Kernel`] if the descriptor is no VM's.
+pub fn probe(vm: &VmFd) -> Result<Support, Error> {
+    probe_with(&Linux, vm_fd(vm)?.as_fd())
+}
+
+/// As [`probe`], of another kernel.
+///
+/// # Errors
+/// As [`probe`].
+pub fn probe_with(kernel: &dyn Kernel, vm: BorrowedFd<'_>) -> Result<Support, Error> {
+    let offered = |capability: u32| {
+        kernel
+            .ioctl(vm, abi::CHECK_EXTENSION, Payload::value(capability.into()))
+            .map(|answer| answer.unsigned_abs())
+            .map_err(|error| Error::Kernel {
+                call: abi::CHECK_EXTENSION.name(),
+                error,
+            })
+    };
+    let variants = [
+        (abi::CAP_DIRTY_LOG_RING_ACQ_REL, RingVariant::AcqRel),
+        (abi::CAP_DIRTY_LOG_RING, RingVariant::Plain),
+    ];
+    let mut ring = None;
+    for (capability, variant) in variants {
+        let ring_bytes_max = offered(capability)?;
+        if ring.is_none() && ring_bytes_max != 0 {
+            ring = Some(RingSupport {
+                variant,
+                ring_bytes_max,
+            });
+        }
+    }
+    Ok(Support {
+        ring,
+        ring_with_bitmap: offered(abi::CAP_DIRTY_LOG_RING_WITH_BITMAP)? != 0,
+        manual_protect: offered(abi::CAP_MANUAL_DIRTY_LOG_PROTECT2)?.into(),
+    })
+}
+
+/// A descriptor of the VM of our own. It keeps the VM alive in the kernel until it is dropped.
+fn vm_fd(vm: &VmFd) -> Result<std::os::fd::OwnedFd, Error> {
+    duplicate(vm).map_err(|error| Error::Kernel {
+        call: "dup of the VM",
+        error,
+    })
+}
+
+/// KVM counts in the host's pages; this crate counts in pages of 4096 octets.
+fn require_host_page() -> Result<(), Error> {
+    let bytes = host_page_bytes();
+    if bytes == crate::PAGE_BYTES {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!("KVM dirty tracking on a host whose pages have {bytes} octets, not 4096"),
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,285 @@
+//! A bitmap with summary levels: which of very many bits are set, found at a cost that follows the set bits.
+//!
+//! ```text
+//!  level 3                                                  [.......1]      one word
+//!  level 2                                [........]  [..1....1]            a bit per level-1 word that may hold bits
+//!  level 1             [........]  [.1......]  [....1...]                   a bit per level-0 word that may hold bits
+//!  level 0   [........] [..11.1..] [........] [1.......]                    a bit per page
+//! ```
+//!
+//! The rule: **a bit of level 0 that is set has all its summary bits set, except while the call that sets it is still
+//! running.** A summary bit may be set above empty words; that costs a look and nothing else.
+//!
+//! Setters go up: level 0 first, then each summary level. Takers go down: they clear a summary word before they look
+//! at what lies below it. Every operation is sequentially consistent, so there is one order of all of them:
+//!
+//! * If the setter's write of level 0 comes before the taker's swap of that word, the taker gets the bit, or does not
+//!   visit the word because its summary was not set yet; then the setter sets the summary afterwards and the bit stays.
+//! * If it comes after, then all the taker's clears of the words above came before it too, so each summary bit that
+//!   the setter now looks at is either clear, and the setter sets it, or was set again by another setter. The bit stays.
+//!
+//! So a bit is never lost. The setter must look at *every* level, even when level 0 was not empty and even when a lower
+//! summary bit was set already: another setter may have set that one and not yet have gone up. That is also why a call
+//! that returned before a take began is always seen by that take.
+//!
+//! Acquire and release alone would not do: "write one word, then read another" on both sides is the store-buffer case.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The bits of a word.
+pub(crate) const WORD_BITS: u64 = 64;
+
+/// One atomic word of 64 bits. The standard one in use; the tests put in one whose interleavings are all tried.
+pub(crate) trait Word {
+    /// The word's value.
+    fn load(&self) -> u64;
+    /// Sets `bits` and returns what the word held before.
+    fn set(&self, bits: u64) -> u64;
+    /// Empties the word and returns what it held.
+    fn take(&self) -> u64;
+}
+
+impl Word for AtomicU64 {
+    fn load(&self) -> u64 {
+        AtomicU64::load(self, Ordering::SeqCst)
+    }
+
+    fn set(&self, bits: u64) -> u64 {
+        self.fetch_or(bits, Ordering::SeqCst)
+    }
+
+    fn take(&self) -> u64 {
+        self.swap(0, Ordering::SeqCst)
+    }
+}
+
+/// The levels, lowest first. The last one has exactly one word.
+pub(crate) struct Levels<W> {
+    levels: Vec<Box<[W]>>,
+}
+
+impl<W: Word> Levels<W> {
+    /// Levels over `words` words of bits, all clear. `zeroed` makes that many words of zero.
+    pub(crate) fn new(words: usize, zeroed: impl Fn(usize) -> Box<[W]>) -> Self {
+        let mut count = words.max(1);
+        let mut levels = vec![zeroed(count)];
+        while count > 1 {
+            count = count.div_ceil(WORD_BITS as usize);
+            levels.push(zeroed(count));
+        }
+        Self { levels }
+    }
+
+    /// Sets `bits` of word `index`; returns those of them that were clear.
+    pub(crate) fn set(&self, index: usize, bits: u64) -> u64 {
+        if bits == 0 {
+            return 0;
+        }
+        let before = self.levels[0][index].set(bits);
+        let mut index = index;
+        for level in &self.levels[1..] {
+            let bit = 1 << (index as u64 % WORD_BITS);
+            index /= WORD_BITS as usize;
+            // A look is cheaper than a locked write, and the bit is mostly there: see the module's rule for why it is enough.
+            if level[index].load() & bit == 0 {
+                level[index].set(bit);
+            }
+        }
+        bits & !before
+    }
+
+    /// Sets all bits of the words `first .. first + count`; returns how many bits were clear.
+    pub(crate) fn set_words(&self, first: usize, count: usize) -> u64 {
+        if count == 0 {
+            return 0;
+        }
+        let mut fresh = 0;
+        for word in &self.levels[0][first..first + count] {
+            fresh += u64::from((!word.set(u64::MAX)).count_ones());
+        }
+        let (mut low, mut high) = (first as u64, (first + count - 1) as u64);
+        for level in &self.levels[1..] {
+            let (low_word, high_word) = (low / WORD_BITS, high / WORD_BITS);
+            for index in low_word..=high_word {
+                let from = if index == low_word {
+                    low % WORD_BITS
+                } else {
+                    0
+                };
+                let to = if index == high_word {
+                    high % WORD_BITS
+                } else {
+                    WORD_BITS - 1
+                };
+                level[index as usize].set((u64::MAX << from) & (u64::MAX >> (WORD_BITS - 1 - to)));
+            }
+            (low, high) = (low_word, high_word);
+        }
+        fresh
+    }
+
+    /// Empties the bitmap into `found`, which is called with each non-empty word's index and bits, indices rising.
+    pub(crate) fn take(&self, found: &mut impl FnMut(usize, u64)) {
+        self.take_below(self.levels.len() - 1, 0, found);
+    }
+
+    /// Takes word `index` of `level` and everything below it. The depth is the number of levels: 7 for 2^40 bits.
+    fn take_below(&self, level: usize, index: usize, found: &mut impl FnMut(usize, u64)) {
+        let mut bits = self.levels[level][index].take();
+        if level == 0 {
+            if bits != 0 {
+                found(index, bits);
+            }
+            return;
+        }
+        while bits != 0 {
+            let below = index * WORD_BITS as usize + bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            self.take_below(level - 1, below, found);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shuttle::sync::Arc;
+    use shuttle::sync::atomic::AtomicU64 as ShuttleWord;
+
+    impl Word for ShuttleWord {
+        fn load(&self) -> u64 {
+            self.load(Ordering::SeqCst)
+        }
+
+        fn set(&self, bits: u64) -> u64 {
+            self.fetch_or(bits, Ordering::SeqCst)
+        }
+
+        fn take(&self) -> u64 {
+            self.swap(0, Ordering::SeqCst)
+        }
+    }
+
+    fn plain(count: usize) -> Box<[AtomicU64]> {
+        (0..count).map(|_| AtomicU64::new(0)).collect()
+    }
+
+    fn shuttled(count: usize) -> Box<[ShuttleWord]> {
+        (0..count).map(|_| ShuttleWord::new(0)).collect()
+    }
+
+    fn taken<W: Word>(levels: &Levels<W>) -> Vec<(usize, u64)> {
+        let mut words = Vec::new();
+        levels.take(&mut |index, bits| words.push((index, bits)));
+        words
+    }
+
+    #[test]
+    fn takes_what_was_set_once_and_in_order() {
+        let levels = Levels::new(64 * 64 + 1, plain);
+        assert_eq!(levels.set(4096, 1 << 63), 1 << 63);
+        assert_eq!(levels.set(0, 0b101), 0b101);
+        assert_eq!(
+            levels.set(0, 0b110),
+            0b010,
+            "only the bit that was clear is fresh"
+        );
+        assert_eq!(levels.set(65, 7), 7);
+        assert_eq!(taken(&levels), [(0, 0b111), (65, 7), (4096, 1 << 63)]);
+        assert_eq!(taken(&levels), []);
+    }
+
+    #[test]
+    fn sets_word_spans_at_every_alignment() {
+        for (first, count) in [
+            (0, 1),
+            (0, 64),
+            (63, 2),
+            (1, 200),
+            (64, 64),
+            (100, 4000),
+            (0, 4160),
+        ] {
+            let levels = Levels::new(4160, plain);
+            assert_eq!(levels.set_words(first, count), count as u64 * 64);
+            assert_eq!(levels.set_words(first, count), 0);
+            let expected: Vec<_> = (first..first + count)
+                .map(|index| (index, u64::MAX))
+                .collect();
+            assert_eq!(taken(&levels), expected);
+        }
+    }
+
+    #[test]
+    fn one_word_needs_no_summary() {
+        let levels = Levels::new(1, plain);
+        levels.set(0, 9);
+        assert_eq!(taken(&levels), [(0, 9)]);
+    }
+
+    /// Tries every interleaving over two levels, where their number is small enough, and 20,000 drawn ones over three,
+    /// where a setter can overtake another one in the middle of its way up. A failure prints the schedule to replay.
+    fn in_all_orders(body: impl Fn(usize) + Send + Sync + Copy + 'static) {
+        shuttle::check_dfs(move || body(2), None);
+        shuttle::check_pct(move || body(65), 10_000, 3);
+        shuttle::check_random(move || body(65), 10_000);
+    }
+
+    fn bits(words: &[(usize, u64)]) -> u64 {
+        words.iter().map(|(_, bits)| bits).sum()
+    }
+
+    #[test]
+    fn no_interleaving_of_take_and_set_loses_a_bit() {
+        in_all_orders(|words| {
+            let levels = Arc::new(Levels::new(words, shuttled));
+            levels.set(1, 1);
+            let setter = {
+                let levels = Arc::clone(&levels);
+                shuttle::thread::spawn(move || {
+                    levels.set(1, 2);
+                })
+            };
+            let first = bits(&taken(&levels));
+            setter.join().unwrap();
+            assert_eq!(first + bits(&taken(&levels)), 3);
+            assert_eq!(taken(&levels), [], "a bit was taken and stayed");
+        });
+    }
+
+    /// Two setters of one word, then a take that begins when one of them has returned: that one's bit must be in it,
+    /// although the other may have been the first to set the word and may not have gone up yet.
+    #[test]
+    fn a_take_sees_every_set_that_returned_before_it() {
+        in_all_orders(|words| {
+            let levels = Arc::new(Levels::new(words, shuttled));
+            let slow = {
+                let levels = Arc::clone(&levels);
+                shuttle::thread::spawn(move || {
+                    levels.set(1, 1);
+                })
+            };
+            levels.set(1, 2);
+            let first = bits(&taken(&levels));
+            assert_eq!(first & 2, 2);
+            slow.join().unwrap();
+            assert_eq!(first + bits(&taken(&levels)), 3);
+        });
+    }
+
+    #[test]
+    fn two_takers_share_without_loss_or_double() {
+        in_all_orders(|words| {
+            let levels = Arc::new(Levels::new(words, shuttled));
+            levels.set(0, 1);
+            let other = {
+                let levels = Arc::clone(&levels);
+                shuttle::thread::spawn(move || bits(&taken(&levels)))
+            };
+            levels.set(words - 1, 2);
+            let mine = bits(&taken(&levels));
+            let theirs = other.join().unwrap();
+            assert_eq!(mine + theirs + bits(&taken(&levels)), 3);
+        });
+    }
+}

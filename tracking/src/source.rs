@@ -1,0 +1,138 @@
+//! What every source of dirty pages can do.
+//!
+//! ```text
+//!   new ──start──► running ──collect(PreCopy)*──► ──collect(Final)*──► ──stop──► stopped ──start──► running …
+//! ```
+//!
+//! The order that loses nothing: start every source, then [`DirtySet::mark_all`], then take round 0. A write before
+//! `start` is covered by round 0, a write after it is reported.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crate::{DirtySet, Error};
+
+/// In which part of the migration a collection happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CollectPhase {
+    /// The guest runs.
+    PreCopy,
+    /// The vCPUs are paused and their threads are out of this crate's handlers. Devices may still be saving.
+    Final,
+}
+
+/// What a collection brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Collection {
+    /// Pages that went from clean to dirty.
+    pub pages: u64,
+    /// Pages that the kernel reported, counted as often as it reported them.
+    pub reported: u64,
+}
+
+impl std::ops::AddAssign for Collection {
+    fn add_assign(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.reported += other.reported;
+    }
+}
+
+/// What a source counted since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Pages that it turned from clean to dirty.
+    pub pages: u64,
+    /// Pages that the kernel reported, counted as often as it reported them.
+    pub reported: u64,
+    /// Times that the kernel was asked what is dirty.
+    pub harvests: u64,
+    /// Nanoseconds spent in harvests, re-arming and merging included.
+    pub harvest_ns: u64,
+    /// Calls that re-armed.
+    pub resets: u64,
+    /// vCPU exits because a ring was nearly full.
+    pub ring_full_soft: u64,
+    /// Rings found full to the last entry: entries may be missing, so everything was marked dirty.
+    pub ring_full_hard: u64,
+    /// Entries that named memory that the source does not know.
+    pub entries_unknown: u64,
+    /// Times that a whole region or range was marked because the exact pages could not be learnt.
+    pub all_dirty: u64,
+    /// Kernel calls that failed.
+    pub errors: u64,
+}
+
+/// Something that knows which pages were written.
+///
+/// All calls come from one thread at a time. No page may get lost: what a source was told by the kernel it merges
+/// into the set, or keeps and merges at the next collection, or marks a superset of.
+pub trait Source: Send {
+    /// A short name for reports, such as `kvm-ring`.
+    fn name(&self) -> &str;
+
+    /// Begins to track: every write after this call returned is reported by some later collection.
+    ///
+    /// # Errors
+    /// Nothing is tracked then, and the source may be started again.
+    fn start(&mut self, set: &DirtySet) -> Result<(), Error>;
+
+    /// Merges into the set what was written since the last collection.
+    ///
+    /// Every write that happened before the call began is in the set (or in a round) when it returns `Ok`.
+    ///
+    /// # Errors
+    /// What the kernel answered. Nothing is lost: the pages come with a later collection, or a superset is in the set.
+    fn collect(&mut self, set: &DirtySet, phase: CollectPhase) -> Result<Collection, Error>;
+
+    /// Ends tracking. Calling it when nothing is tracked is allowed and does nothing.
+    ///
+    /// # Errors
+    /// What the kernel answered; tracking is over nevertheless as far as this source is concerned.
+    fn stop(&mut self) -> Result<(), Error>;
+
+    /// What was counted so far.
+    fn figures(&self) -> Figures;
+}
+
+/// The figures of a source while it works. Threads count at the same time.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) pages: AtomicU64,
+    pub(crate) reported: AtomicU64,
+    pub(crate) harvests: AtomicU64,
+    pub(crate) harvest_ns: AtomicU64,
+    pub(crate) resets: AtomicU64,
+    pub(crate) ring_full_soft: AtomicU64,
+    pub(crate) ring_full_hard: AtomicU64,
+    pub(crate) entries_unknown: AtomicU64,
+    pub(crate) all_dirty: AtomicU64,
+    pub(crate) errors: AtomicU64,
+}
+
+impl Counters {
+    /// Counts a harvest that began at `begun` and is over now.
+    pub(crate) fn harvested(&self, begun: Instant, collection: Collection) {
+        let elapsed = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.harvests.fetch_add(1, Ordering::Relaxed);
+        self.harvest_ns.fetch_add(elapsed, Ordering::Relaxed);
+        self.pages.fetch_add(collection.pages, Ordering::Relaxed);
+        self.reported
+            .fetch_add(collection.reported, Ordering::Relaxed);
+    }
+
+    pub(crate) fn figures(&self) -> Figures {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Figures {
+            pages: read(&self.pages),
+            reported: read(&self.reported),
+            harvests: read(&self.harvests),
+            harvest_ns: read(&self.harvest_ns),
+            resets: read(&self.resets),
+            ring_full_soft: read(&self.ring_full_soft),
+            ring_full_hard: read(&self.ring_full_hard),
+            entries_unknown: read(&self.entries_unknown),
+            all_dirty: read(&self.all_dirty),
+            errors: read(&self.errors),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Addresses of channels as text: `tcp:HOST:PORT`, `HOST:PORT`, `[v6]:PORT`, `unix:/path`.
+//!
+//! Rule: what is printed can be parsed and gives the same address.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Where a channel connects to or a listener listens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Address {
+    /// TCP.
+    Tcp(HostPort),
+    /// A Unix stream socket at a path.
+    Unix(PathBuf),
+}
+
+/// A host and a TCP port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HostPort {
+    host: String,
+    port: u16,
+}
+
+/// Why a text is not an address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{text:?} is not an address: {reason}. Accepted are tcp:HOST:PORT, HOST:PORT, [IPv6]:PORT and unix:/PATH"
+)]
+pub struct AddressError {
+    text: String,
+    reason: &'static str,
+}
+
+/// The longest path of a Unix socket, in octets: `sockaddr_un` has room for 108 with the NUL at the end.
+pub const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// The longest host name, in octets (RFC 1035 §2.3.4).
+pub const HOST_BYTES_MAX: usize = 255;
+
+impl HostPort {
+    /// The host: a name, an IPv4 address, or an IPv6 address without brackets.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The port; 0 asks a listener for any free one.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+impl From<std::net::SocketAddr> for Address {
+    fn from(address: std::net::SocketAddr) -> Self {
+        // A scope is part of an IPv6 address's text but not of its value as an IpAddr.
+        let host = match address {
+            std::net::SocketAddr::V6(v6) if v6.scope_id() != 0 => {
+                format!("{}%{}", v6.ip(), v6.scope_id())
+            }
+            _ => address.ip().to_string(),
+        };
+        Self::Tcp(HostPort {
+            host,
+            port: address.port(),
+        })
+    }
+}
+
+impl Address {
+    /// A Unix socket's address.
+    ///
+    /// # Errors
+    /// [`AddressError`] for a path that is empty, too long, holds a NUL or is not UTF-8.
+    pub fn unix(path: &Path) -> Result<Self, AddressError> {
+        let refuse = |reason| AddressError {
+            text: path.display().to_string(),
+            reason,
+        };
+        let text = path
+            .to_str()
+            .ok_or_else(|| refuse("the path is not UTF-8"))?;
+        check_path(text).map_err(refuse)?;
+        Ok(Self::Unix(path.to_owned()))
+    }
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let refuse = |reason| AddressError {
+            text: text.to_owned(),
+            reason,
+        };
+        if let Some(path) = text.strip_prefix("unix:") {
+            check_path(path).map_err(refuse)?;
+            return Ok(Self::Unix(path.into()));
+        }
+        parse_host_port(text.strip_prefix("tcp:").unwrap_or(text))
+            .map(Self::Tcp)
+            .map_err(refuse)
+    }
+}
+
+impl FromStr for HostPort {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        parse_host_port(text).map_err(|reason| AddressError {
+            text: text.to_owned(),
+            reason,
+        })
+    }
+}
+
+fn parse_host_port(text: &str) -> Result<HostPort, &'static str> {
+    let (host, port) = match text.strip_prefix('[') {
+        Some(rest) => {
+            let (host, port) = rest
+                .split_once("]:")
+                .ok_or("an IPv6 address needs ']:' and a port after it")?;
+            let bare = host.split('%').next().unwrap_or(host);
+            bare.parse::<std::net::Ipv6Addr>()
+                .map_err(|_| "what is in brackets is not an IPv6 address")?;
+            (host, port)
+        }
+        None => {
+            let (host, port) = text.rsplit_once(':').ok_or("the port is missing")?;
+            if host.contains(':') {
+                return Err(
+                    "a host with ':' is either an IPv6 address without brackets or of an unknown kind",
+                );
+            }
+            (host, port)
+        }
+    };
+    if host.is_empty() {
+        return Err("the host is missing");
+    }
+    if host.len() > HOST_BYTES_MAX {
+        return Err("the host is longer than 255 octets");
+    }
+    if host
+        .chars()
+        .any(|c| c.is_whitespace() || c.is_control() || "/[]@".contains(c))
+    {
+        return Err("the host holds a character that no host has");
+    }
+    if port.is_empty() || !port.bytes().all(|octet| octet.is_ascii_digit()) {
+        return Err("the port is not a number");
+    }
+    let port = port.parse().map_err(|_| "the port is above 65535")?;
+    Ok(HostPort {
+        host: host.to_owned(),
+        port,
+    })
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(target) => write!(f, "tcp:{target}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+fn check_path(path: &str) -> Result<(), &'static str> {
+    if path.is_empty() {
+        return Err("the path is missing");
+    }
+    if path.len() > UNIX_PATH_BYTES_MAX {
+        return Err("the path is longer than 107 octets");
+    }
+    if path.contains('\0') {
+        return Err("the path holds a NUL");
+    }
+    Ok(())
+}

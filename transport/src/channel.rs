@@ -1,0 +1,165 @@
+//! The shape that every kind of channel has: a connection that splits into a sending half, a receiving half and a closer.
+//!
+//! Rule: calls are per frame, never per page, so that a virtual call costs nothing that could be measured. A half belongs to
+//! one thread at a time; the closer belongs to whoever may have to end the channel.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::ChannelError;
+use crate::memory::Span;
+
+/// A connection to a peer, both directions, before it is split.
+pub trait Channel: Send {
+    /// Splits the channel so that one thread can send while another receives.
+    fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer);
+
+    /// The kind and both ends, for people: `tcp 127.0.0.1:4000 → 127.0.0.1:5000` (ours first).
+    fn describe(&self) -> String;
+}
+
+/// Where one piece of a frame's body comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum IoSource<'a> {
+    /// Octets of this process that nobody changes meanwhile.
+    Octets(&'a [u8]),
+    /// Guest memory, read by the kernel (or the device) from where it lies. The guest may write it at the same time: what is
+    /// sent is then some mixture of old and new octets.
+    Guest(Span<'a>),
+}
+
+impl IoSource<'_> {
+    /// Size in octets.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Octets(octets) => octets.len(),
+            Self::Guest(span) => span.len(),
+        }
+    }
+
+    /// Whether there is nothing to send.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The sending half of a channel.
+///
+/// Dropping it ends the stream in this direction: the peer reads what was sent, then [`ChannelError::Closed`].
+pub trait SendHalf: Send {
+    /// Sends `head` and then every piece of `body`, in order, completely.
+    ///
+    /// Any number of pieces, each of any length, empty ones too. Nothing is copied on this side of the kernel by the socket
+    /// kinds and nothing is allocated. `Ok` means that the channel has taken the octets, not that the peer has them.
+    ///
+    /// # Errors
+    /// See [`ChannelError`]; `bytes_done` counts over head and body together.
+    fn send(&mut self, head: &[u8], body: &[IoSource<'_>]) -> Result<(), ChannelError>;
+
+    /// Ends the stream in this direction now, after what was sent. Later sends fail with [`ChannelError::ShutDown`].
+    ///
+    /// # Errors
+    /// [`ChannelError`] when the connection is already gone.
+    fn finish(&mut self) -> Result<(), ChannelError>;
+
+    /// Every operation that is not finished at this instant fails with [`ChannelError::Deadline`]; `None` waits without end.
+    /// Stays set until changed. An operation that starts later than the deadline does what it can do without waiting.
+    fn set_deadline(&mut self, deadline: Option<Instant>);
+
+    /// An operation in which not one octet moved for this long fails with [`ChannelError::Stalled`]. Stays set until changed.
+    fn set_stall(&mut self, stall: Option<Duration>);
+
+    /// As [`Channel::describe`].
+    fn describe(&self) -> String;
+
+    /// The descriptor to watch for room to send; `None` for a kind that has none.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// The receiving half of a channel.
+pub trait ReceiveHalf: Send {
+    /// Fills `buf` exactly.
+    ///
+    /// Meant for heads and other small things: the channel may read ahead, so that the next call usually finds its octets in
+    /// this process. Up to [`READ_AHEAD_BYTES`] octets are all or nothing with regard to time: if they are not all there at the
+    /// deadline, nothing was taken and the call can be repeated.
+    ///
+    /// # Errors
+    /// See [`ChannelError`]. What `buf` holds after an error means nothing, except that after [`ChannelError::Deadline`]
+    /// and [`ChannelError::Stalled`] its first `bytes_done` octets are the stream's.
+    fn receive(&mut self, buf: &mut [u8]) -> Result<(), ChannelError>;
+
+    /// Fills every span exactly, in order, straight into guest memory.
+    ///
+    /// Any number of spans, each of any length, empty ones too; memory outside them is never written. Only what an earlier
+    /// [`receive`](Self::receive) read ahead (less than [`READ_AHEAD_BYTES`]) is copied.
+    ///
+    /// # Errors
+    /// See [`ChannelError`]. After an error, the first `bytes_done` octets have landed and of the rest nothing is known.
+    fn receive_into(&mut self, spans: &[Span<'_>]) -> Result<(), ChannelError>;
+
+    /// Reads and forgets until the peer closes, but no more than `bytes_max` octets. Returns how many there were.
+    ///
+    /// A side that gives up tells the peer why, calls [`SendHalf::finish`] and then this, with a deadline: to close a TCP
+    /// connection while unread octets wait resets it, and a reset can overtake the farewell and destroy it.
+    ///
+    /// # Errors
+    /// See [`ChannelError`]; the peer's close is `Ok`.
+    fn drain(&mut self, bytes_max: u64) -> Result<u64, ChannelError>;
+
+    /// Octets that were read ahead: a receive of at most this many needs no system call, and [`poll_fd`](Self::poll_fd) does
+    /// not report them.
+    fn buffered(&self) -> usize;
+
+    /// As [`SendHalf::set_deadline`].
+    fn set_deadline(&mut self, deadline: Option<Instant>);
+
+    /// As [`SendHalf::set_stall`].
+    fn set_stall(&mut self, stall: Option<Duration>);
+
+    /// As [`Channel::describe`].
+    fn describe(&self) -> String;
+
+    /// The descriptor to watch for octets to receive; `None` for a kind that has none.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// The most that a receiving half reads beyond what it was asked for.
+///
+/// 8 KiB holds the head of a frame with 256 pages in a few runs. It bounds the copy that reading ahead can cost: less than one
+/// hundredth of a body of 1 MiB.
+pub const READ_AHEAD_BYTES: usize = 8 * 1024;
+
+/// Ends a channel from any thread.
+///
+/// A closer does not keep the connection's descriptor open: that is closed when both halves are gone.
+#[derive(Clone)]
+pub struct Closer {
+    shut: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Closer {
+    /// A closer that calls `shut`, for kinds of channel made outside this crate. `shut` must not block, may be called many
+    /// times and from any thread, and must wake both halves with [`ChannelError::ShutDown`].
+    pub fn new(shut: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            shut: Arc::new(shut),
+        }
+    }
+
+    /// Wakes both halves, whatever they wait for, with [`ChannelError::ShutDown`]; later operations fail the same way, even if
+    /// octets had been read ahead. Octets that the kernel has already taken may still reach the peer. Never blocks.
+    pub fn shutdown(&self) {
+        (self.shut)();
+    }
+}
+
+impl fmt::Debug for Closer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Closer").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,252 @@
+//! What can go wrong on a channel, sorted by what the caller can do about it.
+//!
+//! Rule: a variant has one meaning for every kind of channel, a stable code for reports, and, where part of an operation
+//! was done, says how much. Errors can be cloned, since a channel repeats the error that ended it to every later caller.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why an operation on a channel did not finish.
+///
+/// `bytes_done` is what this operation had moved when it ended. A [`Deadline`](Self::Deadline) or
+/// [`Stalled`](Self::Stalled) with `bytes_done` 0 took nothing from the stream and put nothing in: the half goes on
+/// working and the operation may be tried again. After any other error the half is finished: each later call on it returns
+/// the same error.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChannelError {
+    /// The peer closed its side between two operations: the clean end of a stream.
+    #[error("the peer closed the channel")]
+    Closed,
+    /// The peer closed its side while it still owed octets of this operation, or would not take them any more.
+    #[error("the peer closed the channel after {bytes_done} of {bytes_wanted} octets")]
+    ClosedMidway {
+        /// Octets moved before the end.
+        bytes_done: u64,
+        /// Octets that the operation was to move.
+        bytes_wanted: u64,
+    },
+    /// The connection was reset: the peer's process died, or it closed with our octets unread.
+    #[error("the connection was reset after {bytes_done} octets")]
+    Reset {
+        /// Octets of this operation moved before the reset.
+        bytes_done: u64,
+    },
+    /// The operation was not finished at the deadline set with `set_deadline`.
+    #[error("the deadline passed after {bytes_done} octets")]
+    Deadline {
+        /// Octets moved before the deadline.
+        bytes_done: u64,
+    },
+    /// Not one octet moved for as long as `set_stall` allows.
+    #[error("nothing moved for {} ms, after {bytes_done} octets", stall.as_millis())]
+    Stalled {
+        /// Octets of this operation moved before the silence began.
+        bytes_done: u64,
+        /// The silence that was allowed.
+        stall: Duration,
+    },
+    /// Somebody on this side called [`Closer::shutdown`](crate::Closer::shutdown).
+    #[error("the channel was shut down on this side")]
+    ShutDown,
+    /// The kernel gave the connection up: keep-alive or user timeout ran out, or the route is gone.
+    #[error("the connection was lost: {0}")]
+    Lost(#[source] Arc<io::Error>),
+    /// Any other error of the operating system.
+    #[error("input or output failed: {0}")]
+    Io(#[source] Arc<io::Error>),
+}
+
+impl ChannelError {
+    /// A short name that never changes, for reports and for programs that react to it.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Closed => "channel-closed",
+            Self::ClosedMidway { .. } => "channel-closed-midway",
+            Self::Reset { .. } => "channel-reset",
+            Self::Deadline { .. } => "channel-deadline",
+            Self::Stalled { .. } => "channel-stalled",
+            Self::ShutDown => "channel-shut-down",
+            Self::Lost(_) => "channel-lost",
+            Self::Io(_) => "channel-io",
+        }
+    }
+
+    /// Octets that the operation had moved, where the error knows it; 0 otherwise.
+    #[must_use]
+    pub fn bytes_done(&self) -> u64 {
+        match *self {
+            Self::ClosedMidway { bytes_done, .. }
+            | Self::Reset { bytes_done }
+            | Self::Deadline { bytes_done }
+            | Self::Stalled { bytes_done, .. } => bytes_done,
+            Self::Closed | Self::ShutDown | Self::Lost(_) | Self::Io(_) => 0,
+        }
+    }
+
+    /// The peer's close, as it looks to an operation that had moved this much.
+    pub(crate) fn closed(bytes_done: u64, bytes_wanted: u64) -> Self {
+        if bytes_done == 0 {
+            Self::Closed
+        } else {
+            Self::ClosedMidway {
+                bytes_done,
+                bytes_wanted,
+            }
+        }
+    }
+
+    /// Whether the half can still be used: time ran out before anything was taken from or put into the stream.
+    #[must_use]
+    pub fn may_retry(&self) -> bool {
+        matches!(
+            self,
+            Self::Deadline { bytes_done: 0 } | Self::Stalled { bytes_done: 0, .. }
+        )
+    }
+}
+
+/// Keeps the error that ends a half, so that every later call can repeat it.
+pub(crate) fn remember<T>(
+    failed: &mut Option<ChannelError>,
+    result: Result<T, ChannelError>,
+) -> Result<T, ChannelError> {
+    if let Err(error) = &result
+        && !error.may_retry()
+    {
+        *failed = Some(error.clone());
+    }
+    result
+}
+
+/// Why no connection was made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The host's name has no address, or nobody answered for it.
+    #[error("cannot resolve {host}: {source}")]
+    Resolve {
+        /// The name as given.
+        host: String,
+        /// The resolver's error.
+        source: io::Error,
+    },
+    /// Each address of the name was tried and none took the connection.
+    #[error("cannot connect to {target}: {}", list(attempts))]
+    Refused {
+        /// The address as given.
+        target: String,
+        /// Every address tried, in order, and why it failed. Never empty.
+        attempts: Vec<ConnectAttempt>,
+    },
+    /// The deadline passed before a connection stood.
+    #[error("no connection to {target} by the deadline{}", list_after(attempts))]
+    Deadline {
+        /// The address as given.
+        target: String,
+        /// The addresses that had failed by then; may be empty.
+        attempts: Vec<ConnectAttempt>,
+    },
+    /// The connection stood, but an option that was asked for could not be set on it.
+    #[error("cannot set {option} on the connection to {target}: {source}")]
+    Option {
+        /// The address as given.
+        target: String,
+        /// The option's name in [`TcpOptions`](crate::tcp::TcpOptions).
+        option: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl ConnectError {
+    /// A short name that never changes.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Resolve { .. } => "connect-resolve",
+            Self::Refused { .. } => "connect-refused",
+            Self::Deadline { .. } => "connect-deadline",
+            Self::Option { .. } => "connect-option",
+        }
+    }
+}
+
+/// One address that was tried.
+#[derive(Debug, thiserror::Error)]
+#[error("{address}: {source}")]
+pub struct ConnectAttempt {
+    /// The address, printed.
+    pub address: String,
+    /// Why it failed.
+    pub source: io::Error,
+}
+
+/// Why a listener could not be made, or gave no connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ListenError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// The address as given.
+        address: String,
+        /// The operating system's error.
+        source: io::Error,
+    },
+    /// Nobody connected by the deadline.
+    #[error("nobody connected by the deadline")]
+    Deadline,
+    /// The listener was shut down from this side.
+    #[error("the listener was shut down")]
+    ShutDown,
+    /// This process or host is out of descriptors or memory: a connection waits and can be accepted when some are free.
+    #[error("no descriptor or memory for a connection that waits: {0}")]
+    Exhausted(#[source] io::Error),
+    /// An option could not be set on an accepted connection, which was closed.
+    #[error("cannot set {option} on the connection from {peer}: {source}")]
+    Option {
+        /// The peer's address.
+        peer: String,
+        /// The option's name in [`TcpOptions`](crate::tcp::TcpOptions).
+        option: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Any other error of the operating system.
+    #[error("accepting failed: {0}")]
+    Io(#[source] io::Error),
+}
+
+impl ListenError {
+    /// A short name that never changes.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Bind { .. } => "listen-bind",
+            Self::Deadline => "listen-deadline",
+            Self::ShutDown => "listen-shut-down",
+            Self::Exhausted(_) => "listen-exhausted",
+            Self::Option { .. } => "listen-option",
+            Self::Io(_) => "listen-io",
+        }
+    }
+}
+
+fn list(attempts: &[ConnectAttempt]) -> String {
+    attempts
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+fn list_after(attempts: &[ConnectAttempt]) -> String {
+    if attempts.is_empty() {
+        String::new()
+    } else {
+        format!(" (tried {})", list(attempts))
+    }
+}

@@ -1,0 +1,100 @@
+//! How long an operation may wait: the arithmetic of deadlines and stalls, with the time as an argument.
+//!
+//! Rule: the clock is read only if a limit is set, and no limit costs a system call on its own.
+
+use std::time::{Duration, Instant};
+
+use crate::error::ChannelError;
+
+/// What a half was told about waiting.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Patience {
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) stall: Option<Duration>,
+}
+
+/// The waiting of one operation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wait {
+    patience: Patience,
+    /// When octets moved last, or when the operation began. Kept only if a stall limit is set.
+    moved: Option<Instant>,
+    /// Whether the operation may still try once in spite of a deadline that has passed.
+    first: bool,
+}
+
+/// What an operation may do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// Wait without end.
+    Forever,
+    /// Wait at most this long, then ask again.
+    AtMost(Duration),
+    /// Do what can be done without waiting; if nothing can, ask again.
+    Try,
+    /// Give up: the deadline passed.
+    DeadlinePassed,
+    /// Give up: nothing moved for this long.
+    Stalled(Duration),
+}
+
+impl Patience {
+    /// Starts an operation.
+    pub(crate) fn start(self) -> Wait {
+        Wait {
+            patience: self,
+            moved: self.stall.map(|_| Instant::now()),
+            first: true,
+        }
+    }
+}
+
+impl Wait {
+    /// Octets moved: the stall clock starts anew.
+    pub(crate) fn moved(&mut self) {
+        if self.patience.stall.is_some() {
+            self.moved = Some(Instant::now());
+        }
+    }
+
+    /// What the operation may do next.
+    pub(crate) fn pace(&mut self) -> Pace {
+        if self.patience.deadline.is_none() && self.patience.stall.is_none() {
+            return Pace::Forever;
+        }
+        self.pace_at(Instant::now())
+    }
+
+    fn pace_at(&mut self, now: Instant) -> Pace {
+        let first = std::mem::replace(&mut self.first, false);
+        let until_deadline = self
+            .patience
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(now));
+        let until_stall = self
+            .patience
+            .stall
+            .zip(self.moved)
+            .map(|(stall, moved)| stall.saturating_sub(now.saturating_duration_since(moved)));
+        match (until_deadline, until_stall) {
+            (Some(Duration::ZERO), _) if first => Pace::Try,
+            (Some(Duration::ZERO), _) => Pace::DeadlinePassed,
+            (_, Some(Duration::ZERO)) if first => Pace::Try,
+            (_, Some(Duration::ZERO)) => Pace::Stalled(self.patience.stall.unwrap_or_default()),
+            (Some(left), None) | (None, Some(left)) => Pace::AtMost(left),
+            (Some(deadline), Some(stall)) => Pace::AtMost(deadline.min(stall)),
+            (None, None) => Pace::Forever,
+        }
+    }
+}
+
+impl Pace {
+    /// The error of an operation that has to give up, or how to go on.
+    pub(crate) fn check(self, bytes_done: u64) -> Result<Self, ChannelError> {
+        match self {
+            Self::DeadlinePassed => Err(ChannelError::Deadline { bytes_done }),
+            Self::Stalled(stall) => Err(ChannelError::Stalled { bytes_done, stall }),
+            Self::Forever | Self::AtMost(_) | Self::Try => Ok(self),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Channels over a connected stream socket: what Unix sockets and TCP have in common.
+//!
+//! Rule: body octets are copied once, by the kernel. The usual frame costs one `sendmsg` on one side, and on the other only
+//! `recvmsg` calls that move body octets, because each of them also takes what follows into the read-ahead.
+//!
+//! Waiting: sockets block, with a kernel time limit of [`TICK`] set once. An operation whose own limit is further away than
+//! that simply blocks, and looks at the clock only when the tick is over. An operation with less time left asks the kernel not
+//! to block and waits with `ppoll`, which is exact. So limits cost no system call as long as octets flow.
+
+mod receive;
+mod send;
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use socket2::Socket;
+
+use self::receive::StreamReceive;
+use self::send::StreamSend;
+use crate::channel::{Channel, Closer, ReceiveHalf, SendHalf};
+use crate::error::ChannelError;
+use crate::patience::Pace;
+use crate::sys::{self, Blocking, Ready};
+
+/// The longest sleep inside one system call: how late a half notices a limit that was not near when the call began is bounded
+/// by ending such sleeps, and an idle half wakes four times a second.
+const TICK: Duration = Duration::from_millis(250);
+
+/// A connected stream socket.
+pub(crate) struct StreamChannel {
+    socket: Socket,
+    name: Arc<str>,
+}
+
+impl StreamChannel {
+    /// Takes a connected blocking socket and what to call it.
+    pub(crate) fn new(socket: Socket, name: &str) -> io::Result<Self> {
+        socket.set_nonblocking(false)?;
+        socket.set_read_timeout(Some(TICK))?;
+        socket.set_write_timeout(Some(TICK))?;
+        Ok(Self {
+            socket,
+            name: name.into(),
+        })
+    }
+}
+
+impl Channel for StreamChannel {
+    fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer) {
+        let link = Arc::new(Link {
+            socket: self.socket,
+            shut: AtomicBool::new(false),
+            lost: OnceLock::new(),
+            name: self.name,
+        });
+        let weak = Arc::downgrade(&link);
+        let closer = Closer::new(move || {
+            if let Some(link) = weak.upgrade() {
+                link.shutdown();
+            }
+        });
+        let send = StreamSend::new(Arc::clone(&link));
+        let receive = StreamReceive::new(link);
+        (Box::new(send), Box::new(receive), closer)
+    }
+
+    fn describe(&self) -> String {
+        self.name.to_string()
+    }
+}
+
+/// What both halves share. The socket is closed when the last half is gone.
+struct Link {
+    socket: Socket,
+    shut: AtomicBool,
+    /// How the connection was lost, if a half was told. The kernel tells only one of them; to the other it looks like a clean
+    /// close.
+    lost: OnceLock<ChannelError>,
+    name: Arc<str>,
+}
+
+impl Link {
+    fn shutdown(&self) {
+        // The flag first: whoever is woken by the shutdown must find it set.
+        self.shut.store(true, Ordering::SeqCst);
+        // A socket that is no longer connected has nobody to wake; its halves see the flag.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
+    fn is_shut(&self) -> bool {
+        self.shut.load(Ordering::SeqCst)
+    }
+
+    /// Sleeps as `pace` says until the socket may be ready; to be called when a call would have blocked.
+    fn wait(&self, pace: Pace, ready: Ready) -> Result<(), ChannelError> {
+        match pace {
+            Pace::AtMost(time) if time < TICK => sys::wait(self.socket.as_fd(), ready, Some(time))
+                .map_err(|error| ChannelError::Io(Arc::new(error))),
+            // The call itself slept for a tick, or was not to wait.
+            _ => Ok(()),
+        }
+    }
+
+    /// What an error of the kernel means for an operation.
+    fn error(&self, error: io::Error, bytes_done: u64, bytes_wanted: u64) -> ChannelError {
+        if self.is_shut() {
+            return ChannelError::ShutDown;
+        }
+        let lost = match error.raw_os_error() {
+            Some(libc::EPIPE | libc::ENOTCONN) => return self.end(bytes_done, bytes_wanted),
+            Some(libc::ECONNRESET | libc::ECONNABORTED) => ChannelError::Reset { bytes_done },
+            Some(
+                libc::ETIMEDOUT
+                | libc::EHOSTUNREACH
+                | libc::ENETUNREACH
+                | libc::ENETDOWN
+                | libc::EHOSTDOWN,
+            ) => ChannelError::Lost(Arc::new(error)),
+            _ => return ChannelError::Io(Arc::new(error)),
+        };
+        self.lost.get_or_init(|| lost.clone());
+        lost
+    }
+
+    /// What it means for an operation that the peer's side is closed.
+    fn end(&self, bytes_done: u64, bytes_wanted: u64) -> ChannelError {
+        if self.is_shut() {
+            return ChannelError::ShutDown;
+        }
+        match self.lost.get() {
+            Some(ChannelError::Reset { .. }) => ChannelError::Reset { bytes_done },
+            Some(lost) => lost.clone(),
+            None => ChannelError::closed(bytes_done, bytes_wanted),
+        }
+    }
+
+    /// Refuses an operation on a half that is finished.
+    fn check(&self, failed: Option<&ChannelError>) -> Result<(), ChannelError> {
+        if self.is_shut() {
+            return Err(ChannelError::ShutDown);
+        }
+        failed.map_or(Ok(()), |error| Err(error.clone()))
+    }
+}
+
+/// How to make a call at this pace.
+fn blocking(pace: Pace) -> Blocking {
+    match pace {
+        Pace::Forever => Blocking::Yes,
+        Pace::AtMost(time) if time >= TICK => Blocking::Yes,
+        _ => Blocking::No,
+    }
+}
+
+fn is_try_again(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}

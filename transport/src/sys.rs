@@ -1,0 +1,269 @@
+//! The system calls of the socket kinds, and the lists of memory that they take.
+//!
+//! Rule: a list of memory borrows everything that it points to, so that no call can see memory that is gone. Nothing here
+//! decides anything: retries, deadlines and errors are the callers' business.
+#![allow(unsafe_code)] // System calls that take raw memory have no safe form.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+use std::time::Duration;
+
+use crate::memory::Span;
+
+/// The most entries that one call takes: the kernel's `UIO_MAXIOV`.
+pub(crate) const IO_VECS_MAX: usize = 1024;
+
+/// Room for one list of memory, kept between calls so that none of them allocates.
+pub(crate) struct Scratch {
+    list: Vec<libc::iovec>,
+}
+
+// SAFETY: the addresses in the list are used only through a SendList or LandingList, which borrow what they point to. Between
+// calls they are dead numbers.
+unsafe impl Send for Scratch {}
+
+impl Scratch {
+    pub(crate) fn new() -> Self {
+        Self {
+            list: Vec::with_capacity(IO_VECS_MAX),
+        }
+    }
+
+    /// An empty list of memory to send from.
+    pub(crate) fn send_list<'d>(&mut self) -> SendList<'_, 'd> {
+        SendList(self.list())
+    }
+
+    /// An empty list of memory to receive into.
+    pub(crate) fn landing_list<'d>(&mut self) -> LandingList<'_, 'd> {
+        LandingList(self.list())
+    }
+
+    fn list<'d>(&mut self) -> List<'_, 'd> {
+        self.list.clear();
+        List {
+            list: &mut self.list,
+            first: 0,
+            data: PhantomData,
+        }
+    }
+}
+
+/// Memory to send from, which lives for 'd.
+pub(crate) struct SendList<'s, 'd>(List<'s, 'd>);
+
+/// Memory to receive into, which lives for 'd and is nobody else's to use.
+pub(crate) struct LandingList<'s, 'd>(List<'s, 'd>);
+
+struct List<'s, 'd> {
+    list: &'s mut Vec<libc::iovec>,
+    /// Entries before this one are done.
+    first: usize,
+    data: PhantomData<&'d mut [u8]>,
+}
+
+impl<'d> SendList<'_, 'd> {
+    pub(crate) fn push_octets(&mut self, octets: &'d [u8]) {
+        self.0.push(octets.as_ptr().cast_mut(), octets.len());
+    }
+
+    pub(crate) fn push_span(&mut self, span: Span<'d>) {
+        self.0.push_span(span);
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.0.is_full()
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.is_done()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Octets that are not done.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.0
+            .list
+            .iter()
+            .skip(self.0.first)
+            .map(|entry| entry.iov_len as u64)
+            .sum()
+    }
+
+    /// The first `count` octets are done.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.0.advance(count);
+    }
+
+    /// One `sendmsg`; returns how many octets the kernel took.
+    pub(crate) fn send(&mut self, fd: BorrowedFd<'_>, blocking: Blocking) -> io::Result<usize> {
+        let message = self.0.message();
+        // SAFETY: `message` holds a list of entries, each readable for 'd, and the kernel only reads them.
+        let result = unsafe {
+            libc::sendmsg(
+                fd.as_raw_fd(),
+                &raw const message,
+                blocking.flags() | libc::MSG_NOSIGNAL,
+            )
+        };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl<'d> LandingList<'_, 'd> {
+    pub(crate) fn push_octets(&mut self, octets: &'d mut [u8]) {
+        self.0.push(octets.as_mut_ptr(), octets.len());
+    }
+
+    pub(crate) fn push_span(&mut self, span: Span<'d>) {
+        self.0.push_span(span);
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.0.is_full()
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.is_done()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// The first `count` octets are done.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.0.advance(count);
+    }
+
+    /// One `recvmsg`; returns how many octets landed, 0 at the end of the stream.
+    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, blocking: Blocking) -> io::Result<usize> {
+        let mut message = self.0.message();
+        // SAFETY: `message` holds a list of entries, each writable for 'd: private ones are borrowed mutably, guest ones may be
+        // written by contract.
+        let result = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, blocking.flags()) };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl<'d> List<'_, 'd> {
+    /// Adds a span; one that continues the entry before it in memory makes that entry longer.
+    fn push_span(&mut self, span: Span<'d>) {
+        let start = span.as_ptr();
+        match self.list.last_mut() {
+            Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start => {
+                last.iov_len += span.len()
+            }
+            _ => self.push(start, span.len()),
+        }
+    }
+
+    fn push(&mut self, start: *mut u8, len: usize) {
+        if len > 0 {
+            debug_assert!(!self.is_full(), "callers ask first");
+            self.list.push(libc::iovec {
+                iov_base: start.cast(),
+                iov_len: len,
+            });
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.list.len() >= IO_VECS_MAX
+    }
+
+    fn is_done(&self) -> bool {
+        self.first == self.list.len()
+    }
+
+    fn clear(&mut self) {
+        self.list.clear();
+        self.first = 0;
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        while let Some(entry) = self.list.get_mut(self.first) {
+            if count < entry.iov_len {
+                entry.iov_base = entry.iov_base.cast::<u8>().wrapping_add(count).cast();
+                entry.iov_len -= count;
+                return;
+            }
+            count -= entry.iov_len;
+            self.first += 1;
+        }
+        debug_assert_eq!(count, 0, "the kernel moves no more than was listed");
+    }
+
+    fn message(&mut self) -> libc::msghdr {
+        let entries = self.list.get_mut(self.first..).unwrap_or_default();
+        libc::msghdr {
+            msg_name: ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: entries.as_mut_ptr(),
+            msg_iovlen: entries.len() as _,
+            msg_control: ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        }
+    }
+}
+
+/// Whether a call may sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Blocking {
+    /// Until something moves, or the socket's own time limit.
+    Yes,
+    /// Not at all.
+    No,
+}
+
+impl Blocking {
+    fn flags(self) -> libc::c_int {
+        match self {
+            Self::Yes => 0,
+            Self::No => libc::MSG_DONTWAIT,
+        }
+    }
+}
+
+/// What to wait for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ready {
+    /// Octets to receive, or a connection to accept.
+    Receive,
+    /// Room to send.
+    Send,
+}
+
+/// Waits until the descriptor is ready, or failed, or the time is over: the caller finds out which by trying. A signal ends the
+/// wait early.
+pub(crate) fn wait(fd: BorrowedFd<'_>, ready: Ready, at_most: Option<Duration>) -> io::Result<()> {
+    let events = match ready {
+        Ready::Receive => libc::POLLIN,
+        Ready::Send => libc::POLLOUT,
+    };
+    let mut entry = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    let time = at_most.map(|time| libc::timespec {
+        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: time.subsec_nanos().into(),
+    });
+    let time = time.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: one pollfd and, unless null, one timespec, both alive during the call; no signal mask is given.
+    let result = unsafe { libc::ppoll(&raw mut entry, 1, time, ptr::null()) };
+    if result >= 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        error => Err(error),
+    }
+}

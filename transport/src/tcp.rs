@@ -1,0 +1,247 @@
+//! The TCP kind: options, connecting with a deadline, to each address of a name in turn.
+//!
+//! Rule: an option that was asked for and cannot be set is an error, never a silent difference.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+
+use crate::address::HostPort;
+use crate::channel::Channel;
+use crate::error::{ConnectAttempt, ConnectError};
+use crate::stream::StreamChannel;
+
+/// Socket options of a TCP channel; both sides choose their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TcpOptions {
+    /// `TCP_NODELAY`: a frame leaves when it is sent, instead of waiting for the acknowledgement of the one before.
+    pub no_delay: bool,
+    /// `SO_KEEPALIVE`: finds out that an idle peer is gone. `None` turns it off.
+    pub keep_alive: Option<KeepAlive>,
+    /// `TCP_USER_TIMEOUT`: how long sent octets may stay unacknowledged before the kernel gives the connection up. `None` leaves
+    /// it to the kernel, which takes about a quarter of an hour. Rounded to milliseconds.
+    pub user_timeout: Option<Duration>,
+    /// `SO_SNDBUF` in octets; `None` leaves it to the kernel, which adapts it. The kernel doubles the value for its own
+    /// book-keeping and cuts it to `net.core.wmem_max` without an error.
+    pub send_buffer: Option<usize>,
+    /// `SO_RCVBUF` in octets; as `send_buffer`, with `net.core.rmem_max`.
+    pub receive_buffer: Option<usize>,
+    /// `TCP_CONGESTION`: the name of a congestion control that the kernel offers; `None` takes the system's default.
+    pub congestion: Option<String>,
+}
+
+/// When the kernel probes an idle connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeepAlive {
+    /// Idle time before the first probe. Whole seconds.
+    pub idle: Duration,
+    /// Time between probes. Whole seconds.
+    pub interval: Duration,
+    /// Probes without an answer after which the connection is lost.
+    pub count: u32,
+}
+
+impl Default for TcpOptions {
+    fn default() -> Self {
+        Self {
+            no_delay: true,
+            keep_alive: Some(KeepAlive {
+                idle: Duration::from_secs(5),
+                interval: Duration::from_secs(5),
+                count: 3,
+            }),
+            user_timeout: Some(Duration::from_secs(20)),
+            send_buffer: None,
+            receive_buffer: None,
+            congestion: None,
+        }
+    }
+}
+
+/// An option that could not be set: its name in [`TcpOptions`] and the kernel's answer.
+pub(crate) struct OptionRefused {
+    pub(crate) option: &'static str,
+    pub(crate) source: io::Error,
+}
+
+impl TcpOptions {
+    /// Sets the options; to be called before connecting or listening, since the buffers' sizes decide what window a connection
+    /// can ever offer.
+    pub(crate) fn apply(&self, socket: &Socket) -> Result<(), OptionRefused> {
+        let named = |option| move |source| OptionRefused { option, source };
+        socket
+            .set_tcp_nodelay(self.no_delay)
+            .map_err(named("no_delay"))?;
+        socket
+            .set_keepalive(self.keep_alive.is_some())
+            .map_err(named("keep_alive"))?;
+        if let Some(keep_alive) = self.keep_alive {
+            let probes = TcpKeepalive::new()
+                .with_time(keep_alive.idle)
+                .with_interval(keep_alive.interval)
+                .with_retries(keep_alive.count);
+            socket
+                .set_tcp_keepalive(&probes)
+                .map_err(named("keep_alive"))?;
+        }
+        if self.user_timeout.is_some() {
+            socket
+                .set_tcp_user_timeout(self.user_timeout)
+                .map_err(named("user_timeout"))?;
+        }
+        if let Some(bytes) = self.send_buffer {
+            socket
+                .set_send_buffer_size(bytes)
+                .map_err(named("send_buffer"))?;
+        }
+        if let Some(bytes) = self.receive_buffer {
+            socket
+                .set_recv_buffer_size(bytes)
+                .map_err(named("receive_buffer"))?;
+        }
+        if let Some(name) = &self.congestion {
+            socket
+                .set_tcp_congestion(name.as_bytes())
+                .map_err(named("congestion"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Connects to a host and port: to each address of the host in the resolver's order, until one takes the connection.
+///
+/// The time that is left is shared evenly among the addresses not yet tried, so that one that never answers cannot use it all.
+/// A host name is looked up on a thread of its own, since the resolver knows no deadline; if it is passed, that thread ends when
+/// the resolver does.
+///
+/// # Errors
+/// [`ConnectError`].
+pub fn connect(
+    target: &HostPort,
+    options: &TcpOptions,
+    deadline: Instant,
+) -> Result<Box<dyn Channel>, ConnectError> {
+    let addresses = resolve(target, deadline)?;
+    let mut attempts = Vec::new();
+    for (index, address) in addresses.iter().enumerate() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ConnectError::Deadline {
+                target: target.to_string(),
+                attempts,
+            });
+        }
+        let share = left / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
+        match connect_one(*address, options, share.max(Duration::from_millis(1))) {
+            Ok(channel) => return Ok(channel),
+            Err(Failed::Option(refused)) => {
+                let OptionRefused { option, source } = refused;
+                return Err(ConnectError::Option {
+                    target: target.to_string(),
+                    option,
+                    source,
+                });
+            }
+            Err(Failed::Connect(source)) => {
+                attempts.push(ConnectAttempt {
+                    address: address.to_string(),
+                    source,
+                });
+            }
+        }
+    }
+    let target = target.to_string();
+    if Instant::now() >= deadline {
+        Err(ConnectError::Deadline { target, attempts })
+    } else {
+        Err(ConnectError::Refused { target, attempts })
+    }
+}
+
+enum Failed {
+    Option(OptionRefused),
+    Connect(io::Error),
+}
+
+fn connect_one(
+    address: SocketAddr,
+    options: &TcpOptions,
+    at_most: Duration,
+) -> Result<Box<dyn Channel>, Failed> {
+    let socket = socket(address).map_err(Failed::Connect)?;
+    options.apply(&socket).map_err(Failed::Option)?;
+    socket
+        .connect_timeout(&address.into(), at_most)
+        .map_err(Failed::Connect)?;
+    channel(socket).map_err(Failed::Connect)
+}
+
+/// A TCP socket of the right family, neither connected nor bound.
+pub(crate) fn socket(address: SocketAddr) -> io::Result<Socket> {
+    Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )
+}
+
+/// The channel for a connected socket.
+pub(crate) fn channel(socket: Socket) -> io::Result<Box<dyn Channel>> {
+    let name = format!(
+        "tcp {} → {}",
+        print(&socket.local_addr()?),
+        print(&socket.peer_addr()?)
+    );
+    Ok(Box::new(StreamChannel::new(socket, &name)?))
+}
+
+/// An internet address as text.
+pub(crate) fn print(address: &SockAddr) -> String {
+    address
+        .as_socket()
+        .map_or_else(|| "unknown".to_owned(), |address| address.to_string())
+}
+
+/// All addresses of the host; at least one.
+pub(crate) fn resolve(
+    target: &HostPort,
+    deadline: Instant,
+) -> Result<Vec<SocketAddr>, ConnectError> {
+    if let Ok(address) = target.host().parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(address, target.port())]);
+    }
+    let failed = |source| ConnectError::Resolve {
+        host: target.host().to_owned(),
+        source,
+    };
+    let (found, answer) = mpsc::sync_channel(1);
+    let query = target.clone();
+    thread::Builder::new()
+        .name("multifd-resolve".to_owned())
+        .spawn(move || {
+            let result = (query.host(), query.port())
+                .to_socket_addrs()
+                .map(Iterator::collect::<Vec<_>>);
+            // Nobody waits any more if the deadline has passed.
+            let _ = found.send(result);
+        })
+        .map_err(failed)?;
+    let addresses = answer
+        .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        .map_err(|_| ConnectError::Deadline {
+            target: target.to_string(),
+            attempts: Vec::new(),
+        })?
+        .map_err(failed)?;
+    if addresses.is_empty() {
+        return Err(failed(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the name has no address",
+        )));
+    }
+    Ok(addresses)
+}

@@ -1,0 +1,249 @@
+//! Frames: one small file per kind, each with its octets, its checked type and what makes it malformed.
+//!
+//! ```text
+//!   head = header (32) + table (header.table_bytes)          body (header.body_bytes), if the kind has one
+//! ```
+//!
+//! A frame of fixed size is an owned plain struct. A list borrows the table's octets as raw entries, so decoding
+//! allocates and copies nothing; the same borrowed slice is what encoding takes.
+//! The rule: [`Frame::encode`] makes nothing that [`Frame::decode`] would refuse, because it asks it.
+
+mod abort;
+mod ack;
+mod blob;
+mod commit;
+mod config;
+mod credit;
+mod device_chunk;
+mod device_loaded;
+mod device_mark;
+mod devices;
+mod final_;
+mod give_back;
+mod grant;
+mod keep_alive;
+mod landed;
+mod lane_down;
+mod lane_mark;
+mod outcome;
+mod pages;
+mod prepared;
+mod progress;
+mod ready;
+mod regions;
+mod round_closed;
+mod round_end;
+mod run;
+mod running;
+mod setup_end;
+mod switchover;
+mod switchover_ack;
+mod table;
+mod vm_state;
+mod zeros;
+
+pub use abort::Abort;
+pub use ack::Acks;
+pub use blob::{BlobPart, blob_parts};
+pub use commit::Commit;
+pub use config::Config;
+pub use credit::{Credit, Credits, RawCredit};
+pub use device_chunk::{DeviceChunk, Section};
+pub use device_loaded::DeviceLoaded;
+pub use device_mark::{DeviceMark, Mark};
+pub use devices::{Device, DeviceFlags, Devices, RawDevice};
+pub use final_::Final;
+pub use give_back::{GiveBack, GiveBackReason};
+pub use grant::Grant;
+pub use keep_alive::KeepAlive;
+pub use landed::Landed;
+pub use lane_down::LaneDown;
+pub use lane_mark::{LaneMark, RawLaneMark};
+pub use outcome::{Outcome, OutcomeState};
+pub use pages::Pages;
+pub use prepared::Prepared;
+pub use progress::Progress;
+pub use ready::Ready;
+pub use regions::{RawRegion, Regions};
+pub use round_closed::RoundClosed;
+pub use round_end::RoundEnd;
+pub use run::RawRun;
+pub use running::Running;
+pub use setup_end::SetupEnd;
+pub use switchover::Switchover;
+pub use switchover_ack::SwitchoverAck;
+pub use vm_state::VmState;
+pub use zeros::Zeros;
+
+use crate::PAGE_BYTES;
+use crate::codec;
+use crate::error::{Malformed, Misuse};
+use crate::header::{HEADER_BYTES, Header};
+use crate::id::Sequence;
+use crate::kind::{BodyShape, Kind};
+use table::Table;
+
+/// What follows a head, as the encoder has to know it. The body's octets themselves are sent by the caller.
+#[derive(Clone, Copy, Debug)]
+pub enum Body<'a> {
+    /// No body.
+    None,
+    /// These octets; their checksum is computed here (not for PAGES, whose checksums are in the table).
+    Octets(&'a [u8]),
+    /// So many octets with this CRC-32, computed by the caller; for PAGES the `crc` is 0.
+    Sum {
+        /// The body's size.
+        bytes: u32,
+        /// The body's CRC-32.
+        crc: u32,
+    },
+    /// The pages that a PAGES frame names.
+    Pages,
+}
+
+/// Defines [`Frame`] and its dispatch from one list of kinds.
+macro_rules! frames {
+    ($($kind:ident($frame:ty);)*) => {
+        /// A checked frame of any kind; lists borrow the table that they were decoded from.
+        #[derive(Clone, Copy, Debug, PartialEq)]
+        pub enum Frame<'a> {
+            $(#[doc = concat!("See [`", stringify!($kind), "`](Kind::", stringify!($kind), ").")] $kind($frame),)*
+            /// A frame of a kind that this version does not know and may skip, with the kind's code.
+            Skipped(u16),
+        }
+
+        impl<'a> Frame<'a> {
+            /// The frame's kind.
+            #[must_use]
+            pub const fn kind(&self) -> Kind {
+                match self {
+                    $(Self::$kind(_) => Kind::$kind,)*
+                    Self::Skipped(code) => Kind::OptionalUnknown(*code),
+                }
+            }
+
+            /// Reads a table of the right length and checksum.
+            fn read(header: &Header, table: &'a [u8]) -> Result<Self, Malformed> {
+                match header.kind() {
+                    $(Kind::$kind => Table::read(header, table).map(Self::$kind),)*
+                    Kind::OptionalUnknown(code) => Ok(Self::Skipped(code)),
+                }
+            }
+
+            /// Appends the table.
+            fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
+                match self {
+                    $(Self::$kind(frame) => frame.write(out),)*
+                    Self::Skipped(_) => Err(Misuse::Skipped),
+                }
+            }
+        }
+
+        $(impl<'a> From<$frame> for Frame<'a> {
+            fn from(frame: $frame) -> Self {
+                Self::$kind(frame)
+            }
+        })*
+    };
+}
+
+frames! {
+    Grant(Grant);
+    Config(Config);
+    Regions(Regions<'a>);
+    Devices(Devices<'a>);
+    SetupEnd(SetupEnd);
+    Ready(Ready);
+    Pages(Pages<'a>);
+    Zeros(Zeros<'a>);
+    RoundEnd(RoundEnd);
+    DeviceChunk(DeviceChunk);
+    DeviceMark(DeviceMark);
+    Ack(Acks<'a>);
+    GiveBack(GiveBack<'a>);
+    RoundClosed(RoundClosed);
+    Credit(Credits<'a>);
+    SwitchoverAck(SwitchoverAck);
+    DeviceLoaded(DeviceLoaded);
+    KeepAlive(KeepAlive);
+    LaneDown(LaneDown);
+    Switchover(Switchover);
+    VmState(VmState);
+    Final(Final);
+    Prepared(Prepared);
+    Commit(Commit);
+    Running(Running);
+    Abort(Abort<'a>);
+    Landed(Landed<'a>);
+    Outcome(Outcome);
+    Progress(Progress);
+}
+
+impl<'a> Frame<'a> {
+    /// Checks a table against its header: length and checksum, then everything inside it.
+    ///
+    /// # Errors
+    /// [`Malformed`] says what is wrong; nothing of the frame may be used.
+    // SPEC: HEAD-6
+    pub fn decode(header: &Header, table: &'a [u8]) -> Result<Self, Malformed> {
+        header.check_table(table)?;
+        Self::read(header, table)
+    }
+
+    /// Appends the head (header and table) of this frame to `out`; the body is sent after it by the caller.
+    ///
+    /// Allocates nothing when `out` has room. On an error `out` is as it was.
+    ///
+    /// # Errors
+    /// [`Misuse`] when the peer would refuse the frame, or when `body` is not of this kind.
+    pub fn encode(
+        &self,
+        sequence: Sequence,
+        body: Body<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Misuse> {
+        let start = out.len();
+        let done = self.append(sequence, body, out);
+        if done.is_err() {
+            out.truncate(start);
+        }
+        done
+    }
+
+    /// Appends a place for the header, then the table, then asks the decoder, then fills the place.
+    fn append(&self, sequence: Sequence, body: Body<'_>, out: &mut Vec<u8>) -> Result<(), Misuse> {
+        let kind = self.kind();
+        let (body_bytes, body_crc) = self.measure(body)?;
+        let start = out.len();
+        out.extend_from_slice(&[0; HEADER_BYTES]);
+        self.write(out)?;
+        let (place, table) = out
+            .get_mut(start..)
+            .and_then(|head| head.split_first_chunk_mut::<HEADER_BYTES>())
+            .ok_or(Misuse::Body { kind })?;
+        let header = Header::new(kind, sequence, table, body_bytes, body_crc)?;
+        Frame::read(&header, table)?;
+        *place = header.encode();
+        Ok(())
+    }
+
+    /// The size and checksum that the header says of this body.
+    // SPEC: HEAD-7, PAGES-5
+    fn measure(&self, body: Body<'_>) -> Result<(u32, u32), Misuse> {
+        let kind = self.kind();
+        let summed = kind.shape().body != BodyShape::Pages;
+        match (body, self) {
+            (Body::None, _) => Ok((0, 0)),
+            (Body::Octets(octets), _) => {
+                let crc = if summed { crc32fast::hash(octets) } else { 0 };
+                Ok((codec::narrow(octets.len()), crc))
+            }
+            (Body::Sum { bytes, crc }, _) => Ok((bytes, crc)),
+            (Body::Pages, Self::Pages(pages)) => Ok((
+                codec::narrow(pages.checksums.len().saturating_mul(PAGE_BYTES)),
+                0,
+            )),
+            (Body::Pages, _) => Err(Misuse::Body { kind }),
+        }
+    }
+}

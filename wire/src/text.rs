@@ -1,0 +1,139 @@
+//! Short texts for people, held in place: bounded, UTF-8, without control characters.
+//!
+//! A peer's text ends on an operator's terminal and in logs, so a text that could move a cursor or end a line is not a
+//! text (SPEC TEXT-1). Nothing is decided from a text, ever: codes carry meaning.
+
+use core::fmt;
+
+use crate::error::{Malformed, Misuse};
+
+/// A clean text of at most `MAX` octets, on the stack.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Text<const MAX: usize> {
+    octets: [u8; MAX],
+    bytes: usize,
+}
+
+impl<const MAX: usize> Text<MAX> {
+    /// No text.
+    pub const EMPTY: Self = Self {
+        octets: [0; MAX],
+        bytes: 0,
+    };
+
+    /// Takes a text as it is.
+    ///
+    /// # Errors
+    /// [`Misuse::Text`] when it is longer than `MAX` or holds a control character.
+    pub fn new(text: &str) -> Result<Self, Misuse> {
+        let refused = Misuse::Text {
+            bytes: text.len(),
+            max: MAX,
+        };
+        if !is_clean(text) {
+            return Err(refused);
+        }
+        let mut octets = [0; MAX];
+        let place = octets.get_mut(..text.len()).ok_or(refused)?;
+        place.copy_from_slice(text.as_bytes());
+        Ok(Self {
+            octets,
+            bytes: text.len(),
+        })
+    }
+
+    /// Takes as much of a text as fits, cut between characters, with a space for each control character.
+    #[must_use]
+    pub fn clip(text: &str) -> Self {
+        let mut octets = [0; MAX];
+        let mut bytes = 0_usize;
+        for character in text.chars() {
+            let clean = if character.is_control() {
+                ' '
+            } else {
+                character
+            };
+            let end = bytes.saturating_add(clean.len_utf8());
+            let Some(place) = octets.get_mut(bytes..end) else {
+                break;
+            };
+            clean.encode_utf8(place);
+            bytes = end;
+        }
+        Self { octets, bytes }
+    }
+
+    /// Reads a text that fills `field` from its start and is followed by zeros to the end of the field.
+    // SPEC: TEXT-1, TEXT-2
+    pub(crate) fn from_field(
+        field: &'static str,
+        octets: &[u8; MAX],
+        bytes: usize,
+    ) -> Result<Self, Malformed> {
+        let (used, rest) = octets
+            .split_at_checked(bytes)
+            .ok_or(Malformed::Text { field })?;
+        read(field, used)?;
+        if rest.iter().any(|octet| *octet != 0) {
+            return Err(Malformed::Reserved { field });
+        }
+        Ok(Self {
+            octets: *octets,
+            bytes,
+        })
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        // Both doors take only UTF-8, so the fallback is never used; it is here because this crate has no panics.
+        self.octets
+            .get(..self.bytes)
+            .and_then(|used| core::str::from_utf8(used).ok())
+            .unwrap_or("")
+    }
+
+    /// The whole field, zeros included.
+    #[must_use]
+    pub const fn field(&self) -> &[u8; MAX] {
+        &self.octets
+    }
+
+    /// The size of the text in octets.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether there is no text.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+}
+
+impl<const MAX: usize> fmt::Debug for Text<MAX> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.as_str().fmt(f)
+    }
+}
+
+impl<const MAX: usize> fmt::Display for Text<MAX> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.as_str().fmt(f)
+    }
+}
+
+/// Reads octets as clean text.
+// SPEC: TEXT-1
+pub(crate) fn read<'a>(field: &'static str, octets: &'a [u8]) -> Result<&'a str, Malformed> {
+    match core::str::from_utf8(octets) {
+        Ok(text) if is_clean(text) => Ok(text),
+        _ => Err(Malformed::Text { field }),
+    }
+}
+
+/// Whether a text holds no control character (C0, DEL, C1).
+pub(crate) fn is_clean(text: &str) -> bool {
+    !text.chars().any(char::is_control)
+}

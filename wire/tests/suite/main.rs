@@ -1,0 +1,24 @@
+//! The tests of the stream format: one binary, one file per claim about it.
+//!
+//! | file | what it shows |
+//! |---|---|
+//! | `vectors` | every committed vector is read as it says, and our own encoder writes the same octets |
+//! | `frames` | truncation, reserved bits and damage are refused, for every kind, by one harness |
+//! | `bounds` | each limit: the last value that is taken and the first that is not |
+//! | `hello` | hellos, replies and negotiation |
+//! | `layout` | region tables and runs |
+//! | `digest` | the digest does not depend on order and sees every difference |
+//! | `round_trip` | arbitrary frames come back as they went |
+//! | `bodies` | the fuzz bodies hold over the committed corpus and over damaged frames |
+//! | `specification` | SPEC.md and the code say the same |
+
+mod bodies;
+mod bounds;
+mod digest;
+mod frames;
+mod hello;
+mod layout;
+mod round_trip;
+mod specification;
+mod support;
+mod vectors;

@@ -1,0 +1,329 @@
+//! SPEC.md and the code say the same: rules that are cited exist, and the tables are those of the code.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use multifd_wire::exercise::samples;
+use multifd_wire::kind::Senders;
+use multifd_wire::limits;
+use multifd_wire::{HEADER_BYTES, Kind, Phase, Reason};
+
+use crate::support::{repository, vectors};
+
+fn specification() -> String {
+    fs::read_to_string(repository("SPEC.md")).unwrap()
+}
+
+/// The rules that SPEC.md defines: a name in bold, at the start of a paragraph or a table row.
+fn defined() -> Vec<String> {
+    let text = specification();
+    let rule = |line: &str| {
+        let name = line
+            .trim_start_matches("| ")
+            .strip_prefix("**")?
+            .split_once("**")?
+            .0;
+        is_rule(name).then(|| name.to_string())
+    };
+    text.lines().filter_map(rule).collect()
+}
+
+/// Whether a word has the form of a rule's name: capital letters, a hyphen, a number.
+fn is_rule(word: &str) -> bool {
+    word.split_once('-').is_some_and(|(name, number)| {
+        !name.is_empty()
+            && name.bytes().all(|octet| octet.is_ascii_uppercase())
+            && !number.is_empty()
+            && number.bytes().all(|octet| octet.is_ascii_digit())
+    })
+}
+
+/// The rules named in a text after each `SPEC: `, and whatever of rule form follows directly, separated by commas.
+fn cited(text: &str) -> Vec<String> {
+    let mut rules = Vec::new();
+    for after in text.split("SPEC: ").skip(1) {
+        for word in after
+            .split([' ', ',', ')', '`', '.', ';', ':', '\n'])
+            .filter(|w| !w.is_empty())
+        {
+            if !is_rule(word) {
+                break;
+            }
+            rules.push(word.to_string());
+        }
+    }
+    rules
+}
+
+/// Every Rust file below a folder.
+fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            into.push(path);
+        }
+    }
+}
+
+#[test]
+fn each_rule_has_one_definition_and_numbers_have_no_gaps() {
+    let mut groups: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
+    for rule in defined() {
+        let (group, number) = rule.split_once('-').unwrap();
+        let fresh = groups
+            .entry(group.to_string())
+            .or_default()
+            .insert(number.parse().unwrap());
+        assert!(fresh, "{rule} is defined twice");
+    }
+    assert!(groups.len() > 30, "only {} groups of rules", groups.len());
+    for (group, numbers) in groups {
+        let last = u32::try_from(numbers.len()).unwrap();
+        assert_eq!(numbers.last(), Some(&last), "{group} has a gap");
+    }
+}
+
+#[test]
+fn each_rule_that_this_crate_and_the_vectors_cite_is_defined() {
+    let defined: BTreeSet<String> = defined().into_iter().collect();
+    let mut files = Vec::new();
+    sources(&repository("wire"), &mut files);
+    let mut count = 0;
+    for file in files {
+        for rule in cited(&fs::read_to_string(&file).unwrap()) {
+            assert!(defined.contains(&rule), "{} cites {rule}", file.display());
+            count += 1;
+        }
+    }
+    assert!(count > 150, "only {count} citations were found");
+    for vector in vectors() {
+        for rule in &vector.spec {
+            assert!(
+                defined.contains(rule),
+                "vector {} cites {rule}",
+                vector.name
+            );
+        }
+    }
+}
+
+#[test]
+fn each_rule_that_the_text_refers_to_is_defined() {
+    let defined: BTreeSet<String> = defined().into_iter().collect();
+    let text = specification();
+    let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'));
+    for word in words.filter(|word| is_rule(word)) {
+        // Names of other documents and of algorithms have the same form.
+        if !["CRC-32", "UTF-8", "BCP-14", "RFC-2119"].contains(&word) {
+            assert!(defined.contains(word), "SPEC.md refers to {word}");
+        }
+    }
+}
+
+/// The rows of the table under a heading, cells trimmed, without the two lines of its head.
+fn table(heading: &str) -> Vec<Vec<String>> {
+    let text = specification();
+    let after = text
+        .split_once(&format!("\n{heading}\n"))
+        .unwrap_or_else(|| panic!("no {heading}"))
+        .1;
+    let lines = after.lines().skip_while(|line| !line.starts_with('|'));
+    let rows = lines.take_while(|line| line.starts_with('|')).skip(2);
+    let cells = |line: &str| {
+        line.trim_matches('|')
+            .split('|')
+            .map(|cell| cell.trim().to_string())
+            .collect()
+    };
+    rows.map(cells).collect()
+}
+
+/// A size or a range of sizes as the table of kinds prints it.
+fn range(min: usize, max: usize, step: usize) -> String {
+    match (min == max, step) {
+        (true, _) => format!("{min}"),
+        (false, 1) => format!("{min} to {max}"),
+        (false, step) => format!("{min} to {max} by {step}"),
+    }
+}
+
+#[test]
+fn table_of_kinds_is_that_of_the_code() {
+    let expected: Vec<Vec<String>> = Kind::ALL
+        .iter()
+        .map(|kind| {
+            let shape = kind.shape();
+            let from = match kind.senders() {
+                Senders::Source => "source",
+                Senders::Destination => "destination",
+                Senders::Both => "both",
+            };
+            let phases: Vec<&str> = kind.phases().iter().map(|phase| phase.text()).collect();
+            let body_step = if *kind == Kind::Pages { 4096 } else { 1 };
+            vec![
+                format!("`{:#06x}`", kind.code()),
+                kind.name().to_string(),
+                from.to_string(),
+                kind.channel().unwrap().to_string(),
+                phases.join(", "),
+                range(shape.table_min, shape.table_max, shape.table_step),
+                range(shape.body.min(), shape.body.max(), body_step),
+            ]
+        })
+        .collect();
+    let print = expected
+        .iter()
+        .map(|row| format!("| {} |", row.join(" | ")));
+    assert_eq!(
+        table("## 8. Frame kinds"),
+        expected,
+        "\n{}",
+        print.collect::<Vec<_>>().join("\n")
+    );
+}
+
+#[test]
+fn table_of_reasons_is_that_of_the_code() {
+    let expected: Vec<Vec<String>> = Reason::ALL
+        .iter()
+        .map(|reason| {
+            vec![
+                reason.as_u32().to_string(),
+                reason.text().to_string(),
+                reason.advice().to_string(),
+            ]
+        })
+        .collect();
+    let print = expected
+        .iter()
+        .map(|row| format!("| {} |", row.join(" | ")));
+    assert_eq!(
+        table("### 17.2 Reasons"),
+        expected,
+        "\n{}",
+        print.collect::<Vec<_>>().join("\n")
+    );
+}
+
+#[test]
+fn table_of_phases_is_that_of_the_code() {
+    let seen: Vec<(String, String)> = table("## 9. Phases")
+        .into_iter()
+        .map(|row| (row[0].clone(), row[1].clone()))
+        .collect();
+    let expected: Vec<(String, String)> = Phase::ALL
+        .iter()
+        .map(|phase| (phase.as_u32().to_string(), phase.text().to_string()))
+        .collect();
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn table_of_limits_is_that_of_the_code() {
+    let wide = |value: usize| u64::try_from(value).unwrap();
+    let expected: Vec<Vec<String>> = [
+        ("TABLE_BYTES_MAX", wide(limits::TABLE_BYTES_MAX)),
+        ("BODY_BYTES_MAX", wide(limits::BODY_BYTES_MAX)),
+        ("PAGES_PER_FRAME_MAX", wide(limits::PAGES_PER_FRAME_MAX)),
+        ("RUNS_PER_PAGES_MAX", wide(limits::RUNS_PER_PAGES_MAX)),
+        ("RUNS_PER_ZEROS_MAX", wide(limits::RUNS_PER_ZEROS_MAX)),
+        (
+            "RUNS_PER_GIVE_BACK_MAX",
+            wide(limits::RUNS_PER_GIVE_BACK_MAX),
+        ),
+        ("REGIONS_MAX", wide(limits::REGIONS_MAX)),
+        ("DEVICES_MAX", wide(limits::DEVICES_MAX)),
+        ("LANES_MAX", wide(limits::LANES_MAX)),
+        ("BLOB_BYTES_MAX", limits::BLOB_BYTES_MAX),
+        ("BLOBS_MAX", wide(limits::BLOBS_MAX)),
+        ("TEXT_BYTES_MAX", wide(limits::TEXT_BYTES_MAX)),
+        ("REPLY_TEXT_BYTES_MAX", wide(limits::REPLY_TEXT_BYTES_MAX)),
+        ("DEVICE_NAME_BYTES_MAX", wide(limits::DEVICE_NAME_BYTES_MAX)),
+        ("MEMORY_PAGES_MAX", limits::MEMORY_PAGES_MAX),
+        ("ROUND_MAX", u64::from(limits::ROUND_MAX)),
+        ("DEVICE_STREAM_BYTES_MAX", limits::DEVICE_STREAM_BYTES_MAX),
+    ]
+    .iter()
+    .zip(1..)
+    .map(|((name, value), number)| {
+        vec![
+            format!("**LIMIT-{number}**"),
+            name.to_string(),
+            value.to_string(),
+        ]
+    })
+    .collect();
+    let seen: Vec<Vec<String>> = table("## 18. Limits")
+        .into_iter()
+        .map(|row| row[..3].to_vec())
+        .collect();
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn each_diagram_of_the_code_stands_in_the_text() {
+    let text = specification();
+    let text: Vec<&str> = text.lines().map(str::trim_end).collect();
+    let mut files = Vec::new();
+    sources(&repository("wire/src/frame"), &mut files);
+    files.extend(
+        ["header.rs", "hello.rs", "hello_reply.rs"].map(|file| repository("wire/src").join(file)),
+    );
+    let mut diagrams = 0;
+    for file in files {
+        let code = fs::read_to_string(&file).unwrap();
+        let Some((_, after)) = code.split_once("//! ```text\n") else {
+            continue;
+        };
+        let lines: Vec<&str> = after
+            .lines()
+            .take_while(|line| *line != "//! ```")
+            .map(|line| {
+                line.trim_start_matches("//!")
+                    .strip_prefix(' ')
+                    .unwrap_or("")
+                    .trim_end()
+            })
+            .collect();
+        if !lines.iter().any(|line| line.contains("+-------")) {
+            continue;
+        }
+        let found = text.windows(lines.len()).any(|window| window == lines);
+        assert!(
+            found,
+            "the diagram of {} is not in SPEC.md:\n{}",
+            file.display(),
+            lines.join("\n")
+        );
+        diagrams += 1;
+    }
+    assert!(diagrams >= 30, "only {diagrams} diagrams were compared");
+}
+
+#[test]
+fn each_kind_has_a_section() {
+    let text = specification();
+    for kind in Kind::ALL {
+        let heading = format!("### {} ({:#06x})", kind.name(), kind.code());
+        assert!(text.contains(&heading), "no section {heading}");
+    }
+}
+
+/// A drawing and a structure cannot differ in size unseen: the table of a kind of fixed size is as long as its sample.
+#[test]
+fn fixed_tables_have_the_size_that_the_table_of_kinds_says() {
+    for sample in samples() {
+        let shape = sample.kind.shape();
+        if shape.table_min == shape.table_max {
+            assert_eq!(
+                sample.head.len(),
+                HEADER_BYTES + shape.table_min,
+                "{}",
+                sample.kind
+            );
+        }
+    }
+}
