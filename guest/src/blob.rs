@@ -17,6 +17,9 @@ use crate::config::{Config, Fill, Pattern, Tracking};
 use crate::error::Result;
 use crate::guest::Kind;
 
+/// The kind number of this guest's configuration and state blobs in a migration stream: "mfdg".
+pub const BLOB_KIND: u32 = 0x6764_666d;
+
 /// Length of a configuration's octets.
 pub const CONFIG_BLOB_BYTES: usize = 64;
 

@@ -74,7 +74,7 @@ mod vcpu_state;
 mod workload;
 
 pub use beat::Heartbeat;
-pub use blob::CONFIG_BLOB_BYTES;
+pub use blob::{BLOB_KIND, CONFIG_BLOB_BYTES};
 pub use check::{CheckReport, FAILURES_MAX};
 pub use config::{
     Config, Fill, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES, Pattern, Tracking, VCPUS_MAX,

@@ -78,7 +78,7 @@ impl Machine {
         let vm = Arc::new(create_vm(&kvm)?);
         vcpu_state::require_xsave(&vm)?;
         // The ring must be on before the first vCPU is made.
-        let choice = TrackingChoice::enable(&vm, plan.config.tracking)?;
+        let choice = TrackingChoice::enable(&vm, plan.config.tracking, plan.rings)?;
         let mut descriptors = Vec::new();
         for share in &plan.layout.shares {
             let descriptor = vm

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The rules that this file keeps:
-//! - No reference to the memory is ever made: the guest writes it while we look. Words are read and written as
-//!   relaxed atomics, which is also what makes the threads of a process guest well-defined.
+//! - No reference to the memory is ever made but to an atomic word: the guest writes it while we look. Words are read
+//!   and written relaxed, which is also what makes the threads of a process guest well-defined.
 //! - The mapping lives as long as any clone of [`Memory`]; whoever holds a region's pointer must hold a clone.
 //! - After a guest's start nobody on this side writes the memory, except that a destination loads what arrived
 //!   before it runs. Such a write would not be seen by KVM's tracking.
@@ -62,6 +62,24 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Memory {
+    /// The same memory as the channels know it: regions in the same order, kept alive by it.
+    #[must_use]
+    pub fn to_channels(&self) -> multifd_transport::GuestMemory {
+        let raw = |region: &MemoryRegion| multifd_transport::memory::RawRegion {
+            layout: multifd_transport::memory::RegionLayout {
+                guest_address: region.guest_address,
+                bytes: region.bytes,
+            },
+            base: region.host,
+            owner: Arc::clone(&self.0) as Arc<dyn std::any::Any + Send + Sync>,
+        };
+        let regions = self.regions().iter().map(raw).collect();
+        // SAFETY: each region is a mapping of `bytes` octets at `host`, readable and writable, that lives as long as the
+        // `Mapping` behind `owner`; this crate reaches it by pointers only, never by references; and it is guest memory,
+        // which the receiver is meant to write.
+        unsafe { multifd_transport::GuestMemory::from_raw(regions) }
+    }
+
     /// `bytes` of memory, all zero and none of it populated. `bytes` is a multiple of a page.
     ///
     /// # Errors

@@ -23,18 +23,60 @@ use crate::error::{Error, Result};
 use crate::memory::Memory;
 use crate::slots::MemorySlots;
 
-/// The largest ring. Emulated stores push a page again and again, and a ring of 4,096 entries overflows at once there;
-/// 65,536 take 1 MiB for each vCPU, and last for a second of the fastest writer seen.
-const RING: RingConfig = RingConfig {
-    entries: RingConfig::ENTRIES_MAX,
-};
+/// The dirty rings of a machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rings {
+    /// The size of each vCPU's.
+    config: RingConfig,
+    reaping: Reaping,
+}
 
-/// How long a vCPU with a full ring stays out when there is nobody to harvest for: tracking is being switched off.
+/// Who empties the rings between two collections, before they are full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reaping {
+    /// A thread of the source.
+    BySource,
+    /// Nobody, so that they get full: for the test of what happens then.
+    #[cfg(test)]
+    ByNobody,
+}
+
+impl Default for Rings {
+    /// The largest rings. Emulated stores push a page again and again; 65,536 entries take 1 MiB for each vCPU and last
+    /// for a quarter of a second of the fastest writer seen.
+    fn default() -> Self {
+        Self {
+            config: RingConfig {
+                entries: RingConfig::ENTRIES_MAX,
+            },
+            reaping: Reaping::BySource,
+        }
+    }
+}
+
+#[cfg(test)]
+impl Rings {
+    /// The smallest rings, which only the vCPUs' own threads empty.
+    pub(crate) fn that_run_full() -> Self {
+        Self {
+            config: RingConfig {
+                entries: RingConfig::ENTRIES_MIN,
+            },
+            reaping: Reaping::ByNobody,
+        }
+    }
+}
+
+/// How long a vCPU with a full ring stays out when it could not empty it: tracking is being switched off, or the kernel
+/// refuses.
 const FULL_RETRY: Duration = Duration::from_millis(1);
 
 /// The way of tracking that a machine was given before its first vCPU.
 #[derive(Debug)]
-pub(crate) struct TrackingChoice(Method);
+pub(crate) struct TrackingChoice {
+    method: Method,
+    rings: Rings,
+}
 
 /// A machine's one source, and who has it.
 #[derive(Clone, Debug)]
@@ -63,16 +105,16 @@ impl TrackingChoice {
     ///
     /// # Errors
     /// [`Error::Tracking`] if what is demanded is not offered.
-    pub(crate) fn enable(vm: &VmFd, wanted: Tracking) -> Result<Self> {
+    pub(crate) fn enable(vm: &VmFd, wanted: Tracking, rings: Rings) -> Result<Self> {
         let method = match wanted {
             Tracking::Ring => Method::Ring,
             Tracking::Log => Method::Log,
             Tracking::Auto | Tracking::Kvm | Tracking::Process => kvm::probe(vm)?.method(),
         };
         if method == Method::Ring {
-            kvm::enable(vm, RING)?;
+            kvm::enable(vm, rings.config)?;
         }
-        Ok(Self(method))
+        Ok(Self { method, rings })
     }
 
     /// The source, for vCPUs that have not run.
@@ -88,11 +130,16 @@ impl TrackingChoice {
         let slots = MemorySlots::new(vm, memory)?;
         let tracked = slots.tracked()?;
         let mut handle = None;
-        let source: Box<dyn Source> = match self.0 {
+        let source: Box<dyn Source> = match self.method {
             Method::Ring => {
-                let source = RingSource::new(vm, vcpus, RING, tracked, Box::new(slots))?;
+                let Rings { config, reaping } = self.rings;
+                let source = RingSource::new(vm, vcpus, config, tracked, Box::new(slots))?;
                 handle = Some(source.handle());
-                Box::new(source)
+                match reaping {
+                    Reaping::BySource => Box::new(source),
+                    #[cfg(test)]
+                    Reaping::ByNobody => Box::new(source.without_reaper()),
+                }
             }
             Method::Log => Box::new(LogSource::new(
                 vm,
@@ -106,7 +153,7 @@ impl TrackingChoice {
             set: Arc::new(RwLock::new(None)),
         };
         let shared = Shared {
-            method: self.0,
+            method: self.method,
             source: Mutex::new(source),
             lent: AtomicBool::new(false),
             ring_full,
@@ -175,12 +222,13 @@ impl RingFull {
             return Err("a full dirty ring, and the machine has none".to_owned());
         };
         if let Some(set) = &*self.set.read().unwrap_or_else(|poison| poison.into_inner()) {
-            return match handle.on_full(vcpu as usize, set) {
-                Err(error @ TrackingError::Misuse { .. }) => Err(error.to_string()),
-                // A kernel that refused is counted by the source, which keeps the pages for its next harvest; the exit
-                // comes again if the ring is still full.
-                Ok(_) | Err(_) => Ok(()),
-            };
+            match handle.on_full(vcpu as usize, set) {
+                Ok(collection) if collection.reported > 0 => return Ok(()),
+                Err(error @ TrackingError::Misuse { .. }) => return Err(error.to_string()),
+                // The collector was quicker, or the kernel refused: then the source counts it and keeps the pages for
+                // its next harvest, and the exit comes again if the ring is still full.
+                Ok(_) | Err(_) => {}
+            }
         }
         thread::sleep(FULL_RETRY);
         Ok(())

@@ -97,6 +97,60 @@ fn a_state_saved_twice_is_the_same_and_survives_a_load() {
     }
 }
 
+/// Values that no fresh processor has, in each part of the state that the guest's program leaves alone.
+#[test]
+fn every_part_of_a_vcpu_state_is_loaded_and_saved_again() {
+    if !kvm_or_skip("every_part_of_a_vcpu_state_is_loaded_and_saved_again") {
+        return;
+    }
+    let source = Guest::create(&Config {
+        vcpus: 1,
+        ..fast(Tracking::Kvm)
+    })
+    .unwrap();
+    run_a_while(&source);
+    let mut state = source.save_state().unwrap();
+    let record = 32;
+    let msr = |index: u32, state: &[u8]| {
+        let entries = state[record + 5152..].chunks_exact(16);
+        let place = entries
+            .into_iter()
+            .position(|entry| entry[..4] == index.to_le_bytes());
+        record
+            + 5152
+            + 16 * place.unwrap_or_else(|| panic!("MSR {index:#x} is not in the state"))
+            + 8
+    };
+    let lstar = msr(0xC000_0082, &state);
+    let patches: [(usize, &[u8]); 6] = [
+        (record + 8 + 15 * 8, b"R15R15R!"), // general register r15
+        (record + 152 + 3 * 24, &[0x78, 0x56, 0x34, 0x12]), // base of FS
+        (record + 464 + 160, b"the contents of XMM register 0!!"), // two vector registers
+        (record + 464 + 512, &[3]),         // which say that they are in use
+        (record + 4952, &[0, 0x40, 0x20, 0x10]), // debug address 0
+        (lstar, &[0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0, 0]), // an MSR
+    ];
+    for (at, octets) in patches {
+        assert_ne!(state[at..at + octets.len()], *octets);
+        state[at..at + octets.len()].copy_from_slice(octets);
+    }
+    let destination = destination(&source);
+    copy_memory(&source.memory(), &destination.memory());
+    destination.load_state(&state).unwrap();
+    let loaded = destination.save_state().unwrap();
+    let time_stamp = msr(0x10, &state);
+    for at in (0..state.len()).filter(|at| !(time_stamp..time_stamp + 8).contains(at)) {
+        assert_eq!(loaded[at], state[at], "octet {at}");
+    }
+    run_a_while(&destination);
+    assert_whole(&destination);
+    // And they are still there after the guest ran.
+    let later = destination.save_state().unwrap();
+    for (at, octets) in patches {
+        assert_eq!(later[at..at + octets.len()], *octets, "octet {at}");
+    }
+}
+
 #[test]
 fn truncated_and_prolonged_states_are_refused_at_every_length() {
     for tracking in kinds("truncated_and_prolonged_states_are_refused_at_every_length") {

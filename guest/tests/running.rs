@@ -120,6 +120,8 @@ fn a_guest_paused_at_any_instruction_is_whole_and_runs_on() {
     }
 }
 
+/// Never faster than asked, in any attempt. Slower only as far as others take the host's processors, so that one attempt
+/// out of several has to come near.
 #[test]
 fn the_rate_is_kept_within_a_factor() {
     for tracking in kinds("the_rate_is_kept_within_a_factor") {
@@ -131,20 +133,24 @@ fn the_rate_is_kept_within_a_factor() {
             .unwrap();
             guest.run().unwrap();
             wait_beats(&guest, 4);
-            let (begun, before) = (Instant::now(), counters(&guest));
-            std::thread::sleep(Duration::from_millis(800));
-            let stores: u64 = counters(&guest)
-                .iter()
-                .zip(before)
-                .map(|(now, then)| now - then)
-                .sum();
-            let rate = stores as f64 * 4096.0 / begun.elapsed().as_secs_f64();
-            let ratio = rate / wanted as f64;
-            // Never faster than asked; slower only as far as other tests take the host's processors.
-            assert!(
-                (0.4..1.2).contains(&ratio),
-                "{tracking:?}: {rate:.0} for {wanted}"
-            );
+            let mut ratios = Vec::new();
+            while ratios.iter().all(|ratio| *ratio < 0.7) {
+                assert!(
+                    ratios.len() < 8,
+                    "{tracking:?}, {wanted} bytes/s: {ratios:?}"
+                );
+                let (begun, before) = (Instant::now(), counters(&guest));
+                std::thread::sleep(Duration::from_millis(800));
+                let stores: u64 = counters(&guest)
+                    .iter()
+                    .zip(before)
+                    .map(|(now, then)| now - then)
+                    .sum();
+                let rate = stores as f64 * 4096.0 / begun.elapsed().as_secs_f64();
+                let ratio = rate / wanted as f64;
+                assert!(ratio < 1.2, "{tracking:?}: {rate:.0} for {wanted}");
+                ratios.push(ratio);
+            }
         }
     }
 }
@@ -251,26 +257,35 @@ fn an_empty_guest_does_nothing_before_a_state_is_loaded() {
     }
 }
 
+/// Counted in processor time of this thread, because the wall clock on a shared host measures the neighbours. 64 MiB are
+/// filled and checked by the calling thread alone; larger memories by up to four, each at this speed.
 #[test]
-fn a_gib_is_filled_and_checked_at_more_than_a_gib_per_second() {
+fn one_processor_fills_and_checks_half_a_gib_per_second_at_least() {
     let config = Config {
-        memory_bytes: 1 << 30,
         fill: Fill::default(),
         ..small(Tracking::Process)
     };
-    let best = |times: [Duration; 3]| times.into_iter().min().unwrap();
-    let fill = best([(); 3].map(|()| {
-        let begun = Instant::now();
-        drop(Guest::create(&config).unwrap());
-        begun.elapsed()
-    }));
+    let best = |work: &dyn Fn()| (0..5).map(|_| processor_time(work)).min().unwrap();
+    let fill = best(&|| drop(Guest::create(&config).unwrap()));
     let guest = Guest::create(&config).unwrap();
-    let check = best([(); 3].map(|()| guest.check().unwrap().elapsed));
-    // 0.3 s each on two quiet processors; the bound holds on a busy host too.
+    let check = best(&|| assert_whole(&guest));
+    let most = Duration::from_millis(125);
     assert!(
-        fill < Duration::from_secs(2) && check < Duration::from_secs(2),
-        "fill {fill:?}, check {check:?}"
+        fill < most && check < most,
+        "64 MiB: fill {fill:?}, check {check:?}"
     );
+}
+
+/// Time that this thread spent on a processor while it did `work` (the first number of schedstat, nanoseconds).
+fn processor_time(work: &dyn Fn()) -> Duration {
+    let spent = || {
+        let line = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        let first = line.split_whitespace().next().unwrap();
+        Duration::from_nanos(first.parse().unwrap())
+    };
+    let before = spent();
+    work();
+    spent() - before
 }
 
 #[test]

@@ -10,7 +10,7 @@ use multifd_tracking::{CollectPhase, DirtySet, Source};
 
 /// The ways of tracking that this host offers.
 fn ways(test: &str) -> Vec<Tracking> {
-    if kvm_or_skip(test) {
+    if kvm_or_skip(&format!("{test} (its KVM part)")) {
         vec![Tracking::Ring, Tracking::Log, Tracking::Process]
     } else {
         vec![Tracking::Process]
@@ -189,9 +189,10 @@ fn a_cancelled_migration_leaves_a_guest_that_runs_and_migrates_later() {
     }
 }
 
+/// The vCPUs push two entries for each store, as fast as they can, for many times the size of their rings.
 #[test]
-fn a_ring_that_runs_full_is_emptied_by_its_vcpu_and_loses_nothing() {
-    if !kvm_or_skip("a_ring_that_runs_full_is_emptied_by_its_vcpu_and_loses_nothing") {
+fn rings_that_nobody_collects_for_a_while_lose_nothing() {
+    if !kvm_or_skip("rings_that_nobody_collects_for_a_while_lose_nothing") {
         return;
     }
     let source = Guest::create(&fast(Tracking::Ring)).unwrap();
@@ -203,11 +204,16 @@ fn a_ring_that_runs_full_is_emptied_by_its_vcpu_and_loses_nothing() {
     tracker.start(&set).unwrap();
     set.mark_all();
     copy_round(&set, &from, &to);
-    // Nobody collects. Each vCPU pushes two entries for each store, and has 65,536.
     let begun = Instant::now();
-    while tracker.figures().ring_full_soft < 4 {
+    let before = counters(&source);
+    // 100,000 stores are 200,000 entries, and a ring has 65,536.
+    while counters(&source)
+        .iter()
+        .zip(&before)
+        .any(|(now, then)| now - then < 100_000)
+    {
         assert!(begun.elapsed() < PATIENCE, "{:?}", tracker.figures());
-        assert!(source.failure().is_none());
+        assert!(source.failure().is_none(), "{:?}", source.failure());
         std::thread::sleep(Duration::from_millis(5));
     }
     source.pause().unwrap();
@@ -218,15 +224,10 @@ fn a_ring_that_runs_full_is_emptied_by_its_vcpu_and_loses_nothing() {
         .unwrap();
     assert_eq!(first_difference(&from, &to), None);
     assert_whole(&destination);
-    // Each was emptied in time: nothing had to be guessed, and each exit brought what it was for.
     let figures = tracker.figures();
     assert_eq!(
         (figures.ring_full_hard, figures.all_dirty, figures.errors),
         (0, 0, 0),
-        "{figures:?}"
-    );
-    assert!(
-        figures.reported > figures.ring_full_soft * 60_000,
         "{figures:?}"
     );
 }

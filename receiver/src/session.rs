@@ -13,7 +13,7 @@
 
 use std::time::Duration;
 
-use multifd_wire::{Digest, LaneId, Phase, Reason, Round};
+use multifd_wire::{ChannelRef, Digest, LaneId, Phase, Reason, Round};
 
 use crate::config::Config;
 use crate::error::{Error, Fault};
@@ -119,6 +119,10 @@ pub enum Effect {
     Abort {
         /// The code.
         reason: Reason,
+        /// The phase in which it ended.
+        phase: Phase,
+        /// The channel that it is about.
+        channel: ChannelRef,
         /// The text.
         text: String,
     },
@@ -155,6 +159,8 @@ enum State {
         round: Round,
         digest: Digest,
         damaged: u64,
+        /// Since when FINAL is here and pages are missing: the source has to begin a further round.
+        short_since: Option<Duration>,
     },
     Loading {
         digest: Digest,
@@ -192,11 +198,12 @@ pub struct Session {
     state: State,
     round: Round,
     lanes: Vec<Fate>,
-    /// The newest SWITCHOVER and FINAL; they may come before the lanes reach the fence.
+    /// The first and the newest SWITCHOVER, and FINAL; they may come before the lanes reach the fence.
+    paused_from: Option<Round>,
     switchover: Option<Round>,
     verdict: Option<Final>,
     closing: bool,
-    /// A lane died with the guest paused: digests may then differ without anybody's fault.
+    /// A lane died: what it lost may be missing when FINAL comes, without anybody's fault.
     lane_lost: bool,
     began: Duration,
     heard: Duration,
@@ -211,6 +218,7 @@ impl Session {
             state: State::Setup(Setup::default()),
             round: Round::new(0),
             lanes: Vec::new(),
+            paused_from: None,
             switchover: None,
             verdict: None,
             closing: false,
@@ -258,6 +266,7 @@ impl Session {
     /// The one table: what each event means in each state.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        let follows = matches!(&event, Event::Switchover { round } if self.may_follow(*round));
         match (&mut self.state, event) {
             (State::Over, _) => Vec::new(),
             (_, Event::Failed(error)) => self.fail(error),
@@ -277,13 +286,17 @@ impl Session {
             }
             (_, Event::LaneEnded { lane }) => self.ended(lane),
             (State::Rounds, Event::Closed { digest, damaged }) if self.closing => {
-                self.closed(digest, damaged)
+                self.closed(digest, damaged, now)
             }
-            (State::Rounds | State::Fenced { .. }, Event::Switchover { round }) => {
+            (State::Rounds | State::Fenced { .. }, Event::Switchover { round })
+                if follows =>
+            {
+                self.paused_from.get_or_insert(round);
                 self.switchover = Some(round);
                 self.verdict = None;
-                self.conclude()
+                self.conclude(now)
             }
+            // SPEC: FINAL-1
             (
                 State::Rounds | State::Fenced { .. },
                 Event::Final {
@@ -291,13 +304,13 @@ impl Session {
                     states,
                     digest,
                 },
-            ) => {
+            ) if self.switchover == Some(round) => {
                 self.verdict = Some(Final {
                     round,
                     states,
                     digest,
                 });
-                self.conclude()
+                self.conclude(now)
             }
             // A lane of the source died after everything had landed here; both sides agree on the content already.
             (
@@ -389,9 +402,7 @@ impl Session {
             return Vec::new();
         }
         *fate = Fate::Ended;
-        if self.switchover.is_some() {
-            self.lane_lost = true;
-        }
+        self.lane_lost = true;
         let nobody = self.lanes.iter().all(|fate| *fate == Fate::Ended);
         match self.state {
             // Once the memory is verified no lane is needed any more.
@@ -426,7 +437,7 @@ impl Session {
         vec![Effect::CloseRound { round: self.round }]
     }
 
-    fn closed(&mut self, digest: Digest, damaged: u64) -> Vec<Effect> {
+    fn closed(&mut self, digest: Digest, damaged: u64, now: Duration) -> Vec<Effect> {
         self.closing = false;
         let marks: Vec<bool> = self
             .lanes
@@ -447,28 +458,54 @@ impl Session {
                 },
             ));
         }
-        if marks.first() != Some(&true) {
+        let paused = marks.first() == Some(&true);
+        // The guest is paused in every round from the first SWITCHOVER's on, and in none before (SPEC: SWITCH-1, SWITCH-2).
+        if self
+            .paused_from
+            .is_some_and(|from| paused != (self.round >= from))
+        {
+            return self.fail(Error::new(
+                self.phase(),
+                Fault::OutOfTurn {
+                    what: format!("an end mark of round {} that contradicts SWITCHOVER", self.round),
+                },
+            ));
+        }
+        if !paused {
             return self.open_gate();
         }
         self.state = State::Fenced {
             round: self.round,
             digest,
             damaged,
+            short_since: None,
         };
-        self.conclude()
+        self.conclude(now)
+    }
+
+    /// Whether a SWITCHOVER may name this round now: the first names the round that is open or a later one, each further one
+    /// the next (SPEC: SWITCH-1, SWITCH-2).
+    fn may_follow(&self, round: Round) -> bool {
+        match (self.switchover, &self.state) {
+            (Some(newest), _) => newest.next() == Some(round),
+            (None, State::Fenced { round: fenced, .. }) => *fenced == round,
+            (None, _) => round >= self.round,
+        }
     }
 
     /// With the guest paused the gate stays closed until the source says which it is: FINAL of this round, or a further one.
-    fn conclude(&mut self) -> Vec<Effect> {
+    fn conclude(&mut self, now: Duration) -> Vec<Effect> {
         let State::Fenced {
             round,
             digest,
             damaged,
+            ref mut short_since,
         } = self.state
         else {
             return Vec::new();
         };
-        if self.switchover == round.next() {
+        // Several rounds may have been announced while this one was still being read.
+        if self.switchover > Some(round) {
             self.state = State::Rounds;
             return self.open_gate();
         }
@@ -482,7 +519,8 @@ impl Session {
             }];
         }
         if damaged > 0 || self.lane_lost {
-            // The source knows from ROUND_CLOSED, or from our LANE_DOWN, and begins a further round.
+            // The source knows from ROUND_CLOSED, or from our LANE_DOWN, and begins a further round (SPEC: FINAL-4).
+            *short_since = Some(now);
             return Vec::new();
         }
         let fault = Fault::DigestMismatch {
@@ -521,6 +559,13 @@ impl Session {
         );
         match self.state {
             State::Setup(_) if setup.0 < silence.0 => setup,
+            State::Fenced {
+                short_since: Some(since),
+                ..
+            } if since + self.config.stall < silence.0 => (
+                since + self.config.stall,
+                "the source to send what is missing",
+            ),
             // The guest is ours: no silence of the source changes that any more.
             State::Owning => (Duration::MAX, ""),
             _ => silence,
@@ -532,28 +577,51 @@ impl Session {
         if now < deadline {
             return Vec::new();
         }
+        if let (
+            State::Fenced {
+                digest, damaged: 0, ..
+            },
+            Some(verdict),
+        ) = (&self.state, self.verdict)
+            && now < self.heard + self.config.stall
+        {
+            let fault = Fault::DigestMismatch {
+                ours: digest.value(),
+                theirs: verdict.digest.value(),
+            };
+            return self.fail(Error::new(Phase::Switchover, fault));
+        }
         self.fail(Error::new(self.phase(), Fault::Timeout { what }))
     }
 
     fn fail(&mut self, error: Error) -> Vec<Effect> {
-        let abort = Effect::Abort {
-            reason: error.reason(),
-            text: error.to_string(),
-        };
+        let mut effects = Vec::new();
+        // An ABORT is not answered (SPEC: ABORT-2).
+        if !matches!(error.fault(), Fault::PeerAborted { .. }) {
+            effects.push(Effect::Abort {
+                reason: error.reason(),
+                phase: error.phase(),
+                channel: error.channel(),
+                text: error.fault().to_string(),
+            });
+        }
         match std::mem::replace(&mut self.state, State::Over) {
             State::Owning if matches!(error.fault(), Fault::Vmm { .. }) => {
-                vec![abort, Effect::Finish(Outcome::Stranded(error))]
+                effects.push(Effect::Finish(Outcome::Stranded(error)));
             }
             // The source can vanish now: the guest is ours and starts all the same.
             State::Owning => {
                 self.state = State::Owning;
-                Vec::new()
+                effects.clear();
             }
-            _ => vec![
-                abort,
-                Effect::Discard,
-                Effect::Finish(Outcome::Failed(error)),
-            ],
+            _ => {
+                effects.push(Effect::Discard);
+                effects.push(Effect::Finish(Outcome::Failed(error)));
+            }
         }
+        effects
     }
 }
+
+#[cfg(test)]
+mod tests;

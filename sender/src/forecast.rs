@@ -67,6 +67,8 @@ impl Writer {
 pub struct Conditions {
     /// Measured octets a second over all lanes.
     pub bandwidth: f64,
+    /// Octets on their way that have to arrive before anything sent later does.
+    pub in_flight: f64,
     /// The part of the downtime that does not depend on dirty pages: pause, state, commit round trip.
     pub fixed: Duration,
     /// The user's downtime limit.
@@ -77,7 +79,7 @@ impl Conditions {
     /// Downtime if the switchover began with this many pages still to send.
     #[must_use]
     pub fn downtime(&self, pages: f64) -> Duration {
-        let seconds = pages * PAGE_BYTES as f64 / self.bandwidth.max(1.0);
+        let seconds = (self.in_flight + pages * PAGE_BYTES as f64) / self.bandwidth.max(1.0);
         self.fixed + Duration::from_secs_f64(seconds.clamp(0.0, 1e9))
     }
 }
@@ -98,10 +100,10 @@ pub enum Forecast {
     Diverges {
         /// Downtime at the fixed point: the best that waiting can give.
         downtime: Duration,
-        /// The bandwidth, in octets a second, that would make it converge.
-        bandwidth_needed: u64,
-        /// The share of the guest's writes that would have to be held back at the present bandwidth, in percent.
-        throttle_percent: u8,
+        /// The bandwidth, in octets a second, that would make it converge; none would if the fixed part alone is over the limit.
+        bandwidth_needed: Option<u64>,
+        /// The share of the guest's writes, in percent, that would have to be held back at the present bandwidth; if that helps.
+        throttle_percent: Option<u8>,
     },
 }
 
@@ -136,16 +138,13 @@ pub fn forecast(writer: &Writer, pages: u64, conditions: &Conditions) -> Forecas
                 };
                 look_ahead(&slower, pages as f64, conditions).is_ok()
             };
-            let needed = bisect(
-                conditions.bandwidth,
-                conditions.bandwidth.max(1.0) * 1e6,
-                converges_at,
-            );
-            let throttle = bisect(0.0, 1.0, converges_with);
+            let most = conditions.bandwidth.max(1.0) * 1e6;
+            let needed = || bisect(conditions.bandwidth, most, converges_at).ceil() as u64;
+            let throttle = || (bisect(0.0, 1.0, converges_with) * 100.0).ceil() as u8;
             Forecast::Diverges {
                 downtime,
-                bandwidth_needed: needed.ceil() as u64,
-                throttle_percent: (throttle * 100.0).ceil().clamp(1.0, 100.0) as u8,
+                bandwidth_needed: converges_at(most).then(needed),
+                throttle_percent: converges_with(1.0).then(throttle),
             }
         }
     }
@@ -262,7 +261,7 @@ mod tests {
             };
             let conditions = Conditions {
                 bandwidth: mib_s * MIB,
-                fixed: Duration::from_millis(5),
+                in_flight: 0.0, fixed: Duration::from_millis(5),
                 limit,
             };
             let got = forecast(&writer, 262_144, &conditions);
@@ -282,7 +281,7 @@ mod tests {
         };
         let conditions = Conditions {
             bandwidth: 500.0 * MIB,
-            fixed: Duration::from_millis(5),
+            in_flight: 0.0, fixed: Duration::from_millis(5),
             limit: Duration::from_millis(300),
         };
         let Forecast::Diverges {
@@ -294,6 +293,7 @@ mod tests {
             panic!("must diverge")
         };
         assert!(downtime > conditions.limit);
+        let (bandwidth_needed, throttle_percent) = (bandwidth_needed.unwrap(), throttle_percent.unwrap());
         let at = |share: f64| {
             forecast(
                 &writer,
@@ -325,6 +325,14 @@ mod tests {
     }
 
     #[test]
+    fn when_the_fixed_part_is_over_the_limit_it_says_that_no_bandwidth_helps() {
+        let writer = Writer { writes_per_second: 1000.0, set_pages: 1e6 };
+        let conditions = Conditions { bandwidth: 500.0 * MIB, in_flight: 0.0, fixed: Duration::from_millis(400), limit: Duration::from_millis(300) };
+        let got = forecast(&writer, 262_144, &conditions);
+        assert!(matches!(got, Forecast::Diverges { bandwidth_needed: None, throttle_percent: None, .. }), "{got:?}");
+    }
+
+    #[test]
     fn predicted_rounds_and_time_follow_from_the_shrinking() {
         let writer = Writer {
             writes_per_second: 25_600.0,
@@ -332,7 +340,7 @@ mod tests {
         };
         let conditions = Conditions {
             bandwidth: 1000.0 * MIB,
-            fixed: Duration::ZERO,
+            in_flight: 0.0, fixed: Duration::ZERO,
             limit: Duration::from_millis(20),
         };
         // 1 GiB at 1000 MiB/s and 100 MiB/s dirtied: 1.024 s, 0.102 s, then 10 ms would be left.

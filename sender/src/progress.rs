@@ -67,9 +67,8 @@ impl Counters {
                 bandwidth_needed,
                 throttle_percent,
             } => {
-                self.forecast_bandwidth.store(bandwidth_needed, Relaxed);
-                self.forecast_throttle
-                    .store(u32::from(throttle_percent), Relaxed);
+                self.forecast_bandwidth.store(bandwidth_needed.unwrap_or(0), Relaxed);
+                self.forecast_throttle.store(throttle_percent.map_or(0, u32::from), Relaxed);
                 (2, downtime)
             }
         };
@@ -104,9 +103,8 @@ impl Counters {
                 }),
                 2 => Some(Forecast::Diverges {
                     downtime,
-                    bandwidth_needed: self.forecast_bandwidth.load(Relaxed),
-                    throttle_percent: u8::try_from(self.forecast_throttle.load(Relaxed))
-                        .unwrap_or(100),
+                    bandwidth_needed: Some(self.forecast_bandwidth.load(Relaxed)).filter(|needed| *needed > 0),
+                    throttle_percent: u8::try_from(self.forecast_throttle.load(Relaxed)).ok().filter(|percent| *percent > 0),
                 }),
                 _ => None,
             },

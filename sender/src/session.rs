@@ -14,7 +14,7 @@
 
 use std::time::Duration;
 
-use multifd_wire::{Phase, Reason, Round};
+use multifd_wire::{ChannelRef, Phase, Reason, Round};
 
 use crate::config::{Config, WhenNotConverging};
 use crate::error::{Error, Fault};
@@ -29,6 +29,9 @@ const POLISH_ROUNDS_MAX: u32 = 4;
 
 /// Pause, state and commit as long as nothing of them was measured: the round trip counts three times beside this.
 const FIXED_GUESS: Duration = Duration::from_millis(4);
+
+/// How often a destination acknowledges, at the least (SPEC: ACK-1).
+const ACK_LAG: Duration = Duration::from_millis(20);
 
 /// A round with fewer octets than this says too little about the bandwidth.
 const MEASURABLE_OCTETS: u64 = 4 << 20;
@@ -129,6 +132,10 @@ pub enum Effect {
     Abort {
         /// The code.
         reason: Reason,
+        /// The phase in which it ended.
+        phase: Phase,
+        /// The channel that it is about.
+        channel: ChannelRef,
         /// The text.
         text: String,
     },
@@ -210,7 +217,8 @@ pub struct Session {
     paused_at: Option<Duration>,
     observed: Vec<Observation>,
     bandwidth: Option<f64>,
-    round_trip: Duration,
+    /// The shortest seen: longer ones say how busy the two programs are, not how long the way is.
+    round_trip: Option<Duration>,
     unacked_octets: u64,
     polished: u32,
     repairs: u32,
@@ -230,7 +238,7 @@ impl Session {
             paused_at: None,
             observed: Vec::new(),
             bandwidth: None,
-            round_trip: Duration::ZERO,
+            round_trip: None,
             unacked_octets: 0,
             polished: 0,
             repairs: 0,
@@ -290,7 +298,7 @@ impl Session {
             (_, Event::Cancel) => self.fail(Error::new(self.phase(), Fault::Cancelled)),
             (_, Event::Tick) => self.tick(now),
             (_, Event::RoundTrip(time)) => {
-                self.round_trip = time;
+                self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
                 Vec::new()
             }
             (State::Setup { granted: false }, Event::Granted) => {
@@ -480,11 +488,12 @@ impl Session {
     fn conditions(&self) -> Conditions {
         // Without any measurement (a guest of zero pages only) what is left costs next to nothing.
         let bandwidth = self.bandwidth.unwrap_or(1e9);
-        let draining =
-            Duration::from_secs_f64((self.unacked_octets as f64 / bandwidth.max(1.0)).min(1e9));
+        // Acknowledgements lag by up to their period: what was sent in that time is not all on its way still.
+        let lag = ACK_LAG.as_secs_f64() * bandwidth;
         Conditions {
             bandwidth,
-            fixed: FIXED_GUESS + self.round_trip * 3 + draining,
+            in_flight: (self.unacked_octets as f64 - lag).max(0.0),
+            fixed: FIXED_GUESS + self.round_trip.unwrap_or_default() * 3,
             limit: self.config.downtime_limit,
         }
     }
@@ -606,20 +615,30 @@ impl Session {
         if committed {
             return vec![Effect::Finish(Outcome::Unknown(error))];
         }
-        let abort = Effect::Abort {
-            reason: error.reason(),
-            text: error.to_string(),
-        };
         let reclaim = Effect::Reclaim {
             paused,
             proof: Reclaimed::new(),
         };
+        // An ABORT is not answered (SPEC: ABORT-2).
+        let abort =
+            (!matches!(error.fault(), Fault::PeerAborted { .. })).then(|| Effect::Abort {
+                reason: error.reason(),
+                phase: error.phase(),
+                channel: error.channel(),
+                text: error.fault().to_string(),
+            });
         let outcome = if matches!(error.fault(), Fault::Cancelled) {
             Outcome::Cancelled(error)
         } else {
             Outcome::Failed(error)
         };
         // The guest first: telling the peer may take as long as a dead link takes.
-        vec![reclaim, abort, Effect::Finish(outcome)]
+        let mut effects = vec![reclaim];
+        effects.extend(abort);
+        effects.push(Effect::Finish(outcome));
+        effects
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -487,6 +487,7 @@ def rejected():
     no("setup_end-memory", "frame", bad + "value", "SETUP-2", frame("SETUP_END", setup_end(memory=4097)))
     no("ready-no-lanes", "frame", bad + "value", "READY-1", frame("READY", ready(0)))
     no("pages-count", "frame", bad + "count", "PAGES-3", pages(0, [(0, 3, 2)], [page(1)]))
+    no("pages-count-over-runs", "frame", bad + "count", "PAGES-3", pages(0, [(0, 3, 1)], [page(1), page(2)]))
     no("pages-body", "frame", bad + "body-bytes", "PAGES-3",
        pages(0, [(0, 3, 1)], [page(1)], body_bytes=2 * PAGE))
     no("pages-body-half-a-page", "frame", bad + "body-bytes", "PAGES-1",
@@ -499,6 +500,7 @@ def rejected():
     no("pages-run-count", "frame", bad + "count", "PAGES-2",
        pages(0, [(0, 0, 1)], [page(1)], run_count=2))
     no("zeros-count", "frame", bad + "count", "ZEROS-2", frame("ZEROS", zeros(0, [(0, 0, 3)], page_count=4)))
+    no("zeros-count-under-runs", "frame", bad + "count", "ZEROS-2", frame("ZEROS", zeros(0, [(0, 0, 3)], page_count=2)))
     no("zeros-empty-run", "frame", bad + "value", "RUN-2", frame("ZEROS", zeros(0, [(0, 0, 0)])))
     no("round_end-flags", "frame", bad + "reserved", "ROUND-4", frame("ROUND_END", round_end(0, 2, 0, 0)))
     no("round_end-pages", "frame", bad + "value", "LIMIT-15",

@@ -221,6 +221,9 @@ impl Kernel for Linux {
             libc::MAP_SHARED,
             Some((vcpu, offset)),
         )?;
+        // A ring that is smaller or was never enabled can be mapped too; touching it would be a SIGBUS.
+        map.probe(0)?;
+        map.probe(bytes - 1)?;
         Ok(Box::new(MappedRing {
             map,
             entries: entries as usize,
@@ -275,6 +278,21 @@ impl Mapping {
             start: NonNull::new(start).expect("the kernel maps nothing at address 0 unasked"),
             bytes,
         })
+    }
+}
+
+impl Mapping {
+    /// Whether the octet at `at` can be read: a write of it into a pipe fails where a load would be a fault.
+    fn probe(&self, at: usize) -> io::Result<()> {
+        let (_reader, writer) = io::pipe()?;
+        let address = self.start.as_ptr().wrapping_byte_add(at);
+        // SAFETY: the kernel checks the address and copies one octet; the pipe is this function's own.
+        let written = unsafe { libc::write(writer.as_raw_fd(), address, 1) };
+        if written == 1 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 

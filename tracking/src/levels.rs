@@ -120,24 +120,82 @@ impl<W: Word> Levels<W> {
 
     /// Empties the bitmap into `found`, which is called with each non-empty word's index and bits, indices rising.
     pub(crate) fn take(&self, found: &mut impl FnMut(usize, u64)) {
-        self.take_below(self.levels.len() - 1, 0, found);
+        self.take_below(self.levels.len() - 1, 0, &mut Scratch::default(), found);
     }
 
     /// Takes word `index` of `level` and everything below it. The depth is the number of levels: 7 for 2^40 bits.
-    fn take_below(&self, level: usize, index: usize, found: &mut impl FnMut(usize, u64)) {
-        let mut bits = self.levels[level][index].take();
-        if level == 0 {
+    fn take_below(
+        &self,
+        level: usize,
+        index: usize,
+        scratch: &mut Scratch,
+        found: &mut impl FnMut(usize, u64),
+    ) {
+        if level <= BATCH_LEVEL {
+            return self.take_batch(level, index, scratch, found);
+        }
+        let bits = self.levels[level][index].take();
+        for below in ones(index, bits) {
+            self.take_below(level - 1, below, scratch, found);
+        }
+    }
+
+    /// As `take_below`, one level after the other. A swap waits for its word to come from memory and lets nothing pass;
+    /// so all words of a level are first touched by plain loads, whose waiting overlaps.
+    fn take_batch(
+        &self,
+        top: usize,
+        index: usize,
+        scratch: &mut Scratch,
+        found: &mut impl FnMut(usize, u64),
+    ) {
+        let Scratch { words, below } = scratch;
+        words.clear();
+        words.push(index);
+        for level in (1..=top).rev() {
+            self.touch(level, words);
+            below.clear();
+            for &index in &*words {
+                below.extend(ones(index, self.levels[level][index].take()));
+            }
+            std::mem::swap(words, below);
+        }
+        self.touch(0, words);
+        for &index in &*words {
+            let bits = self.levels[0][index].take();
             if bits != 0 {
                 found(index, bits);
             }
-            return;
-        }
-        while bits != 0 {
-            let below = index * WORD_BITS as usize + bits.trailing_zeros() as usize;
-            bits &= bits - 1;
-            self.take_below(level - 1, below, found);
         }
     }
+
+    fn touch(&self, level: usize, words: &[usize]) {
+        let level = &self.levels[level];
+        std::hint::black_box(
+            words
+                .iter()
+                .fold(0, |seen, &index| seen | level[index].load()),
+        );
+    }
+}
+
+/// Levels up to this one are taken as a batch: at most 64^3 words of level 0, whose indices fill 2 MiB.
+const BATCH_LEVEL: usize = 3;
+
+/// The words of two neighbouring levels that are being taken; kept between batches.
+#[derive(Default)]
+struct Scratch {
+    words: Vec<usize>,
+    below: Vec<usize>,
+}
+
+/// The words below those bits of word `index`.
+fn ones(index: usize, mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = (bits != 0).then_some(bits.trailing_zeros())?;
+        bits &= bits - 1;
+        Some(index * WORD_BITS as usize + bit as usize)
+    })
 }
 
 #[cfg(test)]

@@ -142,7 +142,7 @@ impl Round {
         // A run goes on into the next word if it used this one up to its last bit.
         while count < pages_max
             && self.bits == 0
-            && (first + count) % WORD_BITS == 0
+            && (first + count).is_multiple_of(WORD_BITS)
             && self.continues(place)
         {
             let words = self.full_after.min((pages_max - count) / WORD_BITS);

@@ -115,9 +115,22 @@ impl Counters {
         let elapsed = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.harvests.fetch_add(1, Ordering::Relaxed);
         self.harvest_ns.fetch_add(elapsed, Ordering::Relaxed);
+        self.add(collection);
+    }
+
+    /// Counts pages only.
+    pub(crate) fn add(&self, collection: Collection) {
         self.pages.fetch_add(collection.pages, Ordering::Relaxed);
         self.reported
             .fetch_add(collection.reported, Ordering::Relaxed);
+    }
+
+    /// All pages counted so far.
+    pub(crate) fn collection(&self) -> Collection {
+        Collection {
+            pages: self.pages.load(Ordering::Relaxed),
+            reported: self.reported.load(Ordering::Relaxed),
+        }
     }
 
     pub(crate) fn figures(&self) -> Figures {

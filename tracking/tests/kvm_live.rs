@@ -325,14 +325,15 @@ fn copy_is_equal_after_a_storm(
     source.start(&set).unwrap();
     set.mark_all();
     let running = AtomicBool::new(true);
-    let mut rounds = 0;
+    let rounds = std::cell::Cell::new(0);
     let mut copy_round = |mut round: Round| {
-        rounds += 1;
+        rounds.set(rounds.get() + 1);
         while let Some(run) = round.next_run(64) {
             memory.copy(run, &mut copy);
         }
     };
     std::thread::scope(|scope| {
+        let _stop = StopsOnDrop(&running);
         for (index, vcpu) in machine.vcpus.iter_mut().enumerate() {
             let (running, set, handle) = (&running, &set, &handle);
             scope.spawn(move || {
@@ -346,7 +347,7 @@ fn copy_is_equal_after_a_storm(
             });
         }
         let end = Instant::now() + Duration::from_millis(400);
-        while Instant::now() < end {
+        while Instant::now() < end || rounds.get() < 5 {
             source.collect(&set, CollectPhase::PreCopy).unwrap();
             copy_round(set.take_round());
         }
@@ -355,16 +356,26 @@ fn copy_is_equal_after_a_storm(
     source.collect(&set, CollectPhase::Final).unwrap();
     copy_round(set.take_round());
     source.stop().unwrap();
-    assert!(rounds > 2);
     for page in 0..machine.total_pages() as usize {
         let words = page * PAGE / 8..(page + 1) * PAGE / 8;
         let differs = words
             .clone()
             .find(|&word| copy[word] != memory.read(word * 8));
         assert_eq!(
-            differs, None,
-            "page {page} differs in the word after {rounds} rounds"
+            differs,
+            None,
+            "page {page} differs after {} rounds",
+            rounds.get()
         );
+    }
+}
+
+/// Lets the vCPUs stop also when the collector panics, or the test would hang instead of failing.
+struct StopsOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopsOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
     }
 }
 
@@ -394,7 +405,7 @@ fn full_rings_are_emptied_by_their_vcpus() {
     ) else {
         return;
     };
-    let mut source = machine.ring(RING);
+    let mut source = machine.ring(RING).without_reaper();
     let (handle, set) = (source.handle(), machine.set());
     source.start(&set).unwrap();
     let mut expected = BTreeSet::new();
@@ -407,19 +418,29 @@ fn full_rings_are_emptied_by_their_vcpus() {
     source.collect(&set, CollectPhase::Final).unwrap();
     let figures = source.figures();
     assert!(figures.ring_full_soft >= 2, "{figures:?}");
-    assert_eq!(
-        (figures.ring_full_hard, figures.errors),
-        (0, 0),
+    assert_eq!(figures.errors, 0, "{figures:?}");
+    assert!(source.vcpu_figures().iter().all(|vcpu| vcpu.ring_full >= 1));
+    let got = pages_of(set.take_round());
+    assert!(expected.is_subset(&got));
+    // A KVM that lets a ring overflow makes everything dirty, once.
+    assert!(
+        got.len() <= expected.len() + 4 || figures.ring_full_hard > 0,
         "{figures:?}"
     );
-    assert!(
-        source
-            .vcpu_figures()
-            .iter()
-            .all(|vcpu| vcpu.ring_full >= 1 && vcpu.entries >= 9000)
-    );
+    // Afterwards it is exact again, and the vCPUs go on.
+    for (index, vcpu) in machine.vcpus.iter_mut().enumerate() {
+        prepare(vcpu, 5, 100);
+        run(vcpu, index, Some((&handle, &set)));
+    }
+    source.collect(&set, CollectPhase::Final).unwrap();
     let got = pages_of(set.take_round());
-    assert!(expected.is_subset(&got) && got.len() <= expected.len() + 4);
+    let expected = drawn(&mut 5, machine.pages, 100);
+    assert!(
+        expected.is_subset(&got) && got.len() <= expected.len() + 4,
+        "{} of {}",
+        got.len(),
+        expected.len()
+    );
 }
 
 #[test]
@@ -432,7 +453,26 @@ fn a_copy_fed_by_the_ring_is_equal_after_a_storm() {
     let handle = source.handle();
     copy_is_equal_after_a_storm(&mut machine, &mut source, Some(handle.clone()));
     copy_is_equal_after_a_storm(&mut machine, &mut source, Some(handle));
-    assert_eq!(source.figures().ring_full_hard, 0, "{:?}", source.figures());
+}
+
+/// Without the reaper the rings get full, and overflow on a KVM that looks too seldom.
+#[test]
+fn a_copy_fed_by_overflowing_rings_is_equal_after_a_storm() {
+    let name = "a_copy_fed_by_overflowing_rings_is_equal_after_a_storm";
+    let small = RingConfig {
+        entries: RingConfig::ENTRIES_MIN,
+    };
+    let Some(mut machine) = Machine::new(name, 2, 8192, Some(small)) else {
+        return;
+    };
+    let mut source = machine.ring(small).without_reaper();
+    let handle = source.handle();
+    copy_is_equal_after_a_storm(&mut machine, &mut source, Some(handle));
+    assert!(
+        source.figures().ring_full_soft > 0,
+        "{:?}",
+        source.figures()
+    );
 }
 
 #[test]

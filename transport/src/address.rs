@@ -190,3 +190,115 @@ fn check_path(path: &str) -> Result<(), &'static str> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tcp(host: &str, port: u16) -> Address {
+        Address::Tcp(HostPort {
+            host: host.to_owned(),
+            port,
+        })
+    }
+
+    #[test]
+    fn accepts_every_form_and_prints_one() {
+        let forms = [
+            (
+                "tcp:example.org:4000",
+                tcp("example.org", 4000),
+                "tcp:example.org:4000",
+            ),
+            ("example.org:0", tcp("example.org", 0), "tcp:example.org:0"),
+            (
+                "127.0.0.1:65535",
+                tcp("127.0.0.1", 65535),
+                "tcp:127.0.0.1:65535",
+            ),
+            ("[::1]:80", tcp("::1", 80), "tcp:[::1]:80"),
+            (
+                "tcp:[fe80::1%eth0]:80",
+                tcp("fe80::1%eth0", 80),
+                "tcp:[fe80::1%eth0]:80",
+            ),
+            (
+                "unix:/run/multifd.sock",
+                Address::Unix("/run/multifd.sock".into()),
+                "unix:/run/multifd.sock",
+            ),
+            (
+                "unix:relative:with:colons",
+                Address::Unix("relative:with:colons".into()),
+                "unix:relative:with:colons",
+            ),
+        ];
+        for (text, address, printed) in forms {
+            assert_eq!(text.parse(), Ok(address.clone()), "{text}");
+            assert_eq!(address.to_string(), printed);
+        }
+    }
+
+    #[test]
+    fn refuses_with_a_reason_and_what_is_accepted() {
+        let long_path = format!("unix:/{}", "x".repeat(UNIX_PATH_BYTES_MAX));
+        let long_host = format!("{}:1", "h".repeat(HOST_BYTES_MAX + 1));
+        let refused = [
+            ("", "the port is missing"),
+            ("host", "the port is missing"),
+            (":80", "the host is missing"),
+            ("tcp::80", "the host is missing"),
+            ("host:", "the port is not a number"),
+            ("host:+80", "the port is not a number"),
+            ("host:80 ", "the port is not a number"),
+            ("host:65536", "the port is above 65535"),
+            ("::1:80", "an IPv6 address without brackets"),
+            ("rdma:host:80", "of an unknown kind"),
+            ("[::1]80", "needs ']:'"),
+            ("[::1:80", "needs ']:'"),
+            ("[host]:80", "not an IPv6 address"),
+            ("a b:80", "a character that no host has"),
+            ("http//x:80", "a character that no host has"),
+            ("unix:", "the path is missing"),
+            ("unix:a\0b", "the path holds a NUL"),
+            (&long_path, "longer than 107 octets"),
+            (&long_host, "longer than 255 octets"),
+        ];
+        for (text, reason) in refused {
+            let error = text.parse::<Address>().expect_err(text).to_string();
+            assert!(error.contains(reason), "{text}: {error}");
+            assert!(
+                error.contains("tcp:HOST:PORT, HOST:PORT, [IPv6]:PORT and unix:/PATH"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn longest_path_and_host_are_accepted() {
+        let path = format!("unix:/{}", "x".repeat(UNIX_PATH_BYTES_MAX - 1));
+        assert_eq!(path.parse::<Address>().unwrap().to_string(), path);
+        let host = format!("tcp:{}:1", "h".repeat(HOST_BYTES_MAX));
+        assert_eq!(host.parse::<Address>().unwrap().to_string(), host);
+    }
+
+    #[test]
+    fn socket_addresses_keep_their_scope() {
+        for text in ["127.0.0.1:5", "[2001:db8::1]:6", "[fe80::1%3]:7"] {
+            let address = Address::from(text.parse::<std::net::SocketAddr>().unwrap());
+            assert_eq!(address.to_string(), format!("tcp:{text}"));
+            assert_eq!(address.to_string().parse(), Ok(address));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics_and_what_is_accepted_prints_as_itself(text in ".{0,40}|(tcp:|unix:)?[a-z0-9.:%/\\[\\]]{0,30}") {
+            if let Ok(address) = text.parse::<Address>() {
+                prop_assert_eq!(address.to_string().parse(), Ok(address));
+            }
+        }
+    }
+}

@@ -20,7 +20,7 @@ use crate::memory::{GuestMemory, RegionLayout, Span};
 
 pub use ends::no_descriptor_stays_open;
 
-/// A kind of channel under test.
+/// A kind of channel under test. Each direction must be able to hold [`HELD_BYTES_MIN`] octets that nobody has received yet.
 #[derive(Clone, Copy)]
 pub struct Kind {
     /// What to call it in failures.
@@ -29,6 +29,9 @@ pub struct Kind {
     #[expect(clippy::type_complexity, reason = "what every `pair` of this crate is")]
     pub pair: fn() -> (Box<dyn Channel>, Box<dyn Channel>),
 }
+
+/// What the checks send before they begin to receive, at most.
+pub const HELD_BYTES_MIN: usize = 4_096;
 
 /// One promise.
 #[derive(Clone, Copy)]

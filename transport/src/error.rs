@@ -250,3 +250,77 @@ fn list_after(attempts: &[ConnectAttempt]) -> String {
         format!(" (tried {})", list(attempts))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_these_and_each_is_its_own() {
+        let io = || Arc::new(io::Error::from(io::ErrorKind::Other));
+        let errors = [
+            (ChannelError::Closed, "channel-closed"),
+            (
+                ChannelError::ClosedMidway {
+                    bytes_done: 1,
+                    bytes_wanted: 2,
+                },
+                "channel-closed-midway",
+            ),
+            (ChannelError::Reset { bytes_done: 1 }, "channel-reset"),
+            (ChannelError::Deadline { bytes_done: 1 }, "channel-deadline"),
+            (
+                ChannelError::Stalled {
+                    bytes_done: 1,
+                    stall: Duration::ZERO,
+                },
+                "channel-stalled",
+            ),
+            (ChannelError::ShutDown, "channel-shut-down"),
+            (ChannelError::Lost(io()), "channel-lost"),
+            (ChannelError::Io(io()), "channel-io"),
+        ];
+        let codes: HashSet<_> = errors.iter().map(|(error, _)| error.code()).collect();
+        assert_eq!(codes.len(), errors.len());
+        for (error, code) in errors {
+            assert_eq!(error.code(), code);
+        }
+    }
+
+    #[test]
+    fn only_time_that_ran_out_before_anything_moved_may_be_retried() {
+        assert!(ChannelError::Deadline { bytes_done: 0 }.may_retry());
+        assert!(
+            ChannelError::Stalled {
+                bytes_done: 0,
+                stall: Duration::ZERO
+            }
+            .may_retry()
+        );
+        assert!(!ChannelError::Deadline { bytes_done: 1 }.may_retry());
+        assert!(
+            !ChannelError::Stalled {
+                bytes_done: 1,
+                stall: Duration::ZERO
+            }
+            .may_retry()
+        );
+        assert!(!ChannelError::Closed.may_retry());
+        assert!(!ChannelError::ShutDown.may_retry());
+    }
+
+    #[test]
+    fn only_errors_that_end_a_half_are_remembered() {
+        let mut failed = None;
+        let _ = remember::<()>(&mut failed, Err(ChannelError::Deadline { bytes_done: 0 }));
+        let _ = remember(&mut failed, Ok(()));
+        assert!(failed.is_none());
+        let _ = remember::<()>(&mut failed, Err(ChannelError::Reset { bytes_done: 3 }));
+        assert!(matches!(
+            failed,
+            Some(ChannelError::Reset { bytes_done: 3 })
+        ));
+    }
+}

@@ -3,10 +3,13 @@
 //! For tests, the simulator and two sides in one process. Rule: it behaves as the socket kinds do, limits and errors
 //! included, so that what works over it works over them.
 
+mod ring;
+
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use self::ring::Ring;
 use crate::channel::{Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf};
 use crate::error::{ChannelError, remember};
 use crate::memory::Span;
@@ -127,11 +130,7 @@ impl End {
 
 impl Pipe {
     fn new(capacity: usize) -> Self {
-        let ring = Ring {
-            octets: vec![0; capacity.max(1)].into_boxed_slice(),
-            start: 0,
-            len: 0,
-        };
+        let ring = Ring::new(capacity);
         Self {
             state: Mutex::new(PipeState {
                 ring,
@@ -432,61 +431,4 @@ fn after(span: Span<'_>, count: usize) -> Option<Span<'_>> {
     span.subspan(count, span.len().checked_sub(count)?)
         .ok()
         .filter(|rest| !rest.is_empty())
-}
-
-/// A bounded queue of octets.
-struct Ring {
-    octets: Box<[u8]>,
-    start: usize,
-    len: usize,
-}
-
-impl Ring {
-    /// Puts in as much of a piece as fits into one stretch of the ring; returns how much. 0 only if the ring is full or the
-    /// piece is empty.
-    fn put(&mut self, piece: IoSource<'_>) -> usize {
-        let capacity = self.octets.len();
-        let end = (self.start + self.len) % capacity;
-        let stretch = (capacity - self.len).min(capacity - end);
-        let count = stretch.min(piece.len());
-        let room = &mut self.octets[end..][..count];
-        match piece {
-            IoSource::Octets(octets) => room.copy_from_slice(&octets[..count]),
-            IoSource::Guest(span) => match span.subspan(0, count) {
-                Ok(part) => part.copy_to(room),
-                Err(_) => return 0,
-            },
-        }
-        self.len += count;
-        count
-    }
-
-    /// Moves out as much as one stretch holds and `to` takes; returns how much. 0 only if the ring or `to` is empty.
-    fn take(&mut self, to: &mut [u8]) -> usize {
-        let stretch = self.stretch(to.len());
-        let count = stretch.len();
-        to[..count].copy_from_slice(stretch);
-        self.consume(count)
-    }
-
-    /// As [`take`](Self::take), into guest memory.
-    fn take_into(&mut self, span: Span<'_>) -> usize {
-        let stretch = self.stretch(span.len());
-        let Ok(part) = span.subspan(0, stretch.len()) else {
-            return 0;
-        };
-        part.copy_from(stretch);
-        self.consume(part.len())
-    }
-
-    fn stretch(&self, at_most: usize) -> &[u8] {
-        let count = self.len.min(self.octets.len() - self.start).min(at_most);
-        &self.octets[self.start..][..count]
-    }
-
-    fn consume(&mut self, count: usize) -> usize {
-        self.start = (self.start + count) % self.octets.len();
-        self.len -= count;
-        count
-    }
 }

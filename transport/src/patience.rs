@@ -98,3 +98,99 @@ impl Pace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn wait(deadline: Option<Instant>, stall: Option<Duration>, moved: Instant) -> Wait {
+        let patience = Patience { deadline, stall };
+        Wait {
+            patience,
+            moved: stall.map(|_| moved),
+            first: true,
+        }
+    }
+
+    #[test]
+    fn without_limits_waits_without_end() {
+        assert_eq!(Patience::default().start().pace(), Pace::Forever);
+        assert_eq!(
+            wait(None, None, Instant::now()).pace_at(Instant::now()),
+            Pace::Forever
+        );
+    }
+
+    #[test]
+    fn waits_until_the_nearer_limit() {
+        let now = Instant::now();
+        let far = Some(now + 5 * SECOND);
+        assert_eq!(
+            wait(far, None, now).pace_at(now + SECOND),
+            Pace::AtMost(4 * SECOND)
+        );
+        assert_eq!(
+            wait(None, Some(3 * SECOND), now).pace_at(now + SECOND),
+            Pace::AtMost(2 * SECOND)
+        );
+        assert_eq!(
+            wait(far, Some(3 * SECOND), now).pace_at(now + SECOND),
+            Pace::AtMost(2 * SECOND)
+        );
+        assert_eq!(
+            wait(far, Some(9 * SECOND), now).pace_at(now + SECOND),
+            Pace::AtMost(4 * SECOND)
+        );
+    }
+
+    #[test]
+    fn a_limit_that_passed_before_the_operation_leaves_one_try() {
+        let now = Instant::now();
+        let mut late = wait(Some(now), None, now);
+        assert_eq!(late.pace_at(now), Pace::Try);
+        assert_eq!(late.pace_at(now), Pace::DeadlinePassed);
+        let mut none = wait(None, Some(Duration::ZERO), now);
+        assert_eq!(none.pace_at(now), Pace::Try);
+        assert_eq!(none.pace_at(now), Pace::Stalled(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_limit_that_passes_during_the_operation_leaves_none() {
+        let now = Instant::now();
+        let mut wait = wait(Some(now + SECOND), Some(5 * SECOND), now);
+        assert_eq!(wait.pace_at(now), Pace::AtMost(SECOND));
+        assert_eq!(wait.pace_at(now + SECOND), Pace::DeadlinePassed);
+    }
+
+    #[test]
+    fn octets_that_move_restart_the_stall_clock_only() {
+        let start = Instant::now();
+        let mut wait = wait(Some(start + 9 * SECOND), Some(2 * SECOND), start);
+        assert_eq!(wait.pace_at(start + SECOND), Pace::AtMost(SECOND));
+        wait.moved = Some(start + SECOND);
+        assert_eq!(wait.pace_at(start + 2 * SECOND), Pace::AtMost(SECOND));
+        assert_eq!(wait.pace_at(start + 3 * SECOND), Pace::Stalled(2 * SECOND));
+        wait.moved = Some(start + 9 * SECOND);
+        assert_eq!(wait.pace_at(start + 9 * SECOND), Pace::DeadlinePassed);
+    }
+
+    #[test]
+    fn giving_up_says_how_much_was_done() {
+        let deadline = Pace::DeadlinePassed.check(7);
+        assert!(matches!(
+            deadline,
+            Err(ChannelError::Deadline { bytes_done: 7 })
+        ));
+        let stalled = Pace::Stalled(SECOND).check(8);
+        assert!(matches!(
+            stalled,
+            Err(ChannelError::Stalled {
+                bytes_done: 8,
+                stall: SECOND
+            })
+        ));
+        assert!(matches!(Pace::Try.check(9), Ok(Pace::Try)));
+    }
+}

@@ -79,3 +79,64 @@ impl ReadAhead {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GuestMemory, RegionLayout};
+
+    fn put(ahead: &mut ReadAhead, octets: &[u8]) {
+        ahead.room()[..octets.len()].copy_from_slice(octets);
+        ahead.filled(octets.len());
+    }
+
+    #[test]
+    fn gives_back_in_order_whatever_the_way() {
+        let memory = GuestMemory::anonymous(&[RegionLayout {
+            guest_address: 0,
+            bytes: 4,
+        }])
+        .unwrap();
+        let mut ahead = ReadAhead::new();
+        put(&mut ahead, b"abcde");
+        let mut two = [0; 2];
+        ahead.take(&mut two);
+        assert_eq!((&two, ahead.len()), (b"ab", 3));
+        assert_eq!(ahead.drain_into(memory.span(0, 1, 1).unwrap()), 1);
+        put(&mut ahead, b"fgh");
+        let mut rest = [0; 9];
+        assert_eq!(ahead.drain(&mut rest), 5);
+        assert_eq!((&rest[..5], ahead.len()), (&b"defgh"[..], 0));
+        assert_eq!(ahead.drain_into(memory.span(0, 0, 4).unwrap()), 0);
+        let mut landed = [0; 4];
+        memory.span(0, 0, 4).unwrap().copy_to(&mut landed);
+        assert_eq!(&landed, b"\0c\0\0");
+    }
+
+    #[test]
+    fn has_room_for_the_rest_of_its_size_whatever_was_taken() {
+        let mut ahead = ReadAhead::new();
+        assert_eq!(ahead.room().len(), READ_AHEAD_BYTES);
+        put(&mut ahead, &[1; READ_AHEAD_BYTES]);
+        assert!(ahead.room().is_empty());
+        ahead.take(&mut [0; 100]);
+        assert_eq!(ahead.room().len(), 100);
+        put(&mut ahead, &[2; 100]);
+        let mut all = [0; READ_AHEAD_BYTES];
+        ahead.take(&mut all);
+        assert_eq!(
+            (
+                all[0],
+                all[READ_AHEAD_BYTES - 101],
+                all[READ_AHEAD_BYTES - 100]
+            ),
+            (1, 1, 2)
+        );
+        assert_eq!(
+            (ahead.len(), ahead.discard(), ahead.room().len()),
+            (0, 0, READ_AHEAD_BYTES)
+        );
+        put(&mut ahead, b"xyz");
+        assert_eq!((ahead.discard(), ahead.len()), (3, 0));
+    }
+}

@@ -267,3 +267,93 @@ pub(crate) fn wait(fd: BorrowedFd<'_>, ready: Ready, at_most: Option<Duration>) 
         error => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GuestMemory, RegionLayout};
+
+    fn lengths(list: &SendList<'_, '_>) -> Vec<usize> {
+        list.0
+            .list
+            .iter()
+            .skip(list.0.first)
+            .map(|entry| entry.iov_len)
+            .collect()
+    }
+
+    #[test]
+    fn neighbours_in_guest_memory_become_one_entry() {
+        let memory = GuestMemory::anonymous(&[RegionLayout {
+            guest_address: 0,
+            bytes: 1 << 16,
+        }])
+        .unwrap();
+        let span = |offset, len| memory.span(0, offset, len).unwrap();
+        let mut scratch = Scratch::new();
+        let mut list = scratch.send_list();
+        for part in [
+            span(0, 10),
+            span(10, 5),
+            span(16, 4),
+            span(20, 0),
+            span(20, 1),
+            span(0, 3),
+            span(3, 1),
+        ] {
+            list.push_span(part);
+        }
+        list.push_octets(&[]);
+        list.push_octets(b"ab");
+        assert_eq!(lengths(&list), [15, 5, 4, 2]);
+        assert_eq!(list.bytes(), 26);
+    }
+
+    #[test]
+    fn advancing_leaves_exactly_what_is_not_done() {
+        let octets: Vec<u8> = (0..100).collect();
+        let pieces = [3_usize, 1, 40, 7, 49];
+        for done in 0..=100 {
+            let mut scratch = Scratch::new();
+            let mut list = scratch.send_list();
+            let mut at = 0;
+            for piece in pieces {
+                list.push_octets(&octets[at..at + piece]);
+                at += piece;
+            }
+            // In two steps, so that the second begins in the middle of an entry.
+            list.advance(done / 3);
+            list.advance(done - done / 3);
+            assert_eq!(
+                (list.bytes(), list.is_done()),
+                (100 - done as u64, done == 100)
+            );
+            if let Some(entry) = list.0.list.get(list.0.first) {
+                let start = entry.iov_base as usize - octets.as_ptr() as usize;
+                assert_eq!(start, done, "the next octet to send");
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_is_full_at_what_the_kernel_takes() {
+        let mut scratch = Scratch::new();
+        let mut list = scratch.send_list();
+        for _ in 0..IO_VECS_MAX {
+            assert!(!list.is_full());
+            list.push_octets(b"x");
+        }
+        assert!(list.is_full());
+        let capacity = list.0.list.capacity();
+        list.clear();
+        assert!(list.is_done() && !list.is_full());
+        assert_eq!(
+            list.0.list.capacity(),
+            capacity,
+            "room is kept between calls"
+        );
+        // SAFETY: sysconf reads a constant of the system.
+        let kernel = unsafe { libc::sysconf(libc::_SC_IOV_MAX) };
+        assert_eq!(kernel, IO_VECS_MAX as i64);
+    }
+}

@@ -155,7 +155,11 @@ pub fn connect(
         }
     }
     let target = target.to_string();
-    if Instant::now() >= deadline {
+    // The last address had all the time that was left.
+    let timed_out = |attempt: &ConnectAttempt| {
+        attempt.source.kind() == io::ErrorKind::TimedOut && attempt.source.raw_os_error().is_none()
+    };
+    if attempts.last().is_some_and(timed_out) {
         Err(ConnectError::Deadline { target, attempts })
     } else {
         Err(ConnectError::Refused { target, attempts })

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -49,8 +49,9 @@ fn connect_by(path: &Path, deadline: Instant) -> io::Result<Box<dyn Channel>> {
     if left.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
-    // A Unix connect waits only while the listener's queue is full, and that wait obeys the send time limit.
-    socket.set_write_timeout(Some(left))?;
+    // A Unix connect waits only while the listener's queue is full, and that wait obeys the send time limit, for which less than
+    // a microsecond would be no limit at all.
+    socket.set_write_timeout(Some(left.max(Duration::from_millis(1))))?;
     socket
         .connect(&SockAddr::unix(path)?)
         .map_err(|error| match error.kind() {

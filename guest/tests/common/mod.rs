@@ -9,10 +9,10 @@ use multifd_guest::{Config, Fill, Guest, Memory, Tracking};
 /// Longest wait for something that takes milliseconds on a quiet host.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The kinds of guest that this host can run. Without KVM says which part of `test` is skipped, or fails if
+/// The kinds of guest that this host can run. Without KVM the KVM half of `test` is skipped by name, or fails if
 /// `MULTIFD_REQUIRE_KVM` is 1.
 pub fn kinds(test: &str) -> Vec<Tracking> {
-    if kvm_or_skip(test) {
+    if kvm_or_skip(&format!("{test} (its KVM half)")) {
         vec![Tracking::Kvm, Tracking::Process]
     } else {
         vec![Tracking::Process]

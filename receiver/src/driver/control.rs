@@ -301,10 +301,19 @@ impl Control {
                     cpu_us: micros(end.cpu),
                     landed_bytes: (end.pages + end.zero_pages) * PAGE_BYTES_U64,
                 };
-                self.try_send(running).map(|()| None)
+                // The guest runs whether the source hears of it or not (SPEC: COMMIT-4).
+                if let Err(error) = self.try_send(running) {
+                    tracing::warn!(%error, "the source could not be told that the guest runs here");
+                }
+                Ok(None)
             }
-            Effect::Abort { reason, text } => {
-                self.abort(reason, &text);
+            Effect::Abort {
+                reason,
+                phase,
+                channel,
+                text,
+            } => {
+                self.abort(reason, phase, channel, &text);
                 Ok(None)
             }
             Effect::Discard => {
@@ -439,15 +448,14 @@ impl Control {
         Ok(())
     }
 
-    fn abort(&mut self, reason: Reason, text: &str) {
-        let phase = self.phase();
+    fn abort(&mut self, reason: Reason, phase: Phase, channel: ChannelRef, text: &str) {
         let text = Text::<TEXT_BYTES_MAX>::clip(text);
         if let Some(control) = &mut self.control {
             control.half().set_deadline(Some(Instant::now() + FAREWELL));
             let frame = Abort {
                 reason,
                 phase,
-                channel: ChannelRef::None,
+                channel,
                 text: text.as_str(),
             };
             if let Err(fault) = control.send(frame) {
@@ -509,6 +517,10 @@ impl Control {
             stamp_us,
             echo_us: 0,
         });
+        // SPEC: KIND-2, PROGRESS has no place in set-up.
+        if self.phase() < Phase::Rounds {
+            return;
+        }
         self.send(Progress {
             landed_bytes: (end.pages + end.zero_pages) * PAGE_BYTES_U64,
             zero_pages: end.zero_pages,
@@ -628,6 +640,10 @@ impl Control {
         match inbound {
             Inbound::Config(part, body) => {
                 in_setup(Kind::Config)?;
+                // SPEC: SETUP-1
+                if self.layout.is_some() {
+                    return Err(fail(Misbehaved::Order { kind: Kind::Config }));
+                }
                 self.configs
                     .part(part, &body)
                     .map_err(|fault| Error::new(phase, fault))?;

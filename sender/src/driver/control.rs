@@ -16,8 +16,8 @@ use multifd_wire::frame::{
 use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
 use multifd_wire::negotiate::Agreement;
 use multifd_wire::{
-    ChannelRef, Features, Frame, Hello, Incarnation, LaneId, Misbehaved, Phase, Reason, Round,
-    SessionId, Text,
+    ChannelRef, Features, Frame, Hello, Incarnation, Kind, LaneId, Misbehaved, Phase, Reason,
+    Round, SessionId, Text,
 };
 
 use super::lane::{LaneCommand, serve};
@@ -32,6 +32,10 @@ use crate::vmm::{Blob, Vmm, VmmError};
 /// How long the end of a migration waits for the destination to close the control channel, so that a farewell is read.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// A lost lane is settled when the destination has read what the other lanes' sockets hold of the round before; this many
+/// times the longest silence of a channel is more than that takes.
+const SETTLE_STALLS: u32 = 3;
+
 /// One lane, as the control thread sees it.
 struct Slot {
     state: Arc<LaneState>,
@@ -40,6 +44,8 @@ struct Slot {
     commands: Option<Sender<LaneCommand>>,
     closer: Option<Closer>,
     life: Life,
+    /// While its life is [`Life::Dying`] because this side lost it.
+    dying_since: Option<Duration>,
     encoded: Option<Round>,
     thread: Option<JoinHandle<()>>,
 }
@@ -206,7 +212,12 @@ impl Control {
 
     /// Waits for the next note or timer, and handles it.
     fn step(&mut self) {
-        let until = self.session.next_deadline().min(self.keep_alive_due);
+        let settle = self.settle_deadline();
+        let until = self
+            .session
+            .next_deadline()
+            .min(self.keep_alive_due)
+            .min(settle.unwrap_or(Duration::MAX));
         match self
             .inbox
             .recv_timeout(until.saturating_sub(self.shared.now()))
@@ -228,6 +239,13 @@ impl Control {
                 stamp_us,
                 echo_us: 0,
             });
+        }
+        if self.settle_deadline().is_some_and(|due| now >= due) {
+            let what = "the destination to say what it has of a lost lane";
+            self.drive(Event::Failed(Error::new(
+                self.session.phase(),
+                Fault::Timeout { what },
+            )));
         }
         self.drive(Event::Tick);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
@@ -305,8 +323,13 @@ impl Control {
                 }
                 Ok(None)
             }
-            Effect::Abort { reason, text } => {
-                self.abort(reason, &text);
+            Effect::Abort {
+                reason,
+                phase,
+                channel,
+                text,
+            } => {
+                self.abort(reason, phase, channel, &text);
                 Ok(None)
             }
             Effect::Finish(outcome) => {
@@ -384,6 +407,7 @@ impl Control {
         };
         let state = Arc::new(LaneState {
             id,
+            given_up: std::sync::atomic::AtomicBool::new(false),
             lane: std::sync::Mutex::new(Some(crate::lane::Lane::new(id, incarnation))),
         });
         let (commands, orders) = crossbeam_channel::bounded(2);
@@ -413,6 +437,7 @@ impl Control {
             commands: Some(commands),
             closer: None,
             life: Life::Dialling,
+            dying_since: None,
             encoded: None,
             thread: Some(thread),
         });
@@ -512,15 +537,14 @@ impl Control {
     }
 
     /// Tells the peer why; as well as it can be told.
-    fn abort(&mut self, reason: Reason, text: &str) {
-        let phase = self.session.phase();
+    fn abort(&mut self, reason: Reason, phase: Phase, channel: ChannelRef, text: &str) {
         let text = Text::<TEXT_BYTES_MAX>::clip(text);
         if let Some(control) = &mut self.control {
             control.half().set_deadline(Some(Instant::now() + FAREWELL));
             let frame = Abort {
                 reason,
                 phase,
-                channel: ChannelRef::None,
+                channel,
                 text: text.as_str(),
             };
             if let Err(fault) = control.send(frame) {
@@ -550,9 +574,13 @@ impl Control {
                 description,
             } => {
                 tracing::info!(channel = %description, %lane, "lane open");
-                if let Some(slot) = self.slot(lane) {
-                    slot.closer = Some(closer);
-                    slot.life = Life::Alive;
+                match self.slot(lane) {
+                    Some(slot) if slot.life == Life::Dialling => {
+                        slot.closer = Some(closer);
+                        slot.life = Life::Alive;
+                    }
+                    // The destination gave it up before this note was read.
+                    _ => closer.shutdown(),
                 }
                 self.count_lanes();
                 if let Err(error) = self.begin_rounds() {
@@ -579,6 +607,9 @@ impl Control {
                 self.drive(Event::Granted);
             }
             Inbound::Ready(ready) => {
+                if phase != Phase::Setup || self.grant.is_none() {
+                    return Err(fail(phase, Misbehaved::Order { kind: Kind::Ready }));
+                }
                 let lanes = self.lanes.len() as u64;
                 if u64::from(ready.lanes) != lanes {
                     return Err(fail(
@@ -678,15 +709,7 @@ impl Control {
     }
 
     fn acked(&mut self, mark: &LaneMark) -> Result<(), Misbehaved> {
-        let Some(slot) = self
-            .slot(mark.lane)
-            .filter(|slot| slot.incarnation == mark.incarnation)
-        else {
-            return Err(Misbehaved::Lane {
-                channel: ChannelRef::Lane(mark.lane),
-                incarnation: mark.incarnation.value(),
-            });
-        };
+        let slot = self.known(mark.lane, mark.incarnation)?;
         let state = Arc::clone(&slot.state);
         let settled = match lock(&state.lane).as_mut() {
             Some(lane) => lane.acked(mark.frames)?,
@@ -705,6 +728,7 @@ impl Control {
         incarnation: Incarnation,
         runs: &[RawRun],
     ) -> Result<(), Misbehaved> {
+        self.known(lane, incarnation)?;
         let mut pages = 0;
         for raw in runs {
             let run = self.shared.layout.admit(raw)?;
@@ -725,15 +749,7 @@ impl Control {
         incarnation: Incarnation,
         reason: Reason,
     ) -> Result<(), Misbehaved> {
-        let Some(slot) = self
-            .slot(lane)
-            .filter(|slot| slot.incarnation == incarnation)
-        else {
-            return Err(Misbehaved::Lane {
-                channel: ChannelRef::Lane(lane),
-                incarnation: incarnation.value(),
-            });
-        };
+        let slot = self.known(lane, incarnation)?;
         match slot.life {
             // Both sides know: what the destination has of it was acknowledged before this frame, the rest comes back.
             Life::Dying => self.bury(lane),
@@ -747,9 +763,16 @@ impl Control {
                 slot.life = Life::Dying;
                 // Its thread ends now and says so; the destination has said its part already.
                 slot.encoded = None;
+                slot.state.given_up.store(true, Relaxed);
                 if let Some(thread) = slot.thread.take() {
                     let _ = thread.join();
                 }
+                // SPEC: LANE-2
+                self.send(LaneDown {
+                    lane,
+                    incarnation,
+                    reason,
+                });
                 self.bury(lane);
             }
         }
@@ -757,7 +780,9 @@ impl Control {
     }
 
     fn lane_ended(&mut self, id: LaneId, fault: Option<Fault>) {
-        let phase = self.session.phase();
+        let (phase, now) = (self.session.phase(), self.shared.now());
+        // Once the destination has everything no lane is needed any more.
+        let committed = self.session.is_committed();
         let Some(slot) = self.slot(id) else { return };
         let Some(fault) = fault else { return };
         match slot.life {
@@ -769,6 +794,7 @@ impl Control {
             Life::Alive => {
                 tracing::warn!(lane = %id, %fault, "lane lost");
                 slot.life = Life::Dying;
+                slot.dying_since = Some(now);
                 slot.commands = None;
                 if let Some(closer) = &slot.closer {
                     closer.shutdown();
@@ -776,7 +802,7 @@ impl Control {
                 let incarnation = slot.incarnation;
                 self.timeline.lane_lost(&fault.to_string());
                 self.count_lanes();
-                if self.lanes.iter().all(|slot| slot.life != Life::Alive) {
+                if !committed && self.lanes.iter().all(|slot| slot.life != Life::Alive) {
                     let all = Fault::AllLanesLost {
                         last: fault.to_string(),
                     };
@@ -798,6 +824,7 @@ impl Control {
     fn bury(&mut self, id: LaneId) {
         let Some(slot) = self.slot(id) else { return };
         slot.life = Life::Dead;
+        slot.dying_since = None;
         let state = Arc::clone(&slot.state);
         let runs = lock(&state.lane)
             .take()
@@ -812,10 +839,11 @@ impl Control {
             .pages_given_back
             .fetch_add(pages, Relaxed);
         self.count_lanes();
-        if self
-            .lanes
-            .iter()
-            .all(|slot| matches!(slot.life, Life::Dead | Life::Dying))
+        if !self.session.is_committed()
+            && self
+                .lanes
+                .iter()
+                .all(|slot| matches!(slot.life, Life::Dead | Life::Dying))
         {
             let error = Error::new(
                 self.session.phase(),
@@ -871,6 +899,22 @@ impl Control {
 
     fn slot(&mut self, lane: LaneId) -> Option<&mut Slot> {
         self.lanes.get_mut(lane.value() as usize)
+    }
+
+    /// The lane that the destination speaks of.
+    fn known(&mut self, lane: LaneId, incarnation: Incarnation) -> Result<&mut Slot, Misbehaved> {
+        self.slot(lane)
+            .filter(|slot| slot.incarnation == incarnation)
+            .ok_or(Misbehaved::Lane {
+                channel: ChannelRef::Lane(lane),
+                incarnation: incarnation.value(),
+            })
+    }
+
+    /// When the destination must have said at the latest what it has of a lost lane.
+    fn settle_deadline(&self) -> Option<Duration> {
+        let first = self.lanes.iter().filter_map(|slot| slot.dying_since).min()?;
+        Some(first + self.shared.config.stall * SETTLE_STALLS)
     }
 
     fn count_lanes(&self) {

@@ -261,20 +261,27 @@ impl<'s> Feeder<'s> {
         }
     }
 
+    fn check_stop(&self) -> Result<(), Fault> {
+        if self.state.given_up.load(Relaxed) {
+            return Err(Fault::Channel(ChannelError::ShutDown));
+        }
+        self.shared.check_stop()
+    }
+
     /// Waits for the bandwidth cap and for room in the ledger.
     fn wait_for_turn(&self, octets: u64) -> Result<(), Fault> {
         let mut wait = self.shared.pacer.book(octets, self.shared.began.elapsed());
         while !wait.is_zero() {
             std::thread::sleep(wait.min(NAP));
             wait = wait.saturating_sub(NAP);
-            self.shared.check_stop()?;
+            self.check_stop()?;
         }
         let since = Instant::now();
         while lock(&self.state.lane)
             .as_ref()
             .is_some_and(|lane| lane.unacked_frames() >= UNACKED_FRAMES_MAX)
         {
-            self.shared.check_stop()?;
+            self.check_stop()?;
             if since.elapsed() > self.shared.config.stall {
                 return Err(Fault::Timeout {
                     what: "an acknowledgement",

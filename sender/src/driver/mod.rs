@@ -281,6 +281,8 @@ impl SharedDigest {
 #[derive(Debug)]
 struct LaneState {
     id: LaneId,
+    /// The control thread waits for the lane's thread to end.
+    given_up: AtomicBool,
     lane: Mutex<Option<crate::lane::Lane>>,
 }
 

@@ -4,7 +4,7 @@
 //! the crate computes. A "guest write" marks a page; if the page is armed it is reported, and disarmed until it is reset
 //! or cleared. So a source that reads a page before it re-armed it loses the write here just as it would with KVM.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,6 +44,8 @@ struct VmState {
     capabilities: HashMap<u32, i32>,
     ring_entries: u64,
     manual: u64,
+    /// Entries after which the next resets end early, as a pending signal ends them.
+    reset_limits: VecDeque<i32>,
     vcpus: Vec<FakeRing>,
     slots: BTreeMap<u32, SlotState>,
 }
@@ -100,6 +102,7 @@ impl FakeVm {
             capabilities: capabilities.iter().copied().collect(),
             ring_entries: 0,
             manual: 0,
+            reset_limits: VecDeque::new(),
             vcpus: Vec::new(),
             slots,
         };
@@ -171,6 +174,17 @@ impl FakeVm {
         self.locked().write(vcpu, slot, page, true)
     }
 
+    /// Ends the next reset after `entries`, as a pending signal does.
+    pub fn interrupt_next_reset(&self, entries: i32) {
+        self.locked().reset_limits.push_back(entries);
+    }
+
+    /// Whether `KVM_RUN` would return at once because the vCPU's ring is nearly full.
+    pub fn is_full(&self, vcpu: usize) -> bool {
+        let state = self.locked();
+        state.is_full(&state.vcpus[vcpu])
+    }
+
     /// An entry that names whatever is wanted, such as a slot that does not exist.
     pub fn push_entry(&self, vcpu: usize, slot: u32, offset: u64) {
         self.locked().vcpus[vcpu].push(slot, offset);
@@ -198,11 +212,16 @@ impl VmState {
         }
         let ring = &mut self.vcpus[vcpu];
         ring.push(id, page);
-        if ring.filled - ring.reset >= self.ring_entries - RESERVED {
+        if self.is_full(&self.vcpus[vcpu]) {
             Wrote::RingFull
         } else {
             Wrote::GoesOn
         }
+    }
+
+    fn is_full(&self, ring: &FakeRing) -> bool {
+        // As in the kernel: unsigned, so a reset that runs ahead of the writing looks like a full ring.
+        ring.filled.wrapping_sub(ring.reset) >= self.ring_entries - RESERVED
     }
 
     fn check_extension(&self, parts: Parts<'_>) -> i32 {
@@ -310,8 +329,10 @@ impl VmState {
             return refused(libc::EINVAL);
         }
         let mut reset = 0;
+        let limit = self.reset_limits.pop_front().unwrap_or(i32::MAX);
         for ring in &mut self.vcpus {
-            while ring.reset < ring.filled {
+            // The kernel does not compare with where it writes: it goes on while entries are marked.
+            while reset < limit {
                 let entry = &ring.entries[(ring.reset % self.ring_entries) as usize];
                 if entry.flags.load(Ordering::Acquire) & 2 == 0 {
                     break;

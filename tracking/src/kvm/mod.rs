@@ -9,6 +9,7 @@
 
 mod abi;
 mod log_source;
+mod pace;
 mod ring;
 mod ring_source;
 mod slots;
@@ -19,6 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use kvm_ioctls::VmFd;
 
 pub use log_source::{LogSource, Protect};
+pub use pace::Pace;
 pub use ring::{RingConfig, enable};
 pub use ring_source::{RingFullHandle, RingSource, VcpuFigures};
 pub use slots::{Slot, Slots};
@@ -31,6 +33,9 @@ pub const EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 
 /// Switches `KVM_MEM_LOG_DIRTY_PAGES` on the VMM's slots. Only the VMM can: the flag goes with
 /// `KVM_SET_USER_MEMORY_REGION`, which needs all that the slot was made with.
+///
+/// It must really switch: after a ring overflowed the ring source switches off and on, because that is what makes KVM
+/// protect every page again. A call may come from any thread but a vCPU's.
 ///
 /// A closure `Fn(bool) -> io::Result<()>` is one.
 pub trait SlotControl: Send + Sync {

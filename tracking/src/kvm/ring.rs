@@ -37,9 +37,12 @@ impl RingConfig {
 }
 
 impl Default for RingConfig {
-    /// 16,384 entries: 256 KiB per vCPU, 64 MiB of pages between two harvests.
+    /// The most that KVM gives: 1 MiB per vCPU. A ring that overflows makes everything dirty, so memory is the better
+    /// thing to spend.
     fn default() -> Self {
-        Self { entries: 16_384 }
+        Self {
+            entries: Self::ENTRIES_MAX,
+        }
     }
 }
 
@@ -118,11 +121,29 @@ impl RingConfig {
     }
 }
 
-/// One vCPU's ring and the place up to which it was harvested.
+/// One vCPU's ring.
+///
+/// Three places matter, all counted on for ever and taken modulo the ring's size. The kernel's two are not visible:
+///
+/// ```text
+///    base ............ next ............ where the kernel writes next
+///    │  harvested, not  │  dirty, not      │  empty, up to base + size
+///    │  known to be     │  harvested       │
+///    │  reset           │                  │
+/// ```
+///
+/// **Overflow.** KVM leaves the guest when 64 entries are left, and promises that this is enough. A software KVM that runs
+/// some hundred instructions between two looks breaks the promise, at every ring size. The kernel then writes over the
+/// oldest entries, and goes on from there, so two things are wrong afterwards: pages are missing, and stay
+/// unprotected; and the kernel writes some entries further on than where its own reset stands. The first is the
+/// source's to mend (it marks everything, after it switched logging off and on). The second is mended here: the
+/// entries of the gap are handed to the reset as if they had been harvested, or the vCPU would never enter again.
 pub(crate) struct Ring {
     memory: Box<dyn RingMemory>,
-    /// Counts on for ever; the entry is this modulo the ring's size.
+    base: u32,
     next: u32,
+    /// The ring overflowed, and the kernel may write some entries further on than `next`.
+    resync: bool,
 }
 
 /// What one pass over a ring brought.
@@ -132,40 +153,132 @@ pub(crate) struct Harvest {
     pub(crate) entries: u64,
     /// Entries that named no known memory.
     pub(crate) unknown: u64,
-    /// The ring was found full to the last entry. KVM leaves the guest well before; if it did not, entries may be
-    /// missing.
-    pub(crate) brimful: bool,
+    /// The ring was full to the last entry: entries may be missing.
+    pub(crate) overflowed: bool,
 }
 
 impl Ring {
     pub(crate) fn new(memory: Box<dyn RingMemory>) -> Self {
-        Self { memory, next: 0 }
+        Self {
+            memory,
+            base: 0,
+            next: 0,
+            resync: false,
+        }
+    }
+
+    /// Entries marked as harvested and not known to be reset.
+    pub(crate) fn outstanding(&self) -> u64 {
+        self.next.wrapping_sub(self.base).into()
+    }
+
+    /// The kernel reset everything that was outstanding.
+    pub(crate) fn reset_done(&mut self) {
+        self.base = self.next;
     }
 
     /// Takes all entries that are dirty, at most once around: what the vCPU adds meanwhile is found by the next pass.
     pub(crate) fn harvest(&mut self, slots: &Slots, collected: &mut Collected) -> Harvest {
-        let entries = self.memory.entries();
         let mut harvest = Harvest::default();
-        for _ in 0..entries.len() {
-            let entry = &entries[self.next as usize % entries.len()];
-            // Acquire: the slot and the offset were stored before the flag.
-            if entry.flags.load(Ordering::Acquire) & (GFN_DIRTY | GFN_RESET) != GFN_DIRTY {
+        while self.next.wrapping_sub(self.base) < self.size() {
+            let taken = self.take_entry(self.next, slots, collected, &mut harvest);
+            let passed = taken || (self.resync && self.skip_gap());
+            if !passed {
                 break;
             }
-            let (slot, offset) = (
-                entry.slot.load(Ordering::Relaxed),
-                entry.offset.load(Ordering::Relaxed),
-            );
-            if !push_entry(slots, slot, offset, collected) {
-                harvest.unknown += 1;
-            }
-            // Release: the kernel may reuse the entry once it sees the flag, so our loads come before it.
-            entry.flags.store(GFN_RESET, Ordering::Release);
             self.next = self.next.wrapping_add(1);
-            harvest.entries += 1;
         }
-        harvest.brimful = harvest.entries == entries.len() as u64;
+        harvest.overflowed = harvest.entries >= self.size().into();
+        // Less than the whole ring, and up to where the kernel writes: the two are in step again.
+        if harvest.entries > 0 {
+            self.resync = self.next.wrapping_sub(self.base) == self.size();
+        }
         harvest
+    }
+
+    /// To be called when the kernel reset fewer entries than were outstanding. If that is because it wrote over them
+    /// before it could, everything in the ring is taken, so that the kernel can reset it; true then.
+    pub(crate) fn recover(
+        &mut self,
+        slots: &Slots,
+        collected: &mut Collected,
+        harvest: &mut Harvest,
+    ) -> bool {
+        while self.base != self.next && self.flags(self.base) == 0 {
+            self.base = self.base.wrapping_add(1);
+        }
+        if self.base == self.next || self.flags(self.base) & GFN_RESET != 0 {
+            // All was reset, or the kernel stopped at an entry that it may well reset when asked again.
+            return false;
+        }
+        let places = || (0..self.size()).map(|at| self.base.wrapping_add(at));
+        if places().any(|place| self.flags(place) == 0) {
+            // Not full: the entry was reset and used again since.
+            self.base = self.next;
+            return false;
+        }
+        for place in places() {
+            self.take_entry(place, slots, collected, harvest);
+        }
+        self.next = self.base.wrapping_add(self.size());
+        self.resync = true;
+        harvest.overflowed = true;
+        true
+    }
+
+    fn size(&self) -> u32 {
+        self.memory.entries().len() as u32
+    }
+
+    fn entry(&self, place: u32) -> &RingEntry {
+        let entries = self.memory.entries();
+        &entries[place as usize % entries.len()]
+    }
+
+    fn flags(&self, place: u32) -> u32 {
+        // Acquire: the slot and the offset were stored before the flag.
+        self.entry(place).flags.load(Ordering::Acquire) & (GFN_DIRTY | GFN_RESET)
+    }
+
+    /// Takes the entry if it is dirty and not harvested.
+    fn take_entry(
+        &self,
+        place: u32,
+        slots: &Slots,
+        collected: &mut Collected,
+        harvest: &mut Harvest,
+    ) -> bool {
+        if self.flags(place) != GFN_DIRTY {
+            return false;
+        }
+        let entry = self.entry(place);
+        let (slot, offset) = (
+            entry.slot.load(Ordering::Relaxed),
+            entry.offset.load(Ordering::Relaxed),
+        );
+        if !push_entry(slots, slot, offset, collected) {
+            harvest.unknown += 1;
+        }
+        // Release: the kernel may reuse the entry once it sees the flag, so our loads come before it.
+        entry.flags.store(GFN_RESET, Ordering::Release);
+        harvest.entries += 1;
+        true
+    }
+
+    /// Hands the empty entry at `next` to the reset if the kernel has written further on, and so will not write it before
+    /// it was around. False if it has not.
+    fn skip_gap(&self) -> bool {
+        let room = self.size() - self.next.wrapping_sub(self.base);
+        let ahead = (1..room)
+            .map(|at| self.flags(self.next.wrapping_add(at)))
+            .find(|&flags| flags != 0);
+        // The kernel writes in order: if a later entry is seen dirty, this one was written before or never will be.
+        ahead == Some(GFN_DIRTY)
+            && self
+                .entry(self.next)
+                .flags
+                .compare_exchange(0, GFN_RESET, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
     }
 }
 

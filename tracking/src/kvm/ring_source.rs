@@ -1,21 +1,29 @@
 //! The dirty rings of a VM's vCPUs as a source.
 //!
-//! Two kinds of thread harvest: the collector all rings, and each vCPU's own thread its own ring when that is full. A
-//! ring's lock is held from the harvest until the pages are in the set, so a collection that returned has seen every
-//! entry harvested before it, by whomever. The collector takes the locks in the order of the vCPUs; a vCPU's thread takes
-//! one; so they cannot wait for each other in a circle.
+//! Three kinds of thread harvest: the collector all rings at the end of a round; each vCPU's own thread its own ring
+//! when that is full; and between the two a reaper all rings, so often that they do not get full ([`Pace`]). One lock is
+//! held from the harvest until the pages are in the set, so a collection that returned has everything that was harvested
+//! before it, by whomever.
 //!
-//! `KVM_RESET_DIRTY_RINGS` resets what was harvested in *all* rings, under a lock of the kernel. Whoever marked entries as
-//! harvested makes a call of its own afterwards, and the pages are protected when that call has returned, whichever
-//! call did it.
+//! `KVM_RESET_DIRTY_RINGS` resets what was harvested in all rings and says how many entries that were. Fewer than were
+//! harvested means that some pages are not protected again, because a signal ended the call early (Linux 6.16 and later
+//! then return what is done) or because the ring overflowed. So it is called until the number is right.
+//!
+//! After an overflow pages are missing and stay unprotected: they would never be reported again. The next collection
+//! then switches logging off and on, which protects every page, and marks everything.
 
+use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
+use super::pace::Pace;
 use super::ring::{Harvest, Ring, RingConfig};
 use super::slots::Slots;
 use super::{SlotControl, abi, require_host_page};
@@ -23,27 +31,43 @@ use crate::kernel::{Kernel, Linux, Payload, duplicate};
 use crate::source::Counters;
 use crate::{CollectPhase, Collected, Collection, DirtySet, Error, Figures, RearmFailed, Source};
 
+/// Resets in a row that reset nothing before it is believed that there is nothing left to reset.
+const IDLE_RESETS_MAX: u32 = 2;
+
 /// What the vCPUs wrote, from their dirty rings.
 pub struct RingSource {
     shared: Arc<Shared>,
-    control: Box<dyn SlotControl>,
-    logging: bool,
+    reaping: bool,
+    reaper: Option<Reaper>,
+    /// What was counted at the last collection.
+    told: Collection,
 }
 
 struct Shared {
     kernel: Arc<dyn Kernel>,
     vm: OwnedFd,
     slots: Slots,
+    control: Box<dyn SlotControl>,
+    config: RingConfig,
+    rings: Mutex<Rings>,
     vcpus: Vec<Vcpu>,
-    /// What was harvested when a reset failed. It goes first into the next harvest.
-    kept: Mutex<Collected>,
+    logging: AtomicBool,
+    /// A ring overflowed since the last collection.
+    overflowed: AtomicBool,
     counters: Counters,
 }
 
+struct Rings {
+    rings: Vec<Ring>,
+    /// What was harvested when a reset failed. It goes into the next harvest.
+    kept: Collected,
+}
+
+#[derive(Default)]
 struct Vcpu {
-    ring: Mutex<Ring>,
     entries: AtomicU64,
     ring_full: AtomicU64,
+    entries_per_s: AtomicU64,
 }
 
 /// What one vCPU's ring brought since the source was made.
@@ -53,6 +77,8 @@ pub struct VcpuFigures {
     pub entries: u64,
     /// Exits because the ring was nearly full.
     pub ring_full: u64,
+    /// Entries a second, as the reaper saw it last. 0 without a reaper.
+    pub entries_per_s: u64,
 }
 
 impl RingSource {
@@ -61,7 +87,7 @@ impl RingSource {
     ///
     /// # Errors
     /// [`Error::Misuse`] for a bad size or no vCPU, [`Error::Unsupported`] on a host without 4096-octet pages,
-    /// [`Error::Kernel`] if a ring cannot be mapped.
+    /// [`Error::Kernel`] if a ring cannot be mapped (also if it was not enabled, or smaller than `config` says).
     pub fn new<'a>(
         vm: &VmFd,
         vcpus: impl IntoIterator<Item = &'a VcpuFd>,
@@ -90,28 +116,22 @@ impl RingSource {
             call: "dup of the VM",
             error,
         })?;
-        let vcpus = vcpus
-            .into_iter()
-            .map(|vcpu| {
-                let fd = duplicate(vcpu).map_err(|error| Error::Kernel {
-                    call: "dup of a vCPU",
-                    error,
-                })?;
-                let memory = kernel
-                    .map_ring(fd.as_fd(), config.entries)
-                    .map_err(|error| Error::Kernel {
-                        call: "mmap of a vCPU's dirty ring",
-                        error,
-                    })?;
-                let ring = Mutex::new(Ring::new(memory));
-                Ok(Vcpu {
-                    ring,
-                    entries: AtomicU64::new(0),
-                    ring_full: AtomicU64::new(0),
-                })
+        let map = |vcpu: &V| {
+            let fd = duplicate(vcpu).map_err(|error| Error::Kernel {
+                call: "dup of a vCPU",
+                error,
+            })?;
+            let memory = kernel.map_ring(fd.as_fd(), config.entries);
+            memory.map(Ring::new).map_err(|error| Error::Kernel {
+                call: "mmap of a vCPU's dirty ring",
+                error,
             })
+        };
+        let rings = vcpus
+            .into_iter()
+            .map(map)
             .collect::<Result<Vec<_>, Error>>()?;
-        if vcpus.is_empty() {
+        if rings.is_empty() {
             return Err(Error::Misuse {
                 what: "a ring source needs at least one vCPU".into(),
             });
@@ -120,15 +140,31 @@ impl RingSource {
             kernel,
             vm,
             slots,
-            vcpus,
-            kept: Mutex::new(Collected::new()),
+            control,
+            config,
+            vcpus: rings.iter().map(|_| Vcpu::default()).collect(),
+            rings: Mutex::new(Rings {
+                rings,
+                kept: Collected::new(),
+            }),
+            logging: AtomicBool::new(false),
+            overflowed: AtomicBool::new(false),
             counters: Counters::default(),
         };
         Ok(Self {
             shared: Arc::new(shared),
-            control,
-            logging: false,
+            reaping: true,
+            reaper: None,
+            told: Collection::default(),
         })
+    }
+
+    /// Without the thread that empties the rings between collections. For an embedder that calls
+    /// [`RingFullHandle::reap`] from a thread of its own.
+    #[must_use]
+    pub fn without_reaper(mut self) -> Self {
+        self.reaping = false;
+        self
     }
 
     /// A handle for the vCPUs' threads.
@@ -140,14 +176,13 @@ impl RingSource {
 
     /// What each vCPU's ring brought, in the order of the vCPUs.
     pub fn vcpu_figures(&self) -> Vec<VcpuFigures> {
-        self.shared
-            .vcpus
-            .iter()
-            .map(|vcpu| VcpuFigures {
-                entries: vcpu.entries.load(Ordering::Relaxed),
-                ring_full: vcpu.ring_full.load(Ordering::Relaxed),
-            })
-            .collect()
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let figures = |vcpu: &Vcpu| VcpuFigures {
+            entries: read(&vcpu.entries),
+            ring_full: read(&vcpu.ring_full),
+            entries_per_s: read(&vcpu.entries_per_s),
+        };
+        self.shared.vcpus.iter().map(figures).collect()
     }
 }
 
@@ -160,31 +195,47 @@ impl Source for RingSource {
         self.shared.slots.check(set)?;
         // What an earlier migration left in the rings is taken out first, so that the rings start empty.
         self.shared.collect_all(set)?;
-        self.control.set_logging(true).map_err(|error| Error::Vmm {
-            what: "switch dirty logging on",
-            error,
-        })?;
-        self.logging = true;
+        self.shared.set_logging(true)?;
+        self.shared.overflowed.store(false, Ordering::SeqCst);
+        if self.reaping && self.reaper.is_none() {
+            match Reaper::spawn(Arc::clone(&self.shared), set.clone()) {
+                Ok(reaper) => self.reaper = Some(reaper),
+                Err(error) => {
+                    self.shared.set_logging(false)?;
+                    return Err(Error::Kernel {
+                        call: "spawn of the reaper's thread",
+                        error,
+                    });
+                }
+            }
+        }
+        self.told = self.shared.counters.collection();
         Ok(())
     }
 
+    /// What it returns covers the vCPUs' and the reaper's harvests since the last collection too.
     fn collect(&mut self, set: &DirtySet, _phase: CollectPhase) -> Result<Collection, Error> {
-        if !self.logging {
+        if !self.shared.logging.load(Ordering::SeqCst) {
             return Err(Error::Misuse {
                 what: "the ring source collects only between start and stop".into(),
             });
         }
-        self.shared.collect_all(set)
+        self.shared.collect_all(set)?;
+        self.shared.heal(set)?;
+        let now = self.shared.counters.collection();
+        let told = std::mem::replace(&mut self.told, now);
+        Ok(Collection {
+            pages: now.pages - told.pages,
+            reported: now.reported - told.reported,
+        })
     }
 
     fn stop(&mut self) -> Result<(), Error> {
-        if !std::mem::take(&mut self.logging) {
+        drop(self.reaper.take());
+        if !self.shared.logging.load(Ordering::SeqCst) {
             return Ok(());
         }
-        let switched = self.control.set_logging(false).map_err(|error| Error::Vmm {
-            what: "switch dirty logging off",
-            error,
-        });
+        let switched = self.shared.set_logging(false);
         let emptied = self.shared.discard();
         switched.and(emptied)
     }
@@ -194,7 +245,7 @@ impl Source for RingSource {
     }
 }
 
-/// Lets a vCPU's thread empty that vCPU's own ring, so that no other vCPU waits for it.
+/// Lets a vCPU's thread empty that vCPU's own ring.
 #[derive(Clone)]
 pub struct RingFullHandle {
     shared: Arc<Shared>,
@@ -220,101 +271,227 @@ impl RingFullHandle {
             .counters
             .ring_full_soft
             .fetch_add(1, Ordering::Relaxed);
-        self.shared.collect(std::slice::from_ref(own), set)
+        self.shared.collect(vcpu..vcpu + 1, set)
+    }
+
+    /// Empties all rings into the set, as the source's own reaper does. For embedders whose threads are their own.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] if the reset failed; the pages go into the next harvest.
+    pub fn reap(&self, set: &DirtySet) -> Result<Collection, Error> {
+        self.shared.collect_all(set)
     }
 }
 
 impl Shared {
+    fn locked(&self) -> MutexGuard<'_, Rings> {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_logging(&self, on: bool) -> Result<(), Error> {
+        self.logging.store(on, Ordering::SeqCst);
+        self.control.set_logging(on).map_err(|error| {
+            self.logging.store(false, Ordering::SeqCst);
+            let what = if on {
+                "switch dirty logging on"
+            } else {
+                "switch dirty logging off"
+            };
+            Error::Vmm { what, error }
+        })
+    }
+
     fn collect_all(&self, set: &DirtySet) -> Result<Collection, Error> {
-        self.collect(&self.vcpus, set)
+        self.collect(0..self.vcpus.len(), set)
     }
 
     /// Harvests the rings of `vcpus`, resets and merges.
-    fn collect(&self, vcpus: &[Vcpu], set: &DirtySet) -> Result<Collection, Error> {
+    fn collect(&self, vcpus: Range<usize>, set: &DirtySet) -> Result<Collection, Error> {
         let begun = Instant::now();
-        let (collected, _locks) = self.harvest(vcpus);
+        let mut rings = self.locked();
+        let rings = &mut *rings;
+        let mut collected = self.harvest(rings, vcpus);
+        let missing = self.reset(rings);
+        if missing.as_ref().is_ok_and(|&missing| missing > 0) {
+            self.recover(rings, &mut collected);
+        }
         let reported = collected.pages();
-        let merged = self
-            .rearm(collected)
-            .map(|rearmed| rearmed.map_or(0, |rearmed| set.merge(rearmed)));
+        let rearmed = collected.rearm(|| match missing? {
+            0 => Ok(()),
+            _ => match self.reset(rings)? {
+                0 => Ok(()),
+                missing => Err(io::Error::other(format!(
+                    "{missing} harvested entries were not reset"
+                ))),
+            },
+        });
+        let merged = match rearmed {
+            Ok(rearmed) => Ok(set.merge(rearmed)),
+            Err(RearmFailed { collected, error }) => {
+                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+                rings.kept.append(collected);
+                Err(Error::Kernel {
+                    call: abi::RESET_DIRTY_RINGS.name(),
+                    error,
+                })
+            }
+        };
         let pages = *merged.as_ref().unwrap_or(&0);
-        self.counters
-            .harvested(begun, Collection { pages, reported });
+        self.counters.harvested(
+            begun,
+            Collection {
+                pages,
+                reported: if merged.is_ok() { reported } else { 0 },
+            },
+        );
         merged.map(|pages| Collection { pages, reported })
     }
 
-    /// What is in the rings, and the rings' locks, which are to be held until the pages are in the set.
-    fn harvest<'a>(&self, vcpus: &'a [Vcpu]) -> (Collected, Vec<MutexGuard<'a, Ring>>) {
-        let mut collected = Collected::new();
-        let mut locks = Vec::with_capacity(vcpus.len());
-        for vcpu in vcpus {
-            let mut ring = locked(&vcpu.ring);
+    /// What is in the rings of `vcpus`, and what an earlier harvest had to keep.
+    fn harvest(&self, rings: &mut Rings, vcpus: Range<usize>) -> Collected {
+        let mut collected = std::mem::take(&mut rings.kept);
+        for (vcpu, ring) in self.vcpus[vcpus.clone()]
+            .iter()
+            .zip(&mut rings.rings[vcpus])
+        {
             let harvest = ring.harvest(&self.slots, &mut collected);
-            locks.push(ring);
-            vcpu.entries.fetch_add(harvest.entries, Ordering::Relaxed);
-            self.judge(harvest, &mut collected);
+            self.judge(vcpu, harvest);
         }
-        collected.append(std::mem::take(&mut *locked(&self.kept)));
-        (collected, locks)
+        collected
     }
 
-    /// Counts what was wrong with a ring, and adds everything if something may be missing.
-    fn judge(&self, harvest: Harvest, collected: &mut Collected) {
-        let counters = &self.counters;
+    /// Takes what is in rings that the kernel wrote over.
+    fn recover(&self, rings: &mut Rings, collected: &mut Collected) {
+        for (vcpu, ring) in self.vcpus.iter().zip(&mut rings.rings) {
+            let mut harvest = Harvest::default();
+            if ring.recover(&self.slots, collected, &mut harvest) {
+                self.judge(vcpu, harvest);
+            }
+        }
+    }
+
+    fn judge(&self, vcpu: &Vcpu, harvest: Harvest) {
+        vcpu.entries.fetch_add(harvest.entries, Ordering::Relaxed);
         if harvest.unknown > 0 {
-            counters
+            self.counters
                 .entries_unknown
                 .fetch_add(harvest.unknown, Ordering::Relaxed);
-            counters.all_dirty.fetch_add(1, Ordering::Relaxed);
+            self.counters.all_dirty.fetch_add(1, Ordering::Relaxed);
         }
-        if harvest.brimful {
-            counters.ring_full_hard.fetch_add(1, Ordering::Relaxed);
-            counters.all_dirty.fetch_add(1, Ordering::Relaxed);
-            self.slots
-                .iter()
-                .for_each(|slot| collected.push_run(slot.run()));
+        if harvest.overflowed {
+            self.counters.ring_full_hard.fetch_add(1, Ordering::Relaxed);
+            self.overflowed.store(true, Ordering::SeqCst);
         }
     }
 
-    /// Has KVM report the next write to what was collected; keeps the pages if it refuses. Nothing is asked for nothing.
-    fn rearm(&self, collected: Collected) -> Result<Option<crate::Rearmed>, Error> {
-        if collected.is_empty() {
-            return Ok(None);
+    /// Has KVM reset what was harvested; returns how many entries it left. Nothing is asked for nothing.
+    fn reset(&self, rings: &mut Rings) -> io::Result<u64> {
+        let mut missing: u64 = rings.rings.iter().map(Ring::outstanding).sum();
+        let mut idle = 0;
+        while missing > 0 && idle < IDLE_RESETS_MAX {
+            self.counters.resets.fetch_add(1, Ordering::Relaxed);
+            let reset =
+                self.kernel
+                    .ioctl(self.vm.as_fd(), abi::RESET_DIRTY_RINGS, Payload::none())?;
+            idle = if reset == 0 { idle + 1 } else { 0 };
+            missing = missing.saturating_sub(u64::from(reset.unsigned_abs()));
         }
-        match collected.rearm(|| self.reset()) {
-            Ok(rearmed) => Ok(Some(rearmed)),
-            Err(RearmFailed { collected, error }) => {
-                self.counters.errors.fetch_add(1, Ordering::Relaxed);
-                locked(&self.kept).append(collected);
-                Err(Error::Kernel {
-                    call: abi::RESET_DIRTY_RINGS.name(),
+        if missing == 0 {
+            rings.rings.iter_mut().for_each(Ring::reset_done);
+        }
+        Ok(missing)
+    }
+
+    /// After an overflow: has every page protected again, then marks every page.
+    fn heal(&self, set: &DirtySet) -> Result<(), Error> {
+        if !self.overflowed.swap(false, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let mut everything = Collected::new();
+        self.slots
+            .iter()
+            .for_each(|slot| everything.push_run(slot.run()));
+        let protect = || {
+            self.control
+                .set_logging(false)
+                .and_then(|()| self.control.set_logging(true))
+        };
+        match everything.rearm(protect) {
+            Ok(rearmed) => {
+                let reported = rearmed.pages();
+                let pages = set.merge(rearmed);
+                self.counters.all_dirty.fetch_add(1, Ordering::Relaxed);
+                self.counters.add(Collection { pages, reported });
+                Ok(())
+            }
+            Err(RearmFailed { error, .. }) => {
+                self.overflowed.store(true, Ordering::SeqCst);
+                Err(Error::Vmm {
+                    what: "switch dirty logging off and on after a ring overflowed",
                     error,
                 })
             }
         }
     }
 
-    fn reset(&self) -> std::io::Result<()> {
-        self.counters.resets.fetch_add(1, Ordering::Relaxed);
-        self.kernel
-            .ioctl(self.vm.as_fd(), abi::RESET_DIRTY_RINGS, Payload::none())
-            .map(|_| ())
-    }
-
     /// Empties the rings when nobody wants their content any more; a full ring would stop its vCPU for ever.
     fn discard(&self) -> Result<(), Error> {
-        let (collected, _locks) = self.harvest(&self.vcpus);
-        if collected.is_empty() {
-            return Ok(());
-        }
-        drop(collected);
-        self.reset().map_err(|error| Error::Kernel {
-            call: abi::RESET_DIRTY_RINGS.name(),
-            error,
+        let mut rings = self.locked();
+        drop(self.harvest(&mut rings, 0..self.vcpus.len()));
+        self.reset(&mut rings)
+            .map(|_| ())
+            .map_err(|error| Error::Kernel {
+                call: abi::RESET_DIRTY_RINGS.name(),
+                error,
+            })
+    }
+}
+
+/// The thread that empties the rings between collections. Dropping it ends and joins the thread.
+struct Reaper {
+    /// Dropping it wakes the thread up.
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reaper {
+    fn spawn(shared: Arc<Shared>, set: DirtySet) -> io::Result<Self> {
+        let (stop, stopped) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("multifd-reaper".into())
+            .spawn(move || reap_until(&stopped, &shared, &set))?;
+        Ok(Self {
+            stop: Some(stop),
+            thread: Some(thread),
         })
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+impl Drop for Reaper {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A reaper that panicked has harvested nothing since; the collection does the same work.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn reap_until(stopped: &mpsc::Receiver<()>, shared: &Shared, set: &DirtySet) {
+    let mut pace = Pace::new(shared.config.entries, shared.vcpus.len());
+    let mut before = vec![0; shared.vcpus.len()];
+    let mut pause = Duration::ZERO;
+    while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+        // What fails here was counted and kept, and fails again in the collection, which tells of it.
+        let _ = shared.collect_all(set);
+        let mut entries = Vec::with_capacity(before.len());
+        for (vcpu, before) in shared.vcpus.iter().zip(&mut before) {
+            let now = vcpu.entries.load(Ordering::Relaxed);
+            entries.push(now - std::mem::replace(before, now));
+        }
+        pause = pace.next_pause(Instant::now(), &entries);
+        for (vcpu, &rate) in shared.vcpus.iter().zip(pace.rates()) {
+            vcpu.entries_per_s.store(rate, Ordering::Relaxed);
+        }
+    }
 }

@@ -82,7 +82,8 @@ fn ring_bench(vcpus: usize) -> RingBench {
         slots,
         control(&vm),
     )
-    .unwrap();
+    .unwrap()
+    .without_reaper();
     let set = set();
     let mut bench = RingBench {
         kernel,
@@ -319,16 +320,202 @@ fn a_full_ring_is_emptied_by_its_vcpus_thread() {
     assert_eq!(text, "vCPU 2 of 2 has no dirty ring");
 }
 
+/// Writes on after KVM should have left the guest, as a KVM does that runs many instructions between two looks.
+fn overflow(bench: &RingBench, pages: std::ops::Range<u64>) {
+    let full = pages.map(|page| bench.vm.write(0, 0, page)).last();
+    assert_eq!(full, Some(Wrote::RingFull));
+}
+
 #[test]
-fn a_ring_that_overflowed_means_everything_is_dirty() {
-    let mut bench = ring_bench(1);
-    for page in 0..u64::from(ENTRIES) + 10 {
-        bench.vm.push_entry(0, 0, page);
+fn a_ring_that_overflowed_means_everything_is_dirty_and_is_in_step_again() {
+    for beyond in [0, 1, 10, 200, 800] {
+        let mut bench = ring_bench(2);
+        let handle = bench.source.handle();
+        overflow(&bench, 0..u64::from(ENTRIES) + beyond);
+        handle.on_full(0, &bench.set).unwrap();
+        assert!(!bench.vm.is_full(0), "the vCPU can enter again");
+        bench.collect();
+        assert_eq!(take(&bench.set).len(), 5000, "all pages of all slots");
+        let figures = bench.source.figures();
+        assert_eq!((figures.ring_full_hard, figures.all_dirty), (1, 1));
+        // The page whose entry was written over is protected again, and found where the kernel now writes.
+        for lap in 0..5 {
+            for page in (0..700).map(|at| (at * 3 + lap) % 4000) {
+                if bench.vm.write(0, 0, page) == Wrote::RingFull {
+                    handle.on_full(0, &bench.set).unwrap();
+                    assert!(!bench.vm.is_full(0), "{beyond} beyond, lap {lap}");
+                }
+            }
+            bench.collect();
+            let expected = (0..700).map(|at| (0, (at * 3 + lap) % 4000)).collect();
+            assert_eq!(take(&bench.set), expected, "{beyond} beyond, lap {lap}");
+        }
+        assert_eq!(bench.source.figures().ring_full_hard, 1);
     }
+}
+
+#[test]
+fn a_ring_that_overflows_again_and_again_goes_on() {
+    let mut bench = ring_bench(1);
+    let handle = bench.source.handle();
+    for lap in 0..20u64 {
+        // The vCPU runs on for some instructions after each time that KVM should have left.
+        let mut late = 0;
+        for page in 0..4000 {
+            if bench.vm.write(0, 0, page) == Wrote::RingFull {
+                late += 1;
+                if late > 70 + lap * 10 {
+                    handle.on_full(0, &bench.set).unwrap();
+                    assert!(!bench.vm.is_full(0), "lap {lap}, page {page}");
+                    late = 0;
+                }
+            }
+        }
+        bench.collect();
+        assert_eq!(take(&bench.set).len(), 5000, "lap {lap}");
+    }
+    assert!(bench.source.figures().ring_full_hard >= 20);
+    // A quiet lap is exact again.
+    handle.on_full(0, &bench.set).unwrap();
     bench.collect();
-    assert_eq!(take(&bench.set).len(), 5000, "all pages of all slots");
-    let figures = bench.source.figures();
-    assert_eq!((figures.ring_full_hard, figures.all_dirty), (1, 1));
+    let _ = take(&bench.set);
+    assert_eq!(bench.vm.write(0, 0, 17), Wrote::GoesOn);
+    assert_eq!(bench.collect(), 1);
+}
+
+/// The vCPU overflows its ring between our look at it and the reset: the entries that we marked are written over.
+#[test]
+fn entries_written_over_before_their_reset_are_found_out() {
+    let mut bench = ring_bench(1);
+    for page in 0..500 {
+        assert_eq!(bench.vm.write(0, 0, page), Wrote::GoesOn);
+    }
+    // The harvest happens, its reset fails, and before the next one the ring is written over.
+    bench.kernel.fail_next("KVM_RESET_DIRTY_RINGS", libc::EIO);
+    bench
+        .source
+        .collect(&bench.set, CollectPhase::PreCopy)
+        .unwrap_err();
+    overflow(&bench, 500..500 + u64::from(ENTRIES));
+    bench.collect();
+    assert_eq!(take(&bench.set).len(), 5000);
+    assert_eq!(bench.source.figures().ring_full_hard, 1);
+    for page in 0..400 {
+        assert_eq!(bench.vm.write(0, 0, page), Wrote::GoesOn);
+    }
+    assert_eq!(bench.collect(), 400);
+}
+
+#[test]
+fn a_reset_that_a_signal_ended_is_repeated() {
+    let mut bench = ring_bench(2);
+    for page in 0..300 {
+        assert_eq!(bench.vm.write((page % 2) as usize, 0, page), Wrote::GoesOn);
+    }
+    bench.vm.interrupt_next_reset(7);
+    bench.vm.interrupt_next_reset(0);
+    bench.vm.interrupt_next_reset(200);
+    assert_eq!(bench.collect(), 300);
+    assert_eq!(bench.source.figures().resets, 4);
+    let _ = take(&bench.set);
+    for page in 0..300 {
+        assert_eq!(bench.vm.write(0, 0, page), Wrote::GoesOn);
+    }
+    assert_eq!(bench.collect(), 300, "each was protected again");
+}
+
+#[test]
+fn a_reset_that_never_gets_on_is_an_error_and_loses_nothing() {
+    let mut bench = ring_bench(1);
+    for page in 0..300 {
+        assert_eq!(bench.vm.write(0, 0, page), Wrote::GoesOn);
+    }
+    (0..4).for_each(|_| bench.vm.interrupt_next_reset(0));
+    let error = bench
+        .source
+        .collect(&bench.set, CollectPhase::PreCopy)
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "KVM_RESET_DIRTY_RINGS: 300 harvested entries were not reset"
+    );
+    assert_eq!(bench.set.dirty_pages(), 0);
+    assert_eq!(bench.collect(), 300);
+}
+
+#[test]
+fn a_vmm_that_cannot_protect_again_after_an_overflow_is_named_until_it_can() {
+    let (kernel, vm) = (FakeKernel::new(), fake_vm());
+    let fd = vm.open(&kernel);
+    let config = RingConfig { entries: ENTRIES };
+    ring::enable_with(&kernel, fd.as_fd(), config).unwrap();
+    let vcpus = [vm.create_vcpu(&kernel)];
+    let refusing = Arc::new(AtomicBool::new(false));
+    let control = {
+        let (vm, refusing) = (vm.clone(), Arc::clone(&refusing));
+        move |on| {
+            if refusing.load(Ordering::SeqCst) {
+                return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+            }
+            vm.set_logging(on);
+            Ok(())
+        }
+    };
+    let slots = Slots::new(SLOTS.to_vec()).unwrap();
+    let source = RingSource::with_kernel(
+        Arc::new(kernel),
+        &fd,
+        &vcpus,
+        config,
+        slots,
+        Box::new(control),
+    )
+    .unwrap();
+    let (mut source, set) = (source.without_reaper(), set());
+    source.start(&set).unwrap();
+    for page in 0..2000 {
+        let _ = vm.write(0, 0, page);
+    }
+    refusing.store(true, Ordering::SeqCst);
+    for _ in 0..2 {
+        let error = source.collect(&set, CollectPhase::PreCopy).unwrap_err();
+        let text = "the VMM refused to switch dirty logging off and on after a ring overflowed: ";
+        assert!(error.to_string().starts_with(text), "{error}");
+    }
+    refusing.store(false, Ordering::SeqCst);
+    source.collect(&set, CollectPhase::PreCopy).unwrap();
+    assert_eq!(take(&set).len(), 5000);
+}
+
+#[test]
+fn the_reaper_keeps_a_ring_from_filling() {
+    let (kernel, vm) = (FakeKernel::new(), fake_vm());
+    let fd = vm.open(&kernel);
+    let config = RingConfig { entries: ENTRIES };
+    ring::enable_with(&kernel, fd.as_fd(), config).unwrap();
+    let vcpus = [vm.create_vcpu(&kernel)];
+    let slots = Slots::new(SLOTS.to_vec()).unwrap();
+    let mut source =
+        RingSource::with_kernel(Arc::new(kernel), &fd, &vcpus, config, slots, control(&vm))
+            .unwrap();
+    let set = set();
+    source.start(&set).unwrap();
+    for page in 0..800 {
+        assert_eq!(vm.write(0, 0, page), Wrote::GoesOn);
+    }
+    // Without a collection, and within PAUSE_MAX of the pace many times over.
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while set.dirty_pages() < 800 {
+        assert!(std::time::Instant::now() < end, "the reaper did nothing");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let collection = source.collect(&set, CollectPhase::Final).unwrap();
+    assert_eq!(
+        collection.pages, 800,
+        "a collection tells what came since the last one"
+    );
+    source.stop().unwrap();
+    assert_eq!(take(&set).len(), 800);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Checks of deadlines and stalls: they end every wait, on time and not before, and say exactly what was done.
 
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -103,38 +104,46 @@ pub(super) fn deadline_takes_nothing_of_a_small_receive(kind: Kind) {
 
 pub(super) fn deadline_in_a_body_says_how_much_landed(kind: Kind) {
     for limit in LIMITS {
-        let (mut left, mut right) = kind.ends();
-        let memory = guest(100_000);
-        let content = Noise::new(11).octets(30_000);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                left.send
-                    .send(b"head", &[IoSource::Octets(&content)])
-                    .expect("send")
+        // What comes is read ahead with the head, or is more than that.
+        for sent in [3_000, 30_000] {
+            let (left, mut right) = kind.ends();
+            let memory = guest(100_000);
+            let content = Noise::new(11).octets(sent);
+            let (over, done) = mpsc::channel::<()>();
+            let landed = thread::scope(|scope| {
+                let content = &content;
+                scope.spawn(move || {
+                    let mut left = left;
+                    left.send
+                        .send(b"head", &[IoSource::Octets(content)])
+                        .expect("send");
+                    // Silent, but there, until the receiver has had its deadline.
+                    let _ = done.recv();
+                });
+                let mut head = [0; 4];
+                right.receive.receive(&mut head).expect("receive");
+                right.receive.set_deadline(Some(Instant::now() + limit));
+                let error = timed(limit, || {
+                    right.receive.receive_into(&[span(&memory, 1, 99_999)])
+                });
+                drop(over);
+                assert_eq!(error.code(), "channel-deadline");
+                error.bytes_done() as usize
             });
-            let mut head = [0; 4];
-            right.receive.receive(&mut head).expect("receive");
-            right.receive.set_deadline(Some(Instant::now() + limit));
-            let error = timed(limit, || {
-                right.receive.receive_into(&[span(&memory, 1, 99_999)])
-            });
-            assert!(
-                matches!(error, ChannelError::Deadline { bytes_done: 30_000 }),
-                "{error}"
+            // On a busy machine the deadline may come before the sender has sent all.
+            assert!(landed > 0 && landed <= sent, "{landed} of {sent}");
+            assert!(read(&memory, 1, landed) == content[..landed], "what landed");
+            // Part of a body is gone from the stream: nothing sensible could be read any more.
+            right.receive.set_deadline(None);
+            let error = right
+                .receive
+                .receive(&mut [0; 32])
+                .expect_err("the half is finished");
+            assert_eq!(
+                (error.code(), error.bytes_done() as usize),
+                ("channel-deadline", landed)
             );
-        });
-        assert!(read(&memory, 1, 30_000) == content, "what landed");
-        // Part of a body is gone from the stream: nothing sensible could be read any more.
-        left.send.send(&[3; 32], &[]).expect("send");
-        right.receive.set_deadline(None);
-        let error = right
-            .receive
-            .receive(&mut [0; 32])
-            .expect_err("the half is finished");
-        assert!(
-            matches!(error, ChannelError::Deadline { bytes_done: 30_000 }),
-            "{error}"
-        );
+        }
     }
 }
 
@@ -246,14 +255,13 @@ pub(super) fn stall_ends_a_receive_and_a_send(kind: Kind) {
             matches!(error, ChannelError::Stalled { bytes_done: 0, stall } if stall == limit);
         assert!(silent, "{error}");
         let memory = guest(100_000);
-        thread::scope(|scope| {
-            scope.spawn(|| left.send.send(&[8; 30_000], &[]).expect("send"));
-            let error = timed(limit, || {
-                right.receive.receive_into(&[span(&memory, 0, 100_000)])
-            });
-            let midway = matches!(error, ChannelError::Stalled { bytes_done: 30_000, stall } if stall == limit);
-            assert!(midway, "{error}");
+        left.send.send(&[8; 3_000], &[]).expect("send");
+        let error = timed(limit, || {
+            right.receive.receive_into(&[span(&memory, 0, 100_000)])
         });
+        let midway =
+            matches!(error, ChannelError::Stalled { bytes_done: 3_000, stall } if stall == limit);
+        assert!(midway, "{error}");
         let (mut left, _right) = kind.ends();
         left.send.set_stall(Some(limit));
         let (_, error) = timed_fill(&mut left, limit);

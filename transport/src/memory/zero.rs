@@ -98,19 +98,13 @@ mod tests {
         let check = |octets: &[u8], claim: bool, at: usize| {
             let start = octets[BLOCK_BYTES..].as_ptr();
             // SAFETY: three blocks of `octets` lie behind `start`.
-            assert_eq!(
-                unsafe { blocks_are_zero(start, 3) },
-                claim,
-                "words, octet {at}"
-            );
+            let words = unsafe { blocks_are_zero(start, 3) };
+            assert_eq!(words, claim, "words, octet {at}");
             #[cfg(target_arch = "x86_64")]
             if std::arch::is_x86_feature_detected!("avx2") {
                 // SAFETY: as above, and AVX2 is there.
-                assert_eq!(
-                    unsafe { blocks_are_zero_wide(start, 3) },
-                    claim,
-                    "AVX2, octet {at}"
-                );
+                let wide = unsafe { blocks_are_zero_wide(start, 3) };
+                assert_eq!(wide, claim, "AVX2, octet {at}");
             }
         };
         check(&octets, true, 0);

@@ -1,9 +1,14 @@
 //! Truncation, reserved bits and damage are refused, for every kind, by one harness.
 
 use multifd_wire::exercise::{check, reseal, reserved_bits, samples};
+use multifd_wire::frame::{
+    Acks, DeviceChunk, Grant, Landed, Pages, RawLaneMark, RawRun, Section, Switchover, Zeros,
+};
 use multifd_wire::header::HEADER_BYTES;
 use multifd_wire::kind::BodyShape;
-use multifd_wire::{Body, Frame, Header, Malformed, Misuse, PAGE_BYTES, Sequence};
+use multifd_wire::{
+    Body, DeviceId, Frame, Header, Malformed, Misuse, PAGE_BYTES, Round, Sequence, Token,
+};
 
 use crate::support::{check_octets, check_sealed, header_of, octets_of, sample};
 
@@ -263,6 +268,120 @@ fn body_that_a_kind_does_not_have_is_refused_and_leaves_the_buffer_as_it_was() {
             assert!(seen.is_err(), "{} took {body:?}", sample.name);
             assert_eq!(out, [7], "{}", sample.name);
         }
+    }
+}
+
+/// Encodes a frame that must be refused, into a buffer that must stay as it was.
+fn refused<'a>(frame: impl Into<Frame<'a>>, body: Body<'_>) -> Misuse {
+    let (frame, mut out) = (frame.into(), vec![7]);
+    let seen = frame.encode(Sequence::FIRST, body, &mut out);
+    assert_eq!(out, [7], "{frame:?}");
+    seen.expect_err("the encoder took what no decoder takes")
+}
+
+#[test]
+fn encoder_refuses_what_the_decoder_would() {
+    let round = Round::new(u32::MAX);
+    let run = |count: u32| {
+        [RawRun {
+            region: 0.into(),
+            count: count.into(),
+            first: 0.into(),
+        }]
+    };
+    let mark = |lane: u32| RawLaneMark {
+        lane: lane.into(),
+        incarnation: 0.into(),
+        frames: 0.into(),
+    };
+    let grant = Grant {
+        ticket: Token::NONE,
+        resume_secret: Token::new([1; 16]),
+        lanes_max: 1,
+        suspend_ms: 0,
+        device_window_bytes: 0,
+    };
+    let chunk = DeviceChunk {
+        device: DeviceId::new(0),
+        section: Section::Data,
+        index: 0,
+        offset: 0,
+    };
+    let two = run(2);
+    let pages = |checksums| Pages {
+        round: Round::new(0),
+        runs: &two,
+        checksums,
+    };
+    for (seen, code) in [
+        (refused(grant, Body::None), "wire.malformed.value"),
+        (
+            refused(Switchover { final_round: round }, Body::None),
+            "wire.malformed.value",
+        ),
+        (
+            refused(Acks { lanes: &[] }, Body::None),
+            "wire.malformed.table-bytes",
+        ),
+        (
+            refused(
+                Zeros {
+                    round: Round::new(0),
+                    runs: &run(0),
+                },
+                Body::None,
+            ),
+            "wire.malformed.value",
+        ),
+        (refused(chunk, Body::None), "wire.malformed.body-bytes"),
+        (
+            refused(pages(&[1.into()]), Body::Pages),
+            "wire.malformed.count",
+        ),
+        (
+            refused(
+                pages(&[1.into(); 2]),
+                Body::Sum {
+                    bytes: 8192,
+                    crc: 1,
+                },
+            ),
+            "wire.malformed.value",
+        ),
+        (
+            refused(
+                pages(&[1.into(); 2]),
+                Body::Sum {
+                    bytes: 4096,
+                    crc: 0,
+                },
+            ),
+            "wire.malformed.body-bytes",
+        ),
+        (
+            refused(
+                Landed {
+                    rounds_closed: 0,
+                    lanes: &[mark(1), mark(1)],
+                },
+                Body::None,
+            ),
+            "wire.malformed.value",
+        ),
+        (
+            refused(
+                Acks {
+                    lanes: &[mark(256)],
+                },
+                Body::None,
+            ),
+            "wire.malformed.value",
+        ),
+    ] {
+        let Misuse::WouldBeRefused(error) = seen else {
+            panic!("{seen}")
+        };
+        assert_eq!(error.code(), code, "{error}");
     }
 }
 

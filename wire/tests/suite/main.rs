@@ -5,6 +5,7 @@
 //! | `vectors` | every committed vector is read as it says, and our own encoder writes the same octets |
 //! | `frames` | truncation, reserved bits and damage are refused, for every kind, by one harness |
 //! | `bounds` | each limit: the last value that is taken and the first that is not |
+//! | `codes` | codes and numbers with an owner mean what they say, both ways |
 //! | `hello` | hellos, replies and negotiation |
 //! | `layout` | region tables and runs |
 //! | `digest` | the digest does not depend on order and sees every difference |
@@ -14,6 +15,7 @@
 
 mod bodies;
 mod bounds;
+mod codes;
 mod digest;
 mod frames;
 mod hello;

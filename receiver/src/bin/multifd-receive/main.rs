@@ -1,1 +1,140 @@
-fn main() {}
+//! `multifd-receive`: waits for a guest, takes it over, lets it run, and checks that nothing of it was lost.
+#![allow(clippy::print_stdout, clippy::print_stderr)] // a program's business
+
+mod args;
+mod machine;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use args::{Args, ReportKind};
+use clap::Parser as _;
+use machine::{GuestHandle, Machine};
+use multifd_receiver::{Config, Finished, OutcomeKind, Parts, Reception};
+use multifd_transport::{Listener, TcpOptions};
+use serde_json::json;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(&args) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("multifd-receive: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<u8> {
+    let config = Config::builder()
+        .hello_deadline(args.hello_deadline)
+        .stall(args.stall)
+        .keep_alive(Duration::from_secs(1).min(args.stall / 4))
+        .memory_bytes_max(args.max_memory)
+        .build()?;
+    let listener = Listener::bind(&args.listen, &TcpOptions::default()).with_context(|| format!("cannot listen on {}", args.listen))?;
+    let address = listener.local_address().clone();
+    let guest = GuestHandle::default();
+    let machine = Machine::new(guest.clone());
+    let reception = Reception::start(Parts { vmm: Box::new(machine), listeners: vec![listener], config, spawner: None })?;
+    announce(args, &address)?;
+
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The second one ends the program at once.
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
+    }
+    let (handle, watch) = (reception.handle(), Arc::clone(&interrupted));
+    let done = Arc::new(AtomicBool::new(false));
+    let (ended, quiet) = (Arc::clone(&done), args.quiet || args.report == ReportKind::Json);
+    let watcher = std::thread::spawn(move || {
+        let mut told = Instant::now();
+        while !ended.load(Ordering::Relaxed) {
+            if watch.load(Ordering::Relaxed) {
+                handle.cancel();
+            }
+            let now = handle.progress();
+            if !quiet && now.memory_pages > 0 && told.elapsed() > Duration::from_secs(1) {
+                told = Instant::now();
+                eprintln!("  round {}: {:.0} MiB received on {} channels ({})", now.round, now.octets as f64 / 1048576.0, now.lanes, now.phase);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let finished = reception.wait();
+    done.store(true, Ordering::Relaxed);
+    let _ = watcher.join();
+    let check = observe(args, &finished, &guest, &interrupted);
+    report(args, &finished, check.as_ref());
+    Ok(match (finished.report.outcome, check) {
+        (OutcomeKind::Running, Some(Check { passed: true, .. }) | None) => 0,
+        (OutcomeKind::Running, _) => 5,
+        (OutcomeKind::Failed, _) => 1,
+        (OutcomeKind::Stranded, _) => 4,
+    })
+}
+
+/// Tells where it listens, for people and for whoever started this program and asked for any free port.
+fn announce(args: &Args, address: &multifd_transport::Address) -> anyhow::Result<()> {
+    if args.report == ReportKind::Json {
+        eprintln!("listening on {address}");
+    } else {
+        println!("listening on {address}");
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+/// What became of the guest after it arrived.
+struct Check {
+    passed: bool,
+    text: String,
+    beats: u64,
+}
+
+/// Lets the guest run, then stops it and has all of its memory checked.
+fn observe(args: &Args, finished: &Finished, guest: &GuestHandle, interrupted: &AtomicBool) -> Option<Check> {
+    if finished.report.outcome != OutcomeKind::Running {
+        return None;
+    }
+    let guest = guest.get()?;
+    let until = Instant::now() + args.run_for;
+    while Instant::now() < until && !interrupted.load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let beats: u64 = guest.heartbeats().iter().map(|beat| beat.beats).sum();
+    let idle = guest.config().dirty_rate_bytes_per_s == 0;
+    let check = guest.pause().and_then(|()| guest.check());
+    Some(match check {
+        Ok(report) if report.passed() && (beats > 0 || idle || args.run_for.is_zero()) => Check { passed: true, text: report.to_string(), beats },
+        Ok(report) if report.passed() => Check { passed: false, text: "the guest's heart does not beat here".into(), beats },
+        Ok(report) => Check { passed: false, text: report.to_string(), beats },
+        Err(error) => Check { passed: false, text: error.to_string(), beats },
+    })
+}
+
+fn report(args: &Args, finished: &Finished, check: Option<&Check>) {
+    if args.report == ReportKind::Json {
+        let mut report = serde_json::to_value(&finished.report).unwrap_or_default();
+        report["guest_check"] = check.map_or(json!(null), |check| if check.passed { json!("passed") } else { json!(check.text) });
+        report["guest_beats"] = json!(check.map(|check| check.beats));
+        println!("{report}");
+        return;
+    }
+    let r = &finished.report;
+    match (&r.error, check) {
+        (None, Some(check)) => {
+            println!("the guest runs here: {:.0} MiB of memory in {} rounds, digest {}", r.memory_bytes as f64 / 1048576.0, r.rounds, r.digest.as_deref().unwrap_or("?"));
+            println!("guest check: {} ({} heart-beats since it arrived)", check.text, check.beats);
+        }
+        (None, None) => println!("the guest runs here"),
+        (Some(error), _) => eprintln!("multifd-receive: {} [{}] in phase {}{}", error.text, error.code, error.phase, error.channel.as_ref().map(|c| format!(", {c}")).unwrap_or_default()),
+    }
+}

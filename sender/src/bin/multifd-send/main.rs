@@ -1,1 +1,135 @@
-fn main() {}
+//! `multifd-send`: runs the built-in guest and moves it to a multifd-receive.
+#![allow(clippy::print_stdout, clippy::print_stderr)] // a program's business
+
+mod args;
+mod display;
+mod loopback;
+mod machine;
+mod summary;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use args::{Args, ReportKind};
+use clap::Parser as _;
+use display::Display;
+use machine::Machine;
+use multifd_guest::Guest;
+use multifd_sender::{Dialer, Finished, Migration, OutcomeKind, Parts};
+use multifd_transport::TcpOptions;
+use summary::Summary;
+
+/// How long the receiver of `--loopback` may take to check its guest: a large guest takes a second per few GiB.
+const CHECK_MAX: Duration = Duration::from_secs(600);
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(&args) {
+        Ok(summary) => {
+            summary.print(args.report);
+            ExitCode::from(summary.exit_status())
+        }
+        Err(error) => {
+            // Found before anything was moved; a program that reads JSON gets its object all the same.
+            if args.report == ReportKind::Json {
+                println!("{}", Summary::not_begun(&error));
+            }
+            eprintln!("multifd-send: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<Summary> {
+    let config = args.migration()?;
+    let receiver = if args.loopback { Some(loopback::Receiver::start()?) } else { None };
+    let address = match (&receiver, &args.connect) {
+        (Some(receiver), _) => receiver.address.clone(),
+        (None, Some(address)) => address.clone(),
+        (None, None) => anyhow::bail!("give --connect ADDRESS, or --loopback"),
+    };
+    let tell = |text: String| {
+        if !args.quiet {
+            eprintln!("{text}");
+        }
+    };
+    let guest = Arc::new(Guest::create(&args.guest()).context("the guest can't be made")?);
+    let (kind, config_of_guest) = (guest.kind(), guest.config());
+    tell(format!(
+        "guest: {kind}, {} MiB, {} vCPUs, dirties {:.0} MB/s of a {} MiB working set",
+        config_of_guest.memory_bytes >> 20,
+        config_of_guest.vcpus,
+        config_of_guest.dirty_rate_bytes_per_s as f64 / 1e6,
+        config_of_guest.working_set_bytes >> 20
+    ));
+    if kind == multifd_guest::Kind::Process {
+        tell("       (there is no /dev/kvm: the same work is done by threads on a plain mapping)".into());
+    }
+    guest.run()?;
+    std::thread::sleep(args.warm_up);
+    match &receiver {
+        Some(receiver) => tell(format!("moving it to process {} on this host, {}, over {} channels", receiver.id(), address, args.channels)),
+        None => tell(format!("moving it to {address} over {} channels", args.channels)),
+    }
+    let sources = vec![guest.tracking_source()?];
+    let parts = Parts {
+        vmm: Box::new(Machine(Arc::clone(&guest))),
+        memory: guest.memory().to_channels(),
+        sources,
+        dial: Box::new(Dialer { address, options: TcpOptions::default() }),
+        config,
+        spawner: None,
+    };
+    let finished = watch(args, Migration::start(parts)?)?;
+    let alive = still_runs(&finished, &guest);
+    let theirs = receiver.map(|receiver| receiver.wait(if finished.error.is_none() { CHECK_MAX } else { Duration::from_secs(5) }));
+    Ok(Summary::new(&finished, theirs, alive))
+}
+
+/// Shows the progress, and cancels on SIGINT or SIGTERM.
+fn watch(args: &Args, migration: Migration) -> anyhow::Result<Finished> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The second one ends the program at once.
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
+    }
+    let handle = migration.handle();
+    let done = Arc::new(AtomicBool::new(false));
+    let ended = Arc::clone(&done);
+    let mut display = Display::new(args.quiet);
+    let watcher = std::thread::spawn(move || {
+        let mut told = false;
+        while !ended.load(Ordering::Relaxed) {
+            if interrupted.load(Ordering::Relaxed) && !told {
+                told = true;
+                handle.cancel();
+            }
+            display.show(handle.progress());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        display.finish();
+    });
+    let finished = migration.wait();
+    done.store(true, Ordering::Relaxed);
+    let _ = watcher.join();
+    Ok(finished)
+}
+
+/// After a migration that did not happen: whether the guest really goes on here. An idle guest proves nothing by its heart.
+fn still_runs(finished: &Finished, guest: &Guest) -> Option<bool> {
+    if !matches!(finished.report.outcome, OutcomeKind::Failed | OutcomeKind::Cancelled) {
+        return None;
+    }
+    let counters = || guest.heartbeats().iter().map(|beat| beat.counter).sum::<u64>();
+    let (before, began) = (counters(), Instant::now());
+    while guest.config().dirty_rate_bytes_per_s > 0 && counters() == before && began.elapsed() < Duration::from_secs(2) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Some(counters() > before || guest.config().dirty_rate_bytes_per_s == 0)
+}

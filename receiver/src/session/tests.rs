@@ -1,0 +1,552 @@
+//! The table of states and events, printed and compared with `table.txt`; what must hold of it; traces, bounds, random walks.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::vmm::VmmError;
+
+const MS: Duration = Duration::from_millis(1);
+const STALL: Duration = Duration::from_secs(10);
+const NOW: Duration = Duration::from_millis(80);
+const DIGEST: Digest = Digest::new(0xd1);
+const OTHER_DIGEST: Digest = Digest::new(0xd2);
+
+fn lost_channel() -> Error {
+    Error::new(
+        Phase::Rounds,
+        Fault::AllLanesLost {
+            last: "a test".into(),
+        },
+    )
+}
+
+fn vmm_failure() -> Error {
+    Error::new(
+        Phase::Commit,
+        Fault::Vmm {
+            step: "run the guest",
+            source: VmmError::new("no processor"),
+        },
+    )
+}
+
+fn arrived(lane: u32, round: u32, last: bool) -> Event {
+    Event::LaneArrived {
+        lane: LaneId::new(lane),
+        round: Round::new(round),
+        last,
+    }
+}
+
+fn joined(lane: u32) -> Event {
+    Event::LaneJoined {
+        lane: LaneId::new(lane),
+    }
+}
+
+fn ended(lane: u32) -> Event {
+    Event::LaneEnded {
+        lane: LaneId::new(lane),
+    }
+}
+
+fn closed(damaged: u64) -> Event {
+    Event::Closed {
+        digest: DIGEST,
+        damaged,
+    }
+}
+
+fn switchover(round: u32) -> Event {
+    Event::Switchover {
+        round: Round::new(round),
+    }
+}
+
+fn final_of(round: u32, digest: Digest) -> Event {
+    Event::Final {
+        round: Round::new(round),
+        states: 1,
+        digest,
+    }
+}
+
+/// A migration over two lanes: round 0 live, round 1 paused.
+fn happy_path() -> Vec<Event> {
+    vec![
+        Event::SetupEnd { lanes: 2 },
+        Event::MachineReady,
+        joined(0),
+        joined(1),
+        arrived(0, 0, false),
+        arrived(1, 0, false),
+        closed(0),
+        switchover(1),
+        arrived(0, 1, true),
+        arrived(1, 1, true),
+        closed(0),
+        final_of(1, DIGEST),
+        Event::Loaded,
+        Event::Commit { digest: DIGEST },
+        Event::Resumed,
+    ]
+}
+
+fn after(events: impl IntoIterator<Item = Event>) -> Session {
+    let mut session = Session::new(Config::default(), Duration::ZERO);
+    for event in events {
+        let _ = session.handle(event, MS);
+    }
+    session
+}
+
+/// Each state by name, and the events that lead to it.
+fn states() -> Vec<(&'static str, Vec<Event>)> {
+    let path = |steps| happy_path().into_iter().take(steps).collect::<Vec<_>>();
+    let with = |steps, more: Vec<Event>| path(steps).into_iter().chain(more).collect::<Vec<_>>();
+    vec![
+        ("set-up", path(0)),
+        ("set-up, tables", path(1)),
+        ("set-up, machine and a lane", path(3)),
+        ("rounds", path(4)),
+        ("rounds, lane 0 at the fence", path(5)),
+        ("rounds, closing", path(6)),
+        ("rounds, paused", path(8)),
+        ("rounds, paused, FINAL early", with(8, vec![final_of(1, DIGEST)])),
+        ("rounds, paused, closing", path(10)),
+        ("fenced", path(11)),
+        ("fenced before SWITCHOVER", with(7, vec![arrived(0, 1, true), arrived(1, 1, true), closed(0)])),
+        ("fenced, damaged, FINAL", with(10, vec![closed(3), final_of(1, DIGEST)])),
+        ("fenced, lane lost, FINAL differs", with(8, vec![arrived(0, 1, true), ended(1), closed(0), final_of(1, OTHER_DIGEST)])),
+        ("loading", path(12)),
+        ("prepared", path(13)),
+        ("owning", path(14)),
+        ("over", path(15)),
+    ]
+}
+
+/// Events by name; round numbers are those of the paused round 1 of the happy path.
+fn events() -> Vec<(&'static str, Event, Duration)> {
+    let at_once = [
+        ("set-up end", Event::SetupEnd { lanes: 2 }),
+        ("machine ready", Event::MachineReady),
+        ("lane 0 joined", joined(0)),
+        ("lane 1 joined", joined(1)),
+        ("lane 9 joined", joined(9)),
+        ("lane 0 ended", ended(0)),
+        ("lane 1 ended", ended(1)),
+        ("lane 9 ended", ended(9)),
+        ("lane 0 at 0", arrived(0, 0, false)),
+        ("lane 1 at 0", arrived(1, 0, false)),
+        ("lane 0 at 1, paused", arrived(0, 1, true)),
+        ("lane 1 at 1, paused", arrived(1, 1, true)),
+        ("lane 9 at 0", arrived(9, 0, false)),
+        ("closed, whole", closed(0)),
+        ("closed, damaged", closed(3)),
+        ("SWITCHOVER 0", switchover(0)),
+        ("SWITCHOVER 1", switchover(1)),
+        ("SWITCHOVER 2", switchover(2)),
+        ("SWITCHOVER 3", switchover(3)),
+        ("FINAL 1", final_of(1, DIGEST)),
+        ("FINAL 1, other digest", final_of(1, OTHER_DIGEST)),
+        ("FINAL 2", final_of(2, DIGEST)),
+        ("loaded", Event::Loaded),
+        ("COMMIT", Event::Commit { digest: DIGEST }),
+        ("COMMIT, other digest", Event::Commit { digest: OTHER_DIGEST }),
+        ("resumed", Event::Resumed),
+        ("failed, channel", Event::Failed(lost_channel())),
+        ("failed, VMM", Event::Failed(vmm_failure())),
+        ("tick", Event::Tick),
+    ];
+    let now = at_once.into_iter().map(|(name, event)| (name, event, NOW));
+    now.chain([("tick, late", Event::Tick, STALL + NOW)]).collect()
+}
+
+fn state_name(session: &Session) -> String {
+    match &session.state {
+        State::Setup(setup) => format!("set-up ({:?} lanes, machine {})", setup.lanes, setup.machine),
+        State::Rounds if session.closing => format!("round {}, closing", session.round),
+        State::Rounds => format!("round {}", session.round),
+        State::Fenced { round, short_since: None, .. } => format!("fenced {round}"),
+        State::Fenced { round, .. } => format!("fenced {round}, pages missing"),
+        State::Loading { .. } => "loading".into(),
+        State::Prepared(_) => "prepared".into(),
+        State::Owning => "owning".into(),
+        State::Over => "over".into(),
+    }
+}
+
+fn word(effect: &Effect) -> String {
+    match effect {
+        Effect::Prepare => "prepare".into(),
+        Effect::SendReady => "READY".into(),
+        Effect::CloseRound { round } => format!("close {round}"),
+        Effect::OpenGate { round } => format!("open {round}"),
+        Effect::Load { states } => format!("load {states}"),
+        Effect::SendPrepared { .. } => "PREPARED".into(),
+        Effect::Resume(_) => "resume".into(),
+        Effect::SendRunning => "RUNNING".into(),
+        Effect::Abort { reason, .. } => format!("ABORT {}", reason.as_u32()),
+        Effect::Discard => "discard".into(),
+        Effect::Finish(Outcome::Running) => "finish: running".into(),
+        Effect::Finish(Outcome::Failed(error)) => format!("finish: failed, {}", error.code()),
+        Effect::Finish(Outcome::Stranded(error)) => format!("finish: stranded, {}", error.code()),
+    }
+}
+
+/// The table: for each state the events, those with the same meaning together.
+fn table() -> String {
+    let mut out = String::new();
+    for (state, _) in states() {
+        out.push_str(&format!("{state}\n"));
+        let mut same: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        let mut order = Vec::new();
+        for (name, event, at) in events() {
+            let mut session = state_after(state);
+            let before = state_name(&session);
+            let words: Vec<String> = session.handle(event, at).iter().map(word).collect();
+            let now = state_name(&session);
+            let mut text = words.join("; ");
+            if now != before {
+                text = format!("{text} -> {now}").trim_start().to_owned();
+            }
+            if text.is_empty() {
+                text.push_str("no effect");
+            }
+            if !same.contains_key(&text) {
+                order.push(text.clone());
+            }
+            same.entry(text).or_default().push(name);
+        }
+        for text in order {
+            out.push_str(&format!("    {}\n        {text}\n", same[&text].join(" | ")));
+        }
+    }
+    out
+}
+
+fn state_after(wanted: &str) -> Session {
+    let found = states().into_iter().find(|(name, _)| *name == wanted);
+    after(found.expect("a state of the list").1)
+}
+
+#[test]
+#[allow(clippy::print_stdout)] // To be read: this is the machine.
+fn the_table_of_states_and_events() {
+    let table = table();
+    println!("{table}");
+    assert_eq!(
+        table,
+        include_str!("table.txt"),
+        "table.txt is what was agreed on; if the machine was changed on purpose, it changes in the same commit"
+    );
+}
+
+/// Every state with every event, and what came of it.
+fn each_cell(mut check: impl FnMut(&str, &str, &Session, &[Effect])) {
+    for (state, _) in states() {
+        for (name, event, at) in events() {
+            let mut session = state_after(state);
+            let effects = session.handle(event, at);
+            check(state, name, &session, &effects);
+        }
+    }
+}
+
+fn count(effects: &[Effect], wanted: impl Fn(&Effect) -> bool) -> usize {
+    effects.iter().filter(|effect| wanted(effect)).count()
+}
+
+fn finishes(effects: &[Effect]) -> usize {
+    count(effects, |e| matches!(e, Effect::Finish(_)))
+}
+
+#[test]
+fn the_guest_runs_only_on_a_commit_with_the_prepared_digest() {
+    each_cell(|state, event, _, effects| {
+        let resumes = count(effects, |e| matches!(e, Effect::Resume(_)));
+        let due = (state, event) == ("prepared", "COMMIT");
+        assert_eq!(resumes, usize::from(due), "{state} × {event}");
+    });
+}
+
+#[test]
+fn prepared_is_said_only_when_the_state_was_loaded_on_equal_digests() {
+    each_cell(|state, event, _, effects| {
+        let said = count(effects, |e| matches!(e, Effect::SendPrepared { .. }));
+        assert_eq!(said == 1, (state, event) == ("loading", "loaded"), "{state} × {event}");
+        if count(effects, |e| matches!(e, Effect::Load { .. })) == 1 {
+            let due = matches!(
+                (state, event),
+                ("fenced", "FINAL 1") | ("rounds, paused, FINAL early", _) | ("rounds, paused, closing", _)
+            );
+            assert!(due, "{state} × {event}");
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_is_ours_is_never_discarded() {
+    each_cell(|state, event, _, effects| {
+        if ["owning", "over"].contains(&state) {
+            assert_eq!(count(effects, |e| matches!(e, Effect::Discard)), 0, "{state} × {event}");
+        }
+    });
+}
+
+#[test]
+fn every_failure_before_the_commit_discards_the_machine_and_finishes_once() {
+    each_cell(|state, event, session, effects| {
+        let over = matches!(session.state, State::Over);
+        assert_eq!(finishes(effects) == 1, over && state != "over", "{state} × {event}");
+        if finishes(effects) == 1 && state != "owning" {
+            assert_eq!(count(effects, |e| matches!(e, Effect::Discard)), 1, "{state} × {event}");
+        }
+    });
+    for (state, _) in states() {
+        let mut session = state_after(state);
+        let effects = session.handle(Event::Failed(lost_channel()), NOW);
+        // The guest is this side's and starts, whatever becomes of the channels (SPEC: COMMIT-4).
+        let goes_on = ["owning", "over"].contains(&state);
+        assert_eq!(finishes(&effects), usize::from(!goes_on), "{state}");
+        if !goes_on {
+            for (name, event, at) in events() {
+                assert!(session.handle(event, at).is_empty(), "{state}, failed, then {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_state_has_a_deadline_until_the_guest_is_ours() {
+    for (state, _) in states() {
+        let mut session = state_after(state);
+        let deadline = session.next_deadline();
+        if state == "owning" {
+            // Only the VMM is waited for, and no silence of the source changes what it has to do.
+            assert_eq!(deadline, Duration::MAX);
+            assert!(session.handle(Event::Tick, STALL * 100).is_empty());
+            continue;
+        }
+        assert!(deadline <= STALL + MS, "{state}: {deadline:?}");
+        assert!(session.handle(Event::Tick, deadline - MS).is_empty(), "{state}: too early");
+        let effects = session.handle(Event::Tick, deadline);
+        assert_eq!(finishes(&effects), usize::from(state != "over"), "{state}");
+    }
+}
+
+#[test]
+fn pages_that_stay_missing_after_final_end_it_although_the_source_says_that_it_lives() {
+    for (state, code) in [
+        ("fenced, damaged, FINAL", "receiver.timeout"),
+        ("fenced, lane lost, FINAL differs", "receiver.digest-mismatch"),
+    ] {
+        let mut session = state_after(state);
+        session.heard(STALL);
+        assert!(session.handle(Event::Tick, STALL).is_empty(), "{state}: too early");
+        let words: Vec<String> = session.handle(Event::Tick, STALL + MS).iter().map(word).collect();
+        assert_eq!(words.last(), Some(&format!("finish: failed, {code}")), "{state}");
+    }
+}
+
+#[test]
+fn the_peer_is_told_the_reason_phase_and_channel_unless_it_said_so_itself() {
+    let mut session = state_after("rounds");
+    let error = lost_channel().at(ChannelRef::Lane(LaneId::new(1)));
+    let told = session.handle(Event::Failed(error), NOW);
+    assert!(matches!(
+        told.first(),
+        Some(Effect::Abort {
+            reason: Reason::ChannelsLost,
+            phase: Phase::Rounds,
+            channel: ChannelRef::Lane(_),
+            ..
+        })
+    ));
+    let mut session = state_after("rounds");
+    let abort = Fault::PeerAborted {
+        reason: Reason::Cancelled,
+        text: "no".into(),
+    };
+    let told = session.handle(Event::Failed(Error::new(Phase::Rounds, abort)), NOW);
+    assert_eq!(count(&told, |e| matches!(e, Effect::Abort { .. })), 0);
+}
+
+fn trace(events: impl IntoIterator<Item = Event>) -> Vec<String> {
+    let mut session = Session::new(Config::default(), Duration::ZERO);
+    events
+        .into_iter()
+        .flat_map(|event| session.handle(event, MS))
+        .map(|effect| word(&effect))
+        .collect()
+}
+
+const HAPPY: [&str; 10] = [
+    "prepare",
+    "READY",
+    "close 0",
+    "open 1",
+    "close 1",
+    "load 1",
+    "PREPARED",
+    "resume",
+    "RUNNING",
+    "finish: running",
+];
+
+#[test]
+fn a_migration_goes_through_its_states_in_order() {
+    assert_eq!(trace(happy_path()), HAPPY);
+}
+
+#[test]
+fn switchover_and_final_may_come_before_the_lanes_or_after_them() {
+    let tail = || [Event::Loaded, Event::Commit { digest: DIGEST }, Event::Resumed];
+    let lanes = || [arrived(0, 1, true), arrived(1, 1, true), closed(0)];
+    let head = || happy_path().into_iter().take(7);
+    let orders: [Vec<Event>; 3] = [
+        [switchover(1), final_of(1, DIGEST)].into_iter().chain(lanes()).collect(),
+        lanes().into_iter().chain([switchover(1), final_of(1, DIGEST)]).collect(),
+        [switchover(1)].into_iter().chain(lanes()).chain([final_of(1, DIGEST)]).collect(),
+    ];
+    for order in orders {
+        assert_eq!(trace(head().chain(order).chain(tail())), HAPPY);
+    }
+    // Even before the live round is closed: the source does not wait for it.
+    let early = happy_path().into_iter().take(4).chain([switchover(1), final_of(1, DIGEST)]);
+    let rest = [arrived(0, 0, false), arrived(1, 0, false), closed(0)];
+    assert_eq!(trace(early.chain(rest).chain(lanes()).chain(tail())), HAPPY);
+}
+
+#[test]
+fn the_gate_to_a_further_round_opens_with_its_switchover_and_not_before() {
+    let mut session = state_after("fenced, damaged, FINAL");
+    let words: Vec<String> = session.handle(switchover(2), NOW).iter().map(word).collect();
+    assert_eq!(words, ["open 2"]);
+    // Two rounds were announced while the first was still being read.
+    let mut session = state_after("rounds, paused, closing");
+    assert!(session.handle(switchover(2), NOW).is_empty());
+    assert!(session.handle(switchover(3), NOW).is_empty());
+    let words: Vec<String> = session.handle(closed(1), NOW).iter().map(word).collect();
+    assert_eq!(words, ["open 2"]);
+    let _ = session.handle(arrived(0, 2, true), NOW);
+    let _ = session.handle(arrived(1, 2, true), NOW);
+    let words: Vec<String> = session.handle(closed(0), NOW).iter().map(word).collect();
+    assert_eq!(words, ["open 3"]);
+}
+
+#[test]
+fn an_end_mark_that_contradicts_switchover_ends_it() {
+    // Round 1 was announced as paused, but its marks say live.
+    let live = [arrived(0, 1, false), arrived(1, 1, false), closed(0)];
+    let words = trace(happy_path().into_iter().take(8).chain(live));
+    assert_eq!(words.last().unwrap(), "finish: failed, receiver.misbehaved.out-of-turn");
+    // Round 2 was announced, but already round 1 says paused.
+    let early = [switchover(2), arrived(0, 1, true), arrived(1, 1, true), closed(0)];
+    let words = trace(happy_path().into_iter().take(7).chain(early));
+    assert_eq!(words.last().unwrap(), "finish: failed, receiver.misbehaved.out-of-turn");
+    // The lanes disagree.
+    let split = [arrived(0, 1, true), arrived(1, 1, false), closed(0)];
+    let words = trace(happy_path().into_iter().take(8).chain(split));
+    assert_eq!(words.last().unwrap(), "finish: failed, receiver.misbehaved.out-of-turn");
+}
+
+#[test]
+fn a_lost_lane_is_waited_for_no_longer_and_the_last_one_ends_it() {
+    for (state, _) in states() {
+        let mut session = state_after(state);
+        let _ = session.handle(ended(1), NOW);
+        let goes_on = session.handle(ended(0), NOW);
+        let needs_lanes = !["loading", "prepared", "owning", "over", "set-up"].contains(&state);
+        assert_eq!(matches!(session.state, State::Over), needs_lanes || state == "over", "{state}: {goes_on:?}");
+    }
+    let mut session = state_after("rounds, lane 0 at the fence");
+    let words: Vec<String> = session.handle(ended(1), NOW).iter().map(word).collect();
+    assert_eq!(words, ["close 0"]);
+}
+
+#[test]
+fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
+    let mut session = state_after("fenced");
+    let words: Vec<String> = session.handle(final_of(1, OTHER_DIGEST), NOW).iter().map(word).collect();
+    assert_eq!(words, ["ABORT 7", "discard", "finish: failed, receiver.digest-mismatch"]);
+    // A lane that died before SWITCHOVER was read, but too late for the source to know when it sent FINAL.
+    let events = happy_path().into_iter().take(7).chain([
+        ended(1),
+        switchover(1),
+        arrived(0, 1, true),
+        closed(0),
+        final_of(1, OTHER_DIGEST),
+    ]);
+    let mut session = after(events);
+    assert!(matches!(session.state, State::Fenced { short_since: Some(_), .. }));
+    let words: Vec<String> = session.handle(switchover(2), NOW).iter().map(word).collect();
+    assert_eq!(words, ["open 2"]);
+}
+
+/// What the driver or a good source would do next.
+fn expected(session: &Session) -> Event {
+    match &session.state {
+        State::Setup(setup) if setup.lanes.is_none() => Event::SetupEnd { lanes: 2 },
+        State::Setup(setup) if !setup.machine => Event::MachineReady,
+        State::Setup(_) if session.lanes[0] == Fate::Expected => joined(0),
+        State::Setup(_) => joined(1),
+        State::Rounds if session.closing => closed(0),
+        State::Rounds => {
+            let round = session.round.value();
+            let lane = u32::from(session.lanes[0] != Fate::InRound);
+            arrived(lane, round, session.paused_from.is_some_and(|from| from <= session.round))
+        }
+        State::Fenced { round, .. } => match session.switchover {
+            Some(newest) if newest == *round => final_of(newest.value(), DIGEST),
+            _ => switchover(round.value()),
+        },
+        State::Loading { .. } => Event::Loaded,
+        State::Prepared(_) => Event::Commit { digest: DIGEST },
+        State::Owning | State::Over => Event::Resumed,
+    }
+}
+
+proptest! {
+    /// Whatever happens in whatever order: no panic, one end, no guest without PREPARED and a COMMIT of the same digest.
+    #[test]
+    fn no_order_of_events_starts_a_guest_that_is_not_ours(
+        walk in proptest::collection::vec((0u8..4, any::<prop::sample::Index>(), 0u64..3000), 1..80),
+    ) {
+        let mut session = Session::new(Config::default(), Duration::ZERO);
+        let (mut now, mut prepared, mut resumed, mut ended) = (Duration::ZERO, None, false, 0);
+        for (mood, index, pause_ms) in walk {
+            now += MS * u32::try_from(pause_ms / 10).unwrap();
+            session.heard(now);
+            let mut choices = events();
+            let event = if mood > 0 {
+                expected(&session)
+            } else {
+                choices.swap_remove(index.index(choices.len())).1
+            };
+            let committed = if let Event::Commit { digest } = &event { Some(*digest) } else { None };
+            for effect in session.handle(event, now) {
+                match effect {
+                    Effect::SendPrepared { digest } => {
+                        prop_assert!(prepared.is_none(), "prepared twice");
+                        prepared = Some(digest);
+                    }
+                    Effect::Resume(_) => {
+                        prop_assert!(!resumed && prepared.is_some() && committed == prepared);
+                        resumed = true;
+                    }
+                    Effect::Discard => prop_assert!(!resumed, "discarded a guest that is ours"),
+                    Effect::Finish(outcome) => {
+                        ended += 1;
+                        prop_assert_eq!(resumed, !matches!(outcome, Outcome::Failed(_)));
+                    }
+                    _ => prop_assert_eq!(ended, 0),
+                }
+            }
+            prop_assert!(ended <= 1);
+            prop_assert_eq!(ended == 1, matches!(session.state, State::Over));
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The command line of `multifd-send`.
+
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use multifd_guest::{Fill, Pattern, Tracking};
+use multifd_sender::{Config, WhenNotConverging};
+use multifd_transport::Address;
+
+/// Move a running guest to another process or host, over many channels at once.
+///
+/// multifd-send starts the built-in guest (a small real KVM machine that keeps writing its memory; without /dev/kvm the same
+/// work is done by threads, and it says so), moves it to a multifd-receive while it runs, and prints what happened.
+#[derive(Debug, Parser)]
+#[command(name = "multifd-send", version, about, long_about, after_help = EXAMPLES)]
+pub struct Args {
+    /// Where multifd-receive listens: HOST:PORT, [IPV6]:PORT, or unix:/path
+    #[arg(long, value_name = "ADDRESS", required_unless_present = "loopback", conflicts_with = "loopback")]
+    pub connect: Option<Address>,
+
+    /// Start a multifd-receive on this host, and move the guest there
+    #[arg(long)]
+    pub loopback: bool,
+
+    /// Data channels, 1 to 256. About one per 10 Gb/s of link, and no more than cores, is a good number
+    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Migration")]
+    pub channels: u32,
+
+    /// Longest time that the guest may stand still (e.g. 300ms, 2s)
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = humantime::parse_duration, help_heading = "Migration")]
+    pub downtime_limit: Duration,
+
+    /// Cap on the bandwidth of all data channels together, in octets a second (e.g. 100M, 1.25G). Default: no cap
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Migration")]
+    pub bandwidth: Option<u64>,
+
+    /// Live rounds that may be spent before --if-not-converging decides
+    #[arg(long, value_name = "N", default_value_t = 30, help_heading = "Migration")]
+    pub max_rounds: u32,
+
+    /// When the guest writes faster than the link carries: give up (the guest runs on here), or switch over all the same
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = NotConverging::Fail, help_heading = "Migration")]
+    pub if_not_converging: NotConverging,
+
+    /// Body of a data frame (4K to 1M)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256K", help_heading = "Migration")]
+    pub body: u64,
+
+    /// Give a channel up when nothing moves on it for this long
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration, help_heading = "Migration")]
+    pub stall: Duration,
+
+    /// The guest's memory
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G", help_heading = "Guest")]
+    pub memory: u64,
+
+    /// The guest's virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Guest")]
+    pub vcpus: u32,
+
+    /// How much memory the guest dirties a second (4 KiB for each page written; 0: an idle guest)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "100M", help_heading = "Guest")]
+    pub dirty_rate: u64,
+
+    /// The part of memory that the guest writes
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256M", help_heading = "Guest")]
+    pub working_set: u64,
+
+    /// The order in which the guest writes its working set
+    #[arg(long, value_enum, default_value_t = WritePattern::Random, help_heading = "Guest")]
+    pub pattern: WritePattern,
+
+    /// How dirty pages are found
+    #[arg(long, value_enum, default_value_t = HowTracked::Auto, help_heading = "Guest")]
+    pub tracking: HowTracked,
+
+    /// Share of the memory outside the working set that is all zero, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 25, help_heading = "Guest")]
+    pub zero_percent: u8,
+
+    /// Seed of the guest's content and writes
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Guest")]
+    pub seed: u64,
+
+    /// Let the guest run this long before the migration begins
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = humantime::parse_duration, help_heading = "Guest")]
+    pub warm_up: Duration,
+
+    /// How the final report is printed: text for people, json for programs (one object on standard output, nothing else there)
+    #[arg(long, value_enum, default_value_t = ReportKind::Text, help_heading = "Output")]
+    pub report: ReportKind,
+
+    /// No progress display
+    #[arg(long, short, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  multifd-send --loopback                                  a demonstration on this host
+  multifd-receive --listen 0.0.0.0:4444                    on the destination, first
+  multifd-send --connect dest:4444 --channels 8            on the source
+  multifd-send --loopback --dirty-rate 2G --bandwidth 500M a guest that is too busy: see the advice in the error
+  multifd-send --loopback --report json | jq .downtime_ms
+
+Ctrl-C cancels the migration; the guest goes on running here. A second Ctrl-C ends the program, and the guest with it.
+
+Exit status: 0 migrated; 1 failed, the guest runs on at the source; 2 wrong usage; 3 cancelled, the guest runs on at the
+source; 4 outcome unknown: the commit was sent and nothing was heard since, the source's guest stays paused;
+5 migrated, but the guest's own check found an error.
+Log: RUST_LOG=info (or debug) writes to standard error.";
+
+/// See `--if-not-converging`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum NotConverging {
+    /// The guest runs on at the source; the error says what would help
+    Fail,
+    /// Switch over whatever the downtime
+    Switch,
+}
+
+/// See `--pattern`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum WritePattern {
+    /// Anywhere in the working set
+    Random,
+    /// One page after another
+    Sequential,
+}
+
+/// See `--tracking`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum HowTracked {
+    /// KVM's dirty ring if there is one, else its log; without KVM the threads of the process report
+    Auto,
+    /// KVM's dirty ring
+    Ring,
+    /// KVM's dirty log
+    Log,
+    /// No KVM: threads that write a plain mapping
+    Process,
+}
+
+/// See `--report`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReportKind {
+    /// For people
+    Text,
+    /// One JSON object on standard output
+    Json,
+}
+
+impl Args {
+    /// The migration's settings.
+    pub fn migration(&self) -> anyhow::Result<Config> {
+        let when = match self.if_not_converging {
+            NotConverging::Fail => WhenNotConverging::Fail,
+            NotConverging::Switch => WhenNotConverging::Switch,
+        };
+        Ok(Config::builder()
+            .channels(self.channels)
+            .downtime_limit(self.downtime_limit)
+            .bandwidth(self.bandwidth)
+            .max_rounds(self.max_rounds)
+            .when_not_converging(when)
+            .body_bytes(self.body)
+            .stall(self.stall)
+            .keep_alive(Duration::from_secs(1).min(self.stall / 4))
+            .build()?)
+    }
+
+    /// The guest's settings.
+    pub fn guest(&self) -> multifd_guest::Config {
+        multifd_guest::Config {
+            memory_bytes: self.memory,
+            vcpus: self.vcpus,
+            working_set_bytes: self.working_set,
+            dirty_rate_bytes_per_s: self.dirty_rate,
+            pattern: match self.pattern {
+                WritePattern::Random => Pattern::Random,
+                WritePattern::Sequential => Pattern::Sequential,
+            },
+            tracking: match self.tracking {
+                HowTracked::Auto => Tracking::Auto,
+                HowTracked::Ring => Tracking::Ring,
+                HowTracked::Log => Tracking::Log,
+                HowTracked::Process => Tracking::Process,
+            },
+            seed: self.seed,
+            fill: Fill { filled_percent: 100, zero_percent: self.zero_percent },
+        }
+    }
+}
+
+/// A number of octets; K, M, G and T are powers of 1024.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let binary = parse_size::Config::new().with_binary();
+    binary.parse_size(text).map_err(|e| format!("{e}: write for example 64M or 1.5G"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(parse_size("64M"), Ok(64 << 20));
+        assert_eq!(parse_size("1.5g"), Ok(3 << 29));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
+        assert!(parse_size("12X").unwrap_err().contains("write for example"));
+    }
+
+    #[test]
+    fn defaults_are_accepted_by_the_library() {
+        let args = Args::parse_from(["multifd-send", "--loopback"]);
+        args.migration().unwrap();
+        args.guest().validate().unwrap();
+    }
+}

@@ -1,0 +1,100 @@
+//! The progress display: a live line on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal as _;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use multifd_sender::Snapshot;
+use multifd_sender::forecast::Forecast;
+
+/// Shows snapshots as they come.
+pub struct Display {
+    bar: Option<ProgressBar>,
+    quiet: bool,
+    round: Option<u32>,
+    newest: Option<Snapshot>,
+    told: Instant,
+}
+
+impl Display {
+    pub fn new(quiet: bool) -> Self {
+        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+            if let Ok(style) = ProgressStyle::with_template("  {prefix} [{bar:30}] {msg}") {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar
+        });
+        Self { bar, quiet, round: None, newest: None, told: Instant::now() }
+    }
+
+    /// Takes note of how far it is.
+    pub fn show(&mut self, now: Snapshot) {
+        if self.round.is_some_and(|round| round != now.round)
+            && let Some(before) = self.newest
+        {
+            self.line(&round_line(&before, now.dirty_pages));
+        }
+        if now.octets_sent > 0 {
+            self.round = Some(now.round);
+        }
+        self.newest = Some(now);
+        if let Some(bar) = &self.bar {
+            bar.set_prefix(format!("round {}", now.round));
+            bar.set_length(now.memory_pages.max(1));
+            bar.set_position(now.memory_pages.saturating_sub(now.round_pages_left));
+            bar.set_message(message(&now));
+        } else if self.told.elapsed() > Duration::from_secs(2) {
+            self.told = Instant::now();
+            self.line(&format!("  round {}: {}", now.round, message(&now)));
+        }
+    }
+
+    /// The migration is over.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None if !self.quiet => eprintln!("{text}"),
+            None => {}
+        }
+    }
+}
+
+fn message(now: &Snapshot) -> String {
+    format!("{} left, {} sent, {}{}", mib(now.round_pages_left * 4096), mib(now.octets_sent), rate(now.bandwidth), outlook(now.forecast))
+}
+
+fn round_line(before: &Snapshot, dirty: u64) -> String {
+    format!("  round {}: sent {} in all, {}, then dirty {}", before.round, mib(before.octets_sent), rate(before.bandwidth), mib(dirty * 4096))
+}
+
+fn outlook(forecast: Option<Forecast>) -> String {
+    match forecast {
+        None => String::new(),
+        Some(Forecast::Converges { within, downtime, .. }) => {
+            format!(", switchover in {:.1} s, downtime {} ms", within.as_secs_f64(), downtime.as_millis())
+        }
+        Some(Forecast::Diverges { bandwidth_needed, throttle_percent, downtime }) => {
+            let ways = [
+                bandwidth_needed.map(|needed| format!("{}/s", mib(needed))),
+                throttle_percent.map(|percent| format!("{percent} % fewer writes")),
+                Some(format!("a downtime limit of {} ms", downtime.as_millis() + 1)),
+            ];
+            format!(", will not converge without {}", ways.into_iter().flatten().collect::<Vec<_>>().join(" or "))
+        }
+    }
+}
+
+fn mib(octets: u64) -> String {
+    format!("{:.0} MiB", octets as f64 / 1_048_576.0)
+}
+
+fn rate(octets_per_second: u64) -> String {
+    if octets_per_second == 0 { "measuring".into() } else { format!("{}/s", mib(octets_per_second)) }
+}

@@ -1,0 +1,622 @@
+//! The table of states and events, printed and compared with `table.txt`; what must hold of it; traces, bounds, random walks.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const MS: Duration = Duration::from_millis(1);
+const STALL: Duration = Duration::from_secs(10);
+const COMMIT_DEADLINE: Duration = Duration::from_secs(30);
+const DIGEST: u64 = 0xd1;
+const OTHER_DIGEST: u64 = 0xd2;
+
+fn config() -> Config {
+    Config::builder().build().unwrap()
+}
+
+fn failure() -> Event {
+    Event::Failed(Error::new(
+        Phase::Rounds,
+        Fault::Tracking("the ring overflowed".into()),
+    ))
+}
+
+/// A session at time zero that was led along the happy path by so many of its steps.
+fn after(steps: usize) -> Session {
+    let mut session = Session::new(config(), 1 << 20, Duration::ZERO);
+    for (event, at) in happy_path().into_iter().take(steps) {
+        let _ = session.handle(event, at);
+    }
+    session
+}
+
+/// What happens in a migration of an idle guest, and when.
+fn happy_path() -> Vec<(Event, Duration)> {
+    vec![
+        (Event::Granted, MS),
+        (Event::Ready, 2 * MS),
+        (
+            Event::Encoded {
+                octets: 64 << 20,
+                unacked_octets: 0,
+            },
+            66 * MS,
+        ),
+        (Event::Collected { pages: 10 }, 67 * MS),
+        (Event::Paused, 68 * MS),
+        (Event::Collected { pages: 12 }, 69 * MS),
+        (Event::Saved, 70 * MS),
+        (Event::Collected { pages: 0 }, 71 * MS),
+        (
+            Event::Encoded {
+                octets: 48 << 10,
+                unacked_octets: 0,
+            },
+            72 * MS,
+        ),
+        (Event::FinalSent { digest: DIGEST }, 73 * MS),
+        (
+            Event::Closed {
+                round: Round::new(1),
+                damaged: 0,
+            },
+            74 * MS,
+        ),
+        (Event::Prepared { digest: DIGEST }, 75 * MS),
+        (Event::Running, 76 * MS),
+    ]
+}
+
+const NOW: Duration = Duration::from_millis(80);
+
+/// Each state by name, with the steps of the happy path that lead to it.
+const STATES: [(&str, usize); 10] = [
+    ("set-up", 0),
+    ("set-up, granted", 1),
+    ("sending", 2),
+    ("deciding", 3),
+    ("pausing", 4),
+    ("collecting", 5),
+    ("last", 6),
+    ("last, final sent", 11),
+    ("committed", 12),
+    ("over", 13),
+];
+
+const EVENTS: [&str; 22] = [
+    "granted",
+    "ready",
+    "encoded",
+    "collected 0",
+    "collected 5",
+    "paused",
+    "saved",
+    "final sent",
+    "closed, whole",
+    "closed, damaged",
+    "closed, an older",
+    "lane lost, 0 pages",
+    "lane lost, 7 pages",
+    "prepared",
+    "prepared, other digest",
+    "running",
+    "round trip",
+    "cancel",
+    "failed",
+    "tick",
+    "tick, late",
+    "tick, later still",
+];
+
+fn event(name: &str) -> (Event, Duration) {
+    let event = match name {
+        "granted" => Event::Granted,
+        "ready" => Event::Ready,
+        "encoded" => Event::Encoded {
+            octets: 1 << 20,
+            unacked_octets: 0,
+        },
+        "collected 0" => Event::Collected { pages: 0 },
+        "collected 5" => Event::Collected { pages: 5 },
+        "paused" => Event::Paused,
+        "saved" => Event::Saved,
+        "final sent" => Event::FinalSent { digest: DIGEST },
+        "closed, whole" => Event::Closed {
+            round: Round::new(1),
+            damaged: 0,
+        },
+        "closed, damaged" => Event::Closed {
+            round: Round::new(1),
+            damaged: 3,
+        },
+        "closed, an older" => Event::Closed {
+            round: Round::new(0),
+            damaged: 3,
+        },
+        "lane lost, 0 pages" => Event::LaneLost { pages: 0 },
+        "lane lost, 7 pages" => Event::LaneLost { pages: 7 },
+        "prepared" => Event::Prepared { digest: DIGEST },
+        "prepared, other digest" => Event::Prepared {
+            digest: OTHER_DIGEST,
+        },
+        "running" => Event::Running,
+        "round trip" => Event::RoundTrip(MS),
+        "cancel" => Event::Cancel,
+        "failed" => failure(),
+        "tick" => Event::Tick,
+        "tick, late" => return (Event::Tick, STALL + NOW),
+        "tick, later still" => return (Event::Tick, COMMIT_DEADLINE * 10),
+        other => panic!("no event {other}"),
+    };
+    (event, NOW)
+}
+
+fn state_name(session: &Session) -> String {
+    match session.state {
+        State::Setup { granted: false } => "set-up".into(),
+        State::Setup { granted: true } => "set-up, granted".into(),
+        State::Sending { round, .. } => format!("sending {round}"),
+        State::Deciding { round, .. } => format!("deciding {round}"),
+        State::Pausing { round } => format!("pausing {round}"),
+        State::Collecting { round } => format!("collecting {round}"),
+        State::Last(last) => format!("last {}", last.round),
+        State::Committed { .. } => "committed".into(),
+        State::Over => "over".into(),
+    }
+}
+
+fn word(effect: &Effect) -> String {
+    match effect {
+        Effect::SendSetup => "send set-up".into(),
+        Effect::OpenRound { round, last: false } => format!("open {round}"),
+        Effect::OpenRound { round, last: true } => format!("open {round} (paused)"),
+        Effect::Collect { last: false } => "collect".into(),
+        Effect::Collect { last: true } => "collect (paused)".into(),
+        Effect::Forecast(_) => "forecast".into(),
+        Effect::Pause => "pause".into(),
+        Effect::AnnounceSwitchover { round } => format!("SWITCHOVER {round}"),
+        Effect::Save => "save".into(),
+        Effect::SendFinal { round } => format!("FINAL {round}"),
+        Effect::Commit => "COMMIT".into(),
+        Effect::Abort { reason, .. } => format!("ABORT {}", reason.as_u32()),
+        Effect::Reclaim { paused: false, .. } => "reclaim".into(),
+        Effect::Reclaim { paused: true, .. } => "reclaim and resume".into(),
+        Effect::Finish(outcome) => match outcome {
+            Outcome::Migrated => "finish: migrated".into(),
+            Outcome::Failed(error) => format!("finish: failed, {}", error.code()),
+            Outcome::Cancelled(_) => "finish: cancelled".into(),
+            Outcome::Unknown(error) => format!("finish: unknown, {}", error.code()),
+        },
+    }
+}
+
+/// What an event does in a state: its effects, where they lead, or nothing.
+fn cell(steps: usize, name: &str) -> String {
+    let mut session = after(steps);
+    let before = session.state;
+    let (event, at) = event(name);
+    let words: Vec<String> = session.handle(event, at).iter().map(word).collect();
+    let mut text = words.join("; ");
+    if session.state != before {
+        let arrow = format!("-> {}", state_name(&session));
+        text = if text.is_empty() {
+            arrow
+        } else {
+            format!("{text} {arrow}")
+        };
+    }
+    if text.is_empty() {
+        text.push_str("ignored");
+    }
+    text
+}
+
+/// The table: for each state the events, those with the same meaning on one line.
+fn table() -> String {
+    let mut out = String::new();
+    for (state, steps) in STATES {
+        out.push_str(&format!("{state}\n"));
+        let mut same: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        let mut order = Vec::new();
+        for name in EVENTS {
+            let meaning = cell(steps, name);
+            if !same.contains_key(&meaning) {
+                order.push(meaning.clone());
+            }
+            same.entry(meaning).or_default().push(name);
+        }
+        for meaning in order {
+            out.push_str(&format!("    {}\n        {meaning}\n", same[&meaning].join(" | ")));
+        }
+    }
+    out
+}
+
+#[test]
+#[allow(clippy::print_stdout)] // To be read: this is the machine.
+fn the_table_of_states_and_events() {
+    let table = table();
+    println!("{table}");
+    assert_eq!(
+        table,
+        include_str!("table.txt"),
+        "table.txt is what was agreed on; if the machine was changed on purpose, it changes in the same commit"
+    );
+}
+
+/// Every state with every event, and what came of it.
+fn each_cell(mut check: impl FnMut(&str, &str, &Session, &[Effect])) {
+    for (state, steps) in STATES {
+        for name in EVENTS {
+            let mut session = after(steps);
+            let (event, at) = event(name);
+            let effects = session.handle(event, at);
+            check(state, name, &session, &effects);
+        }
+    }
+}
+
+fn count(effects: &[Effect], wanted: impl Fn(&Effect) -> bool) -> usize {
+    effects.iter().filter(|effect| wanted(effect)).count()
+}
+
+fn finishes(effects: &[Effect]) -> usize {
+    count(effects, |e| matches!(e, Effect::Finish(_)))
+}
+
+fn reclaims(effects: &[Effect]) -> usize {
+    count(effects, |e| matches!(e, Effect::Reclaim { .. }))
+}
+
+#[test]
+fn the_guest_is_never_reclaimed_once_committed() {
+    each_cell(|state, event, _, effects| {
+        if ["committed", "over"].contains(&state) {
+            assert_eq!(reclaims(effects), 0, "{state} × {event}");
+        }
+    });
+}
+
+#[test]
+fn the_commit_is_made_only_on_prepared_with_the_digest_of_final() {
+    each_cell(|state, event, _, effects| {
+        let commits = count(effects, |e| matches!(e, Effect::Commit));
+        let due = (state, event) == ("last, final sent", "prepared");
+        assert_eq!(commits, usize::from(due), "{state} × {event}");
+    });
+}
+
+#[test]
+fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
+    for (state, steps) in STATES {
+        let mut session = after(steps);
+        let deadline = session.next_deadline();
+        assert!(deadline <= COMMIT_DEADLINE.max(STALL) + NOW, "{state}: {deadline:?}");
+        assert!(session.handle(Event::Tick, deadline - MS).is_empty(), "{state}: too early");
+        let effects = session.handle(Event::Tick, deadline);
+        assert_eq!(finishes(&effects), usize::from(state != "over"), "{state}");
+    }
+}
+
+#[test]
+fn silence_ends_every_state_and_a_sign_of_life_puts_that_off() {
+    for (state, steps) in STATES.iter().filter(|(state, _)| *state != "over") {
+        let mut session = after(*steps);
+        session.heard(NOW);
+        assert!(session.handle(Event::Tick, STALL).is_empty(), "{state}");
+        let effects = session.handle(Event::Tick, STALL + NOW);
+        assert_eq!(finishes(&effects), 1, "{state}");
+    }
+}
+
+#[test]
+fn a_peer_that_only_says_that_it_lives_holds_a_paused_guest_no_longer_than_the_commit_deadline() {
+    for (state, steps) in STATES {
+        if !["pausing", "collecting", "last", "last, final sent", "committed"].contains(&state) {
+            continue;
+        }
+        let mut session = after(steps);
+        let mut now = NOW;
+        let mut ended = 0;
+        while ended == 0 {
+            now += STALL / 2;
+            session.heard(now);
+            ended = finishes(&session.handle(Event::Tick, now));
+            assert!(now < COMMIT_DEADLINE + 2 * STALL, "{state}");
+        }
+    }
+}
+
+#[test]
+fn whatever_ends_it_ends_it_once_and_for_good() {
+    each_cell(|state, event, session, effects| {
+        assert!(finishes(effects) <= 1, "{state} × {event}");
+        let over = matches!(session.state, State::Over);
+        assert_eq!(finishes(effects) == 1, over && state != "over", "{state} × {event}");
+        // Before the commit the end always gives the guest back, and says so before anything that may take time.
+        if finishes(effects) == 1 && state != "committed" {
+            assert!(matches!(effects[0], Effect::Reclaim { .. }), "{state} × {event}");
+        }
+    });
+    for (state, steps) in STATES {
+        for how in ["cancel", "failed"] {
+            let mut session = after(steps);
+            let (first, at) = event(how);
+            let effects = session.handle(first, at);
+            let (expected, reclaimed) = match (state, how) {
+                ("over", _) | ("committed", "cancel") => (0, 0),
+                ("committed", _) => (1, 0),
+                _ => (1, 1),
+            };
+            assert_eq!(finishes(&effects), expected, "{state} × {how}");
+            assert_eq!(reclaims(&effects), reclaimed, "{state} × {how}");
+            if expected == 1 {
+                for name in EVENTS {
+                    let (later, at) = event(name);
+                    assert!(session.handle(later, at).is_empty(), "{state} × {how}, then {name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_paused_guest_is_resumed_and_a_running_one_is_left_alone() {
+    for (state, steps) in STATES {
+        let mut session = after(steps);
+        for effect in session.handle(failure(), NOW) {
+            if let Effect::Reclaim { paused, .. } = effect {
+                let was_paused = ["pausing", "collecting", "last", "last, final sent"].contains(&state);
+                assert_eq!(paused, was_paused, "{state}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_peer_is_told_the_reason_phase_and_channel_unless_it_said_so_itself() {
+    let mut session = after(2);
+    let error = Error::new(Phase::Rounds, Fault::Cancelled).at(ChannelRef::Control);
+    let told = session.handle(Event::Failed(error), NOW);
+    assert!(told.iter().any(|effect| matches!(
+        effect,
+        Effect::Abort {
+            reason: Reason::Cancelled,
+            phase: Phase::Rounds,
+            channel: ChannelRef::Control,
+            ..
+        }
+    )));
+    let mut session = after(2);
+    let abort = Fault::PeerAborted {
+        reason: Reason::VmmRefused,
+        text: "no".into(),
+    };
+    let told = session.handle(Event::Failed(Error::new(Phase::Rounds, abort)), NOW);
+    assert_eq!(count(&told, |e| matches!(e, Effect::Abort { .. })), 0);
+}
+
+#[test]
+fn an_idle_guest_takes_one_live_round_and_one_paused() {
+    let mut session = Session::new(config(), 1 << 20, Duration::ZERO);
+    let trace: Vec<String> = happy_path()
+        .into_iter()
+        .flat_map(|(event, at)| session.handle(event, at))
+        .map(|effect| word(&effect))
+        .collect();
+    assert_eq!(
+        trace,
+        [
+            "send set-up",
+            "open 0",
+            "collect",
+            "forecast",
+            "pause",
+            "collect (paused)",
+            "SWITCHOVER 1",
+            "open 1 (paused)",
+            "save",
+            "collect (paused)",
+            "FINAL 1",
+            "COMMIT",
+            "finish: migrated",
+        ]
+    );
+}
+
+#[test]
+fn pages_written_by_the_save_are_sent_in_a_further_round() {
+    let mut session = after(7);
+    assert!(session.handle(Event::Collected { pages: 2 }, NOW).is_empty());
+    let words: Vec<String> = session
+        .handle(
+            Event::Encoded {
+                octets: 1,
+                unacked_octets: 0,
+            },
+            NOW,
+        )
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(words, ["SWITCHOVER 2", "open 2 (paused)"]);
+}
+
+#[test]
+fn news_of_rounds_that_are_over_changes_nothing() {
+    let mut session = after(11);
+    let (old, at) = event("closed, an older");
+    assert!(session.handle(old, at).is_empty());
+    let (prepared, at) = event("prepared");
+    assert!(matches!(session.handle(prepared, at)[..], [Effect::Commit]));
+}
+
+#[test]
+fn prepared_that_crosses_a_further_round_still_commits() {
+    // The destination had everything: the lane died after that (SPEC: PREP-2).
+    let mut session = after(11);
+    let effects = session.handle(Event::LaneLost { pages: 7 }, NOW);
+    assert_eq!(effects.len(), 2, "a further round: {effects:?}");
+    let (prepared, at) = event("prepared");
+    assert!(matches!(session.handle(prepared, at)[..], [Effect::Commit]));
+}
+
+/// One repair: the last round turns out damaged.
+fn damage(session: &mut Session, round: u32) -> Vec<Effect> {
+    let _ = session.handle(
+        Event::Encoded {
+            octets: 1,
+            unacked_octets: 0,
+        },
+        NOW,
+    );
+    let _ = session.handle(Event::FinalSent { digest: DIGEST }, NOW);
+    session.handle(
+        Event::Closed {
+            round: Round::new(round),
+            damaged: 1,
+        },
+        NOW,
+    )
+}
+
+#[test]
+fn repairs_as_often_as_allowed_and_not_once_more() {
+    let mut session = after(8);
+    for repair in 1..=REPAIR_ROUNDS_MAX {
+        let words: Vec<String> = damage(&mut session, repair).iter().map(word).collect();
+        let next = repair + 1;
+        assert_eq!(
+            words,
+            [format!("SWITCHOVER {next}"), format!("open {next} (paused)")]
+        );
+    }
+    let effects = damage(&mut session, REPAIR_ROUNDS_MAX + 1);
+    let words: Vec<String> = effects.iter().map(word).collect();
+    assert_eq!(
+        words,
+        [
+            "reclaim and resume",
+            "ABORT 20",
+            "finish: failed, sender.unrepairable"
+        ]
+    );
+}
+
+/// Rounds of a guest that writes faster than the link is, until the machine does something else than another round.
+fn hopeless(choice: WhenNotConverging, rounds_max: u32) -> (u32, Vec<String>) {
+    let config = Config::builder()
+        .max_rounds(rounds_max)
+        .when_not_converging(choice)
+        .build()
+        .unwrap();
+    let mut session = Session::new(config, 1 << 20, Duration::ZERO);
+    let _ = session.handle(Event::Granted, Duration::ZERO);
+    let _ = session.handle(Event::Ready, Duration::ZERO);
+    let mut now = Duration::ZERO;
+    for round in 1.. {
+        now += Duration::from_secs(4);
+        session.heard(now);
+        let encoded = Event::Encoded {
+            octets: 1 << 32,
+            unacked_octets: 0,
+        };
+        let _ = session.handle(encoded, now);
+        let words: Vec<String> = session
+            .handle(Event::Collected { pages: 1 << 20 }, now)
+            .iter()
+            .map(word)
+            .filter(|word| word != "forecast")
+            .collect();
+        if words != [format!("open {round}")] {
+            return (round, words);
+        }
+    }
+    unreachable!("rounds are bounded")
+}
+
+#[test]
+fn rounds_end_at_their_bound_as_the_user_chose() {
+    for rounds_max in [1, 2, 7] {
+        let (rounds, words) = hopeless(WhenNotConverging::Fail, rounds_max);
+        assert_eq!(rounds, rounds_max);
+        assert_eq!(
+            words,
+            ["reclaim", "ABORT 21", "finish: failed, sender.not-converging"]
+        );
+        let (rounds, words) = hopeless(WhenNotConverging::Switch, rounds_max);
+        assert_eq!((rounds, words), (rounds_max, vec!["pause".to_owned()]));
+    }
+}
+
+/// The event that the driver would give next in this state, if all goes well.
+fn expected(session: &Session) -> Event {
+    match session.state {
+        State::Setup { granted: false } => Event::Granted,
+        State::Setup { granted: true } => Event::Ready,
+        State::Sending { .. } => Event::Encoded {
+            octets: 64 << 20,
+            unacked_octets: 0,
+        },
+        State::Deciding { .. } => Event::Collected { pages: 3 },
+        State::Pausing { .. } => Event::Paused,
+        State::Collecting { .. } => Event::Collected { pages: 3 },
+        State::Last(last) if !last.saved => Event::Saved,
+        State::Last(last) if !last.collected => Event::Collected { pages: 0 },
+        State::Last(last) if !last.encoded => Event::Encoded {
+            octets: 1,
+            unacked_octets: 0,
+        },
+        State::Last(last) if !last.final_sent => Event::FinalSent { digest: DIGEST },
+        State::Last(_) => Event::Prepared { digest: DIGEST },
+        State::Committed { .. } | State::Over => Event::Running,
+    }
+}
+
+proptest! {
+    /// Whatever happens in whatever order: no panic, one end, no commit without the digest of FINAL, and no way back from it.
+    #[test]
+    fn no_order_of_events_makes_two_owners(
+        walk in proptest::collection::vec((any::<bool>(), 0..EVENTS.len(), 0u64..3000), 1..80),
+    ) {
+        let mut session = Session::new(config(), 1 << 20, Duration::ZERO);
+        let (mut now, mut final_digest, mut committed, mut ended) = (Duration::ZERO, None, false, 0);
+        for (well, index, pause_ms) in walk {
+            now += MS * u32::try_from(pause_ms / 10).unwrap();
+            session.heard(now);
+            let event = if well { expected(&session) } else { event(EVENTS[index]).0 };
+            let prepared = match &event {
+                Event::FinalSent { digest } if matches!(session.state, State::Last(_)) => {
+                    final_digest = Some(*digest);
+                    None
+                }
+                Event::Prepared { digest } => Some(*digest),
+                _ => None,
+            };
+            for effect in session.handle(event, now) {
+                match effect {
+                    Effect::Commit => {
+                        prop_assert!(!committed, "committed twice");
+                        prop_assert!(prepared.is_some() && prepared == final_digest);
+                        committed = true;
+                    }
+                    Effect::Reclaim { .. } => prop_assert!(!committed, "reclaimed after the commit"),
+                    Effect::Abort { .. } => prop_assert!(!committed, "an ABORT after the commit"),
+                    Effect::Finish(outcome) => {
+                        ended += 1;
+                        let fits = match outcome {
+                            Outcome::Migrated | Outcome::Unknown(_) => committed,
+                            Outcome::Failed(_) | Outcome::Cancelled(_) => !committed,
+                        };
+                        prop_assert!(fits);
+                    }
+                    _ => prop_assert_eq!(ended, 0),
+                }
+            }
+            prop_assert!(ended <= 1);
+            prop_assert_eq!(ended == 1, matches!(session.state, State::Over));
+        }
+    }
+}
