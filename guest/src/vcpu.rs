@@ -105,7 +105,7 @@ impl Vcpu {
                     beat.report_low(low);
                     crew.gate.wait_until(pace.batch_ended(Instant::now()));
                 }
-                Exit::RingFull => { let _ = ring_full; }
+                Exit::RingFull => ring_full.harvest(self.index)?,
                 Exit::Unexpected(what) => return Err(locate(&descriptor, &what)),
             }
         }
