@@ -288,9 +288,7 @@ impl Session {
             (State::Rounds, Event::Closed { digest, damaged }) if self.closing => {
                 self.closed(digest, damaged, now)
             }
-            (State::Rounds | State::Fenced { .. }, Event::Switchover { round })
-                if follows =>
-            {
+            (State::Rounds | State::Fenced { .. }, Event::Switchover { round }) if follows => {
                 self.paused_from.get_or_insert(round);
                 self.switchover = Some(round);
                 self.verdict = None;
@@ -467,7 +465,10 @@ impl Session {
             return self.fail(Error::new(
                 self.phase(),
                 Fault::OutOfTurn {
-                    what: format!("an end mark of round {} that contradicts SWITCHOVER", self.round),
+                    what: format!(
+                        "an end mark of round {} that contradicts SWITCHOVER",
+                        self.round
+                    ),
                 },
             ));
         }
@@ -520,7 +521,7 @@ impl Session {
         }
         if damaged > 0 || self.lane_lost {
             // The source knows from ROUND_CLOSED, or from our LANE_DOWN, and begins a further round (SPEC: FINAL-4).
-            *short_since = Some(now);
+            short_since.get_or_insert(now);
             return Vec::new();
         }
         let fault = Fault::DigestMismatch {

@@ -135,11 +135,25 @@ impl Fault {
         outlook: Option<Forecast>,
     ) -> Self {
         let advice = match outlook {
-            Some(Forecast::Diverges { bandwidth_needed, throttle_percent, downtime }) => {
-                let bandwidth = bandwidth_needed.map(|needed| format!("{} MiB/s would make it converge, or ", needed.div_ceil(1 << 20)));
-                let throttle = throttle_percent.map(|percent| format!("holding back {percent} % of the guest's writes, or "));
-                let (bandwidth, throttle) = (bandwidth.unwrap_or_default(), throttle.unwrap_or_default());
-                format!("{bandwidth}{throttle}a limit of {} ms", downtime.as_millis() + 1)
+            Some(Forecast::Diverges {
+                bandwidth_needed,
+                throttle_percent,
+                downtime,
+            }) => {
+                let bandwidth = bandwidth_needed.map(|needed| {
+                    format!(
+                        "{} MiB/s would make it converge, or ",
+                        needed.div_ceil(1 << 20)
+                    )
+                });
+                let throttle = throttle_percent
+                    .map(|percent| format!("holding back {percent} % of the guest's writes, or "));
+                let (bandwidth, throttle) =
+                    (bandwidth.unwrap_or_default(), throttle.unwrap_or_default());
+                format!(
+                    "{bandwidth}{throttle}a limit of {} ms",
+                    downtime.as_millis() + 1
+                )
             }
             Some(Forecast::Converges { rounds, within, .. }) => {
                 format!(

@@ -261,7 +261,8 @@ mod tests {
             };
             let conditions = Conditions {
                 bandwidth: mib_s * MIB,
-                in_flight: 0.0, fixed: Duration::from_millis(5),
+                in_flight: 0.0,
+                fixed: Duration::from_millis(5),
                 limit,
             };
             let got = forecast(&writer, 262_144, &conditions);
@@ -281,7 +282,8 @@ mod tests {
         };
         let conditions = Conditions {
             bandwidth: 500.0 * MIB,
-            in_flight: 0.0, fixed: Duration::from_millis(5),
+            in_flight: 0.0,
+            fixed: Duration::from_millis(5),
             limit: Duration::from_millis(300),
         };
         let Forecast::Diverges {
@@ -293,7 +295,8 @@ mod tests {
             panic!("must diverge")
         };
         assert!(downtime > conditions.limit);
-        let (bandwidth_needed, throttle_percent) = (bandwidth_needed.unwrap(), throttle_percent.unwrap());
+        let (bandwidth_needed, throttle_percent) =
+            (bandwidth_needed.unwrap(), throttle_percent.unwrap());
         let at = |share: f64| {
             forecast(
                 &writer,
@@ -326,10 +329,28 @@ mod tests {
 
     #[test]
     fn when_the_fixed_part_is_over_the_limit_it_says_that_no_bandwidth_helps() {
-        let writer = Writer { writes_per_second: 1000.0, set_pages: 1e6 };
-        let conditions = Conditions { bandwidth: 500.0 * MIB, in_flight: 0.0, fixed: Duration::from_millis(400), limit: Duration::from_millis(300) };
+        let writer = Writer {
+            writes_per_second: 1000.0,
+            set_pages: 1e6,
+        };
+        let conditions = Conditions {
+            bandwidth: 500.0 * MIB,
+            in_flight: 0.0,
+            fixed: Duration::from_millis(400),
+            limit: Duration::from_millis(300),
+        };
         let got = forecast(&writer, 262_144, &conditions);
-        assert!(matches!(got, Forecast::Diverges { bandwidth_needed: None, throttle_percent: None, .. }), "{got:?}");
+        assert!(
+            matches!(
+                got,
+                Forecast::Diverges {
+                    bandwidth_needed: None,
+                    throttle_percent: None,
+                    ..
+                }
+            ),
+            "{got:?}"
+        );
     }
 
     #[test]
@@ -340,7 +361,8 @@ mod tests {
         };
         let conditions = Conditions {
             bandwidth: 1000.0 * MIB,
-            in_flight: 0.0, fixed: Duration::ZERO,
+            in_flight: 0.0,
+            fixed: Duration::ZERO,
             limit: Duration::from_millis(20),
         };
         // 1 GiB at 1000 MiB/s and 100 MiB/s dirtied: 1.024 s, 0.102 s, then 10 ms would be left.

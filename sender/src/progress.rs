@@ -67,8 +67,10 @@ impl Counters {
                 bandwidth_needed,
                 throttle_percent,
             } => {
-                self.forecast_bandwidth.store(bandwidth_needed.unwrap_or(0), Relaxed);
-                self.forecast_throttle.store(throttle_percent.map_or(0, u32::from), Relaxed);
+                self.forecast_bandwidth
+                    .store(bandwidth_needed.unwrap_or(0), Relaxed);
+                self.forecast_throttle
+                    .store(throttle_percent.map_or(0, u32::from), Relaxed);
                 (2, downtime)
             }
         };
@@ -103,8 +105,11 @@ impl Counters {
                 }),
                 2 => Some(Forecast::Diverges {
                     downtime,
-                    bandwidth_needed: Some(self.forecast_bandwidth.load(Relaxed)).filter(|needed| *needed > 0),
-                    throttle_percent: u8::try_from(self.forecast_throttle.load(Relaxed)).ok().filter(|percent| *percent > 0),
+                    bandwidth_needed: Some(self.forecast_bandwidth.load(Relaxed))
+                        .filter(|needed| *needed > 0),
+                    throttle_percent: u8::try_from(self.forecast_throttle.load(Relaxed))
+                        .ok()
+                        .filter(|percent| *percent > 0),
                 }),
                 _ => None,
             },

@@ -57,7 +57,8 @@ pub struct Report {
     pub content_bytes: u64,
     /// Pages that came back into the dirty set: damaged on the way or lost with a channel.
     pub pages_given_back: u64,
-    /// Guest memory moved, zero pages included, per second from the first round to the last.
+    /// Guest memory moved, zero pages included, per second from the first round's begin until the last
+    /// one was closed at the destination.
     pub goodput_mib_s: f64,
     /// CPU seconds of this side's migration threads.
     pub cpu_sender_s: f64,
@@ -158,6 +159,7 @@ pub(crate) struct Timeline {
     began: Option<Instant>,
     rounds_began: Option<Duration>,
     rounds_ended: Option<Duration>,
+    last_closed: Option<Duration>,
     pausing: Option<Instant>,
     paused: Option<Instant>,
     saved: Option<Instant>,
@@ -222,7 +224,8 @@ impl Timeline {
         }
     }
 
-    pub(crate) fn round_closed(&mut self, closed: &RoundClosed) {
+    pub(crate) fn round_closed(&mut self, closed: &RoundClosed, now: Duration) {
+        self.last_closed = Some(now);
         tracing::debug!(round = %closed.round, pages = closed.pages, zero_pages = closed.zero_pages, damaged = closed.damaged_pages, "round closed");
     }
 
@@ -307,7 +310,8 @@ impl Report {
         let total = timeline.began.map_or(Duration::ZERO, |began| ended - began);
         let moved = (end.pages_sent + end.zero_pages_sent) * PAGE_BYTES_U64;
         let moving = timeline
-            .rounds_ended
+            .last_closed
+            .max(timeline.rounds_ended)
             .zip(timeline.rounds_began)
             .map_or(Duration::ZERO, |(b, a)| b.saturating_sub(a));
         Self {

@@ -620,13 +620,12 @@ impl Session {
             proof: Reclaimed::new(),
         };
         // An ABORT is not answered (SPEC: ABORT-2).
-        let abort =
-            (!matches!(error.fault(), Fault::PeerAborted { .. })).then(|| Effect::Abort {
-                reason: error.reason(),
-                phase: error.phase(),
-                channel: error.channel(),
-                text: error.fault().to_string(),
-            });
+        let abort = (!matches!(error.fault(), Fault::PeerAborted { .. })).then(|| Effect::Abort {
+            reason: error.reason(),
+            phase: error.phase(),
+            channel: error.channel(),
+            text: error.fault().to_string(),
+        });
         let outcome = if matches!(error.fault(), Fault::Cancelled) {
             Outcome::Cancelled(error)
         } else {

@@ -2,4 +2,10 @@
 //! runs in one process, over any kind of channel, without KVM.
 #![forbid(unsafe_code)]
 
+pub mod bounded;
+pub mod cutting;
+pub mod fake_destination;
+pub mod fake_source;
 pub mod model;
+pub mod peer;
+pub mod programs;

@@ -50,7 +50,7 @@ impl Random {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -59,7 +59,7 @@ impl Random {
 
     /// A number below `bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
+        self.next_u64() % bound.max(1)
     }
 }
 
@@ -75,7 +75,7 @@ pub fn fill(memory: &GuestMemory, seed: u64, zero_every: u64) {
                 continue;
             }
             for word in page.chunks_exact_mut(8) {
-                word.copy_from_slice(&random.next().to_le_bytes());
+                word.copy_from_slice(&random.next_u64().to_le_bytes());
             }
             memory
                 .span(region, index * PAGE_BYTES_U64, PAGE_BYTES_U64)
@@ -151,7 +151,7 @@ impl Engine {
                 if random.below(8) == 0 {
                     span(page * PAGE_BYTES_U64, PAGE_BYTES_U64).fill_zero();
                 } else {
-                    span(offset, 8).copy_from(&random.next().to_le_bytes());
+                    span(offset, 8).copy_from(&random.next_u64().to_le_bytes());
                 }
                 self.writes.fetch_add(1, Ordering::Relaxed);
                 if let Some(set) = &set {
@@ -315,7 +315,7 @@ impl Source for ModelSource {
     }
 
     fn figures(&self) -> Figures {
-        self.figures.clone()
+        self.figures
     }
 }
 

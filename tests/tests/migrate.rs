@@ -110,14 +110,6 @@ fn an_idle_guest_moves_over_tcp() {
         "127.0.0.1:0",
     );
     assert_migrated(&done);
-    println!(
-        "{}",
-        serde_json::to_string_pretty(&done.sent.report).unwrap()
-    );
-    println!(
-        "{}",
-        serde_json::to_string_pretty(&done.received.report).unwrap()
-    );
 }
 
 #[test]

@@ -52,12 +52,6 @@ pub(crate) const fn io_write(kind: u8, index: u8, bytes: usize) -> u32 {
     1 << 30 | (bytes as u32) << 16 | io_none(kind, index)
 }
 
-/// `_IOR(kind, index, bytes)`: the kernel writes the structure. A few of the kernel's own requests are named `_IOR`
-/// although the kernel reads.
-pub(crate) const fn io_read(kind: u8, index: u8, bytes: usize) -> u32 {
-    2 << 30 | (bytes as u32) << 16 | io_none(kind, index)
-}
-
 /// `_IOWR(kind, index, bytes)`: the kernel reads and writes the structure.
 pub(crate) const fn io_both(kind: u8, index: u8, bytes: usize) -> u32 {
     3 << 30 | (bytes as u32) << 16 | io_none(kind, index)

@@ -105,8 +105,10 @@ impl Memory {
 
     /// Copies a run of pages into `copy`.
     fn copy(&self, run: Run, copy: &mut [u64]) {
-        for word in run.first as usize * PAGE / 8..(run.first + run.count) as usize * PAGE / 8 {
-            copy[word] = self.read(word * 8);
+        let first = run.first as usize * PAGE / 8;
+        let words = run.count as usize * PAGE / 8;
+        for (at, word) in copy[first..first + words].iter_mut().enumerate() {
+            *word = self.read((first + at) * 8);
         }
     }
 }

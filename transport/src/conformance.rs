@@ -67,6 +67,7 @@ checks! {
     time::deadline_in_a_body_says_how_much_landed,
     time::deadline_ends_a_send_to_a_stalled_reader,
     time::deadline_that_passed_is_one_try,
+    time::near_limits_are_kept_closely,
     time::far_deadline_does_not_fire_early,
     time::stall_ends_a_receive_and_a_send,
     time::stall_spares_a_peer_that_is_slow,
@@ -133,6 +134,7 @@ macro_rules! conformance_tests {
             deadline_in_a_body_says_how_much_landed
             deadline_ends_a_send_to_a_stalled_reader
             deadline_that_passed_is_one_try
+            near_limits_are_kept_closely
             far_deadline_does_not_fire_early
             stall_ends_a_receive_and_a_send
             stall_spares_a_peer_that_is_slow

@@ -83,6 +83,16 @@ pub enum SpanError {
         /// The region's size.
         region_bytes: u64,
     },
+    /// The part does not lie inside the span it was asked of.
+    #[error("{bytes} octets at offset {offset} do not lie inside a span of {span_bytes} octets")]
+    OutsideSpan {
+        /// The offset asked for.
+        offset: usize,
+        /// The length asked for.
+        bytes: usize,
+        /// The span's size.
+        span_bytes: usize,
+    },
 }
 
 impl GuestMemory {
@@ -126,6 +136,7 @@ impl GuestMemory {
                         guest_address: region.start_addr().raw_value(),
                         bytes: region.len(),
                     },
+                    // A mapping is never at address zero, so no region is left out.
                     base: NonNull::new(region.as_ptr())?,
                     owner: Arc::clone(&memory) as Arc<dyn Any + Send + Sync>,
                 })

@@ -35,7 +35,7 @@ use crate::vmm::Vmm;
 const NOTES_MAX: usize = 64;
 
 /// Connections that may be saying hello at the same time: every lane of a large migration at once, and some strangers.
-const GREETERS_MAX: usize = multifd_wire::limits::LANES_MAX as usize + 64;
+const GREETERS_MAX: usize = multifd_wire::limits::LANES_MAX + 64;
 
 /// Everything that a reception works on.
 pub struct Parts {

@@ -114,12 +114,32 @@ fn states() -> Vec<(&'static str, Vec<Event>)> {
         ("rounds, lane 0 at the fence", path(5)),
         ("rounds, closing", path(6)),
         ("rounds, paused", path(8)),
-        ("rounds, paused, FINAL early", with(8, vec![final_of(1, DIGEST)])),
+        (
+            "rounds, paused, FINAL early",
+            with(8, vec![final_of(1, DIGEST)]),
+        ),
         ("rounds, paused, closing", path(10)),
         ("fenced", path(11)),
-        ("fenced before SWITCHOVER", with(7, vec![arrived(0, 1, true), arrived(1, 1, true), closed(0)])),
-        ("fenced, damaged, FINAL", with(10, vec![closed(3), final_of(1, DIGEST)])),
-        ("fenced, lane lost, FINAL differs", with(8, vec![arrived(0, 1, true), ended(1), closed(0), final_of(1, OTHER_DIGEST)])),
+        (
+            "fenced before SWITCHOVER",
+            with(7, vec![arrived(0, 1, true), arrived(1, 1, true), closed(0)]),
+        ),
+        (
+            "fenced, damaged, FINAL",
+            with(10, vec![closed(3), final_of(1, DIGEST)]),
+        ),
+        (
+            "fenced, lane lost, FINAL differs",
+            with(
+                8,
+                vec![
+                    arrived(0, 1, true),
+                    ended(1),
+                    closed(0),
+                    final_of(1, OTHER_DIGEST),
+                ],
+            ),
+        ),
         ("loading", path(12)),
         ("prepared", path(13)),
         ("owning", path(14)),
@@ -154,22 +174,35 @@ fn events() -> Vec<(&'static str, Event, Duration)> {
         ("FINAL 2", final_of(2, DIGEST)),
         ("loaded", Event::Loaded),
         ("COMMIT", Event::Commit { digest: DIGEST }),
-        ("COMMIT, other digest", Event::Commit { digest: OTHER_DIGEST }),
+        (
+            "COMMIT, other digest",
+            Event::Commit {
+                digest: OTHER_DIGEST,
+            },
+        ),
         ("resumed", Event::Resumed),
         ("failed, channel", Event::Failed(lost_channel())),
         ("failed, VMM", Event::Failed(vmm_failure())),
         ("tick", Event::Tick),
     ];
     let now = at_once.into_iter().map(|(name, event)| (name, event, NOW));
-    now.chain([("tick, late", Event::Tick, STALL + NOW)]).collect()
+    now.chain([("tick, late", Event::Tick, STALL + NOW)])
+        .collect()
 }
 
 fn state_name(session: &Session) -> String {
     match &session.state {
-        State::Setup(setup) => format!("set-up ({:?} lanes, machine {})", setup.lanes, setup.machine),
+        State::Setup(setup) => format!(
+            "set-up ({:?} lanes, machine {})",
+            setup.lanes, setup.machine
+        ),
         State::Rounds if session.closing => format!("round {}, closing", session.round),
         State::Rounds => format!("round {}", session.round),
-        State::Fenced { round, short_since: None, .. } => format!("fenced {round}"),
+        State::Fenced {
+            round,
+            short_since: None,
+            ..
+        } => format!("fenced {round}"),
         State::Fenced { round, .. } => format!("fenced {round}, pages missing"),
         State::Loading { .. } => "loading".into(),
         State::Prepared(_) => "prepared".into(),
@@ -221,7 +254,10 @@ fn table() -> String {
             same.entry(text).or_default().push(name);
         }
         for text in order {
-            out.push_str(&format!("    {}\n        {text}\n", same[&text].join(" | ")));
+            out.push_str(&format!(
+                "    {}\n        {text}\n",
+                same[&text].join(" | ")
+            ));
         }
     }
     out
@@ -276,11 +312,15 @@ fn the_guest_runs_only_on_a_commit_with_the_prepared_digest() {
 fn prepared_is_said_only_when_the_state_was_loaded_on_equal_digests() {
     each_cell(|state, event, _, effects| {
         let said = count(effects, |e| matches!(e, Effect::SendPrepared { .. }));
-        assert_eq!(said == 1, (state, event) == ("loading", "loaded"), "{state} × {event}");
+        assert_eq!(
+            said == 1,
+            (state, event) == ("loading", "loaded"),
+            "{state} × {event}"
+        );
         if count(effects, |e| matches!(e, Effect::Load { .. })) == 1 {
             let due = matches!(
                 (state, event),
-                ("fenced", "FINAL 1") | ("rounds, paused, FINAL early", _) | ("rounds, paused, closing", _)
+                ("fenced" | "fenced, lane lost, FINAL differs", "FINAL 1")
             );
             assert!(due, "{state} × {event}");
         }
@@ -291,7 +331,11 @@ fn prepared_is_said_only_when_the_state_was_loaded_on_equal_digests() {
 fn a_guest_that_is_ours_is_never_discarded() {
     each_cell(|state, event, _, effects| {
         if ["owning", "over"].contains(&state) {
-            assert_eq!(count(effects, |e| matches!(e, Effect::Discard)), 0, "{state} × {event}");
+            assert_eq!(
+                count(effects, |e| matches!(e, Effect::Discard)),
+                0,
+                "{state} × {event}"
+            );
         }
     });
 }
@@ -300,9 +344,17 @@ fn a_guest_that_is_ours_is_never_discarded() {
 fn every_failure_before_the_commit_discards_the_machine_and_finishes_once() {
     each_cell(|state, event, session, effects| {
         let over = matches!(session.state, State::Over);
-        assert_eq!(finishes(effects) == 1, over && state != "over", "{state} × {event}");
+        assert_eq!(
+            finishes(effects) == 1,
+            over && state != "over",
+            "{state} × {event}"
+        );
         if finishes(effects) == 1 && state != "owning" {
-            assert_eq!(count(effects, |e| matches!(e, Effect::Discard)), 1, "{state} × {event}");
+            assert_eq!(
+                count(effects, |e| matches!(e, Effect::Discard)),
+                1,
+                "{state} × {event}"
+            );
         }
     });
     for (state, _) in states() {
@@ -313,7 +365,10 @@ fn every_failure_before_the_commit_discards_the_machine_and_finishes_once() {
         assert_eq!(finishes(&effects), usize::from(!goes_on), "{state}");
         if !goes_on {
             for (name, event, at) in events() {
-                assert!(session.handle(event, at).is_empty(), "{state}, failed, then {name}");
+                assert!(
+                    session.handle(event, at).is_empty(),
+                    "{state}, failed, then {name}"
+                );
             }
         }
     }
@@ -331,7 +386,10 @@ fn every_state_has_a_deadline_until_the_guest_is_ours() {
             continue;
         }
         assert!(deadline <= STALL + MS, "{state}: {deadline:?}");
-        assert!(session.handle(Event::Tick, deadline - MS).is_empty(), "{state}: too early");
+        assert!(
+            session.handle(Event::Tick, deadline - MS).is_empty(),
+            "{state}: too early"
+        );
         let effects = session.handle(Event::Tick, deadline);
         assert_eq!(finishes(&effects), usize::from(state != "over"), "{state}");
     }
@@ -341,13 +399,27 @@ fn every_state_has_a_deadline_until_the_guest_is_ours() {
 fn pages_that_stay_missing_after_final_end_it_although_the_source_says_that_it_lives() {
     for (state, code) in [
         ("fenced, damaged, FINAL", "receiver.timeout"),
-        ("fenced, lane lost, FINAL differs", "receiver.digest-mismatch"),
+        (
+            "fenced, lane lost, FINAL differs",
+            "receiver.digest-mismatch",
+        ),
     ] {
         let mut session = state_after(state);
         session.heard(STALL);
-        assert!(session.handle(Event::Tick, STALL).is_empty(), "{state}: too early");
-        let words: Vec<String> = session.handle(Event::Tick, STALL + MS).iter().map(word).collect();
-        assert_eq!(words.last(), Some(&format!("finish: failed, {code}")), "{state}");
+        assert!(
+            session.handle(Event::Tick, STALL).is_empty(),
+            "{state}: too early"
+        );
+        let words: Vec<String> = session
+            .handle(Event::Tick, STALL + MS)
+            .iter()
+            .map(word)
+            .collect();
+        assert_eq!(
+            words.last(),
+            Some(&format!("finish: failed, {code}")),
+            "{state}"
+        );
     }
 }
 
@@ -403,19 +475,38 @@ fn a_migration_goes_through_its_states_in_order() {
 
 #[test]
 fn switchover_and_final_may_come_before_the_lanes_or_after_them() {
-    let tail = || [Event::Loaded, Event::Commit { digest: DIGEST }, Event::Resumed];
+    let tail = || {
+        [
+            Event::Loaded,
+            Event::Commit { digest: DIGEST },
+            Event::Resumed,
+        ]
+    };
     let lanes = || [arrived(0, 1, true), arrived(1, 1, true), closed(0)];
     let head = || happy_path().into_iter().take(7);
     let orders: [Vec<Event>; 3] = [
-        [switchover(1), final_of(1, DIGEST)].into_iter().chain(lanes()).collect(),
-        lanes().into_iter().chain([switchover(1), final_of(1, DIGEST)]).collect(),
-        [switchover(1)].into_iter().chain(lanes()).chain([final_of(1, DIGEST)]).collect(),
+        [switchover(1), final_of(1, DIGEST)]
+            .into_iter()
+            .chain(lanes())
+            .collect(),
+        lanes()
+            .into_iter()
+            .chain([switchover(1), final_of(1, DIGEST)])
+            .collect(),
+        [switchover(1)]
+            .into_iter()
+            .chain(lanes())
+            .chain([final_of(1, DIGEST)])
+            .collect(),
     ];
     for order in orders {
         assert_eq!(trace(head().chain(order).chain(tail())), HAPPY);
     }
     // Even before the live round is closed: the source does not wait for it.
-    let early = happy_path().into_iter().take(4).chain([switchover(1), final_of(1, DIGEST)]);
+    let early = happy_path()
+        .into_iter()
+        .take(4)
+        .chain([switchover(1), final_of(1, DIGEST)]);
     let rest = [arrived(0, 0, false), arrived(1, 0, false), closed(0)];
     assert_eq!(trace(early.chain(rest).chain(lanes()).chain(tail())), HAPPY);
 }
@@ -423,7 +514,11 @@ fn switchover_and_final_may_come_before_the_lanes_or_after_them() {
 #[test]
 fn the_gate_to_a_further_round_opens_with_its_switchover_and_not_before() {
     let mut session = state_after("fenced, damaged, FINAL");
-    let words: Vec<String> = session.handle(switchover(2), NOW).iter().map(word).collect();
+    let words: Vec<String> = session
+        .handle(switchover(2), NOW)
+        .iter()
+        .map(word)
+        .collect();
     assert_eq!(words, ["open 2"]);
     // Two rounds were announced while the first was still being read.
     let mut session = state_after("rounds, paused, closing");
@@ -442,15 +537,29 @@ fn an_end_mark_that_contradicts_switchover_ends_it() {
     // Round 1 was announced as paused, but its marks say live.
     let live = [arrived(0, 1, false), arrived(1, 1, false), closed(0)];
     let words = trace(happy_path().into_iter().take(8).chain(live));
-    assert_eq!(words.last().unwrap(), "finish: failed, receiver.misbehaved.out-of-turn");
+    assert_eq!(
+        words.last().unwrap(),
+        "finish: failed, receiver.misbehaved.out-of-turn"
+    );
     // Round 2 was announced, but already round 1 says paused.
-    let early = [switchover(2), arrived(0, 1, true), arrived(1, 1, true), closed(0)];
+    let early = [
+        switchover(2),
+        arrived(0, 1, true),
+        arrived(1, 1, true),
+        closed(0),
+    ];
     let words = trace(happy_path().into_iter().take(7).chain(early));
-    assert_eq!(words.last().unwrap(), "finish: failed, receiver.misbehaved.out-of-turn");
+    assert_eq!(
+        words.last().unwrap(),
+        "finish: failed, receiver.misbehaved.out-of-turn"
+    );
     // The lanes disagree.
     let split = [arrived(0, 1, true), arrived(1, 1, false), closed(0)];
     let words = trace(happy_path().into_iter().take(8).chain(split));
-    assert_eq!(words.last().unwrap(), "finish: failed, receiver.misbehaved.out-of-turn");
+    assert_eq!(
+        words.last().unwrap(),
+        "finish: failed, receiver.misbehaved.out-of-turn"
+    );
 }
 
 #[test]
@@ -460,7 +569,11 @@ fn a_lost_lane_is_waited_for_no_longer_and_the_last_one_ends_it() {
         let _ = session.handle(ended(1), NOW);
         let goes_on = session.handle(ended(0), NOW);
         let needs_lanes = !["loading", "prepared", "owning", "over", "set-up"].contains(&state);
-        assert_eq!(matches!(session.state, State::Over), needs_lanes || state == "over", "{state}: {goes_on:?}");
+        assert_eq!(
+            matches!(session.state, State::Over),
+            needs_lanes || state == "over",
+            "{state}: {goes_on:?}"
+        );
     }
     let mut session = state_after("rounds, lane 0 at the fence");
     let words: Vec<String> = session.handle(ended(1), NOW).iter().map(word).collect();
@@ -470,8 +583,19 @@ fn a_lost_lane_is_waited_for_no_longer_and_the_last_one_ends_it() {
 #[test]
 fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
     let mut session = state_after("fenced");
-    let words: Vec<String> = session.handle(final_of(1, OTHER_DIGEST), NOW).iter().map(word).collect();
-    assert_eq!(words, ["ABORT 7", "discard", "finish: failed, receiver.digest-mismatch"]);
+    let words: Vec<String> = session
+        .handle(final_of(1, OTHER_DIGEST), NOW)
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(
+        words,
+        [
+            "ABORT 7",
+            "discard",
+            "finish: failed, receiver.digest-mismatch"
+        ]
+    );
     // A lane that died before SWITCHOVER was read, but too late for the source to know when it sent FINAL.
     let events = happy_path().into_iter().take(7).chain([
         ended(1),
@@ -481,8 +605,18 @@ fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
         final_of(1, OTHER_DIGEST),
     ]);
     let mut session = after(events);
-    assert!(matches!(session.state, State::Fenced { short_since: Some(_), .. }));
-    let words: Vec<String> = session.handle(switchover(2), NOW).iter().map(word).collect();
+    assert!(matches!(
+        session.state,
+        State::Fenced {
+            short_since: Some(_),
+            ..
+        }
+    ));
+    let words: Vec<String> = session
+        .handle(switchover(2), NOW)
+        .iter()
+        .map(word)
+        .collect();
     assert_eq!(words, ["open 2"]);
 }
 
@@ -497,7 +631,13 @@ fn expected(session: &Session) -> Event {
         State::Rounds => {
             let round = session.round.value();
             let lane = u32::from(session.lanes[0] != Fate::InRound);
-            arrived(lane, round, session.paused_from.is_some_and(|from| from <= session.round))
+            arrived(
+                lane,
+                round,
+                session
+                    .paused_from
+                    .is_some_and(|from| from <= session.round),
+            )
         }
         State::Fenced { round, .. } => match session.switchover {
             Some(newest) if newest == *round => final_of(newest.value(), DIGEST),

@@ -376,7 +376,7 @@ impl Control {
     ) -> Result<u32, Error> {
         let phase = self.session.phase();
         let fail = |fault: Fault| Error::new(phase, fault).at(ChannelRef::Control);
-        if blobs.len() > BLOBS_MAX as usize {
+        if blobs.len() > BLOBS_MAX {
             let source = VmmError::new(format!(
                 "{} blobs, and the format carries {BLOBS_MAX}",
                 blobs.len()
@@ -486,7 +486,9 @@ impl Control {
             }
         }
         let pages = self.shared.dirty.dirty_pages();
-        self.shared.counters.dirty_pages.store(pages, Relaxed);
+        if !last {
+            self.shared.counters.dirty_pages.store(pages, Relaxed);
+        }
         self.timeline.collected(pages, last, began.elapsed());
         Ok(Event::Collected { pages })
     }
@@ -636,7 +638,7 @@ impl Control {
                 .given_back(lane, incarnation, &runs)
                 .map_err(|m| fail(phase, m))?,
             Inbound::Closed(closed) => {
-                self.timeline.round_closed(&closed);
+                self.timeline.round_closed(&closed, self.shared.now());
                 self.drive(Event::Closed {
                     round: closed.round,
                     damaged: closed.damaged_pages,
@@ -913,7 +915,11 @@ impl Control {
 
     /// When the destination must have said at the latest what it has of a lost lane.
     fn settle_deadline(&self) -> Option<Duration> {
-        let first = self.lanes.iter().filter_map(|slot| slot.dying_since).min()?;
+        let first = self
+            .lanes
+            .iter()
+            .filter_map(|slot| slot.dying_since)
+            .min()?;
         Some(first + self.shared.config.stall * SETTLE_STALLS)
     }
 

@@ -174,7 +174,7 @@ impl Reader {
         );
         self.table.resize(header.table_bytes(), 0);
         rx.receive(&mut self.table)?;
-        let inbound = owned(Frame::decode(&header, &self.table)?);
+        let inbound = owned(Frame::decode(&header, &self.table)?)?;
         skip_body(rx, header.body_bytes())?;
         Ok(inbound)
     }
@@ -191,8 +191,8 @@ fn skip_body(rx: &mut dyn ReceiveHalf, mut octets: usize) -> Result<(), ChannelE
     Ok(())
 }
 
-fn owned(frame: Frame<'_>) -> Inbound {
-    match frame {
+fn owned(frame: Frame<'_>) -> Result<Inbound, Misbehaved> {
+    Ok(match frame {
         Frame::Grant(grant) => Inbound::Granted(grant),
         Frame::Ready(ready) => Inbound::Ready(ready),
         Frame::Ack(acks) => Inbound::Acks(acks.iter().collect()),
@@ -217,6 +217,8 @@ fn owned(frame: Frame<'_>) -> Inbound {
             reason: abort.reason,
             text: abort.text.to_owned(),
         },
-        _ => Inbound::Other,
-    }
+        Frame::Progress(_) | Frame::Skipped(_) => Inbound::Other,
+        // Devices and resumption are features, and this version asks for none (SPEC: FEAT-4, FEAT-5).
+        other => return Err(Misbehaved::Feature { kind: other.kind() }),
+    })
 }

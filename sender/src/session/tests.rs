@@ -228,7 +228,10 @@ fn table() -> String {
             same.entry(meaning).or_default().push(name);
         }
         for meaning in order {
-            out.push_str(&format!("    {}\n        {meaning}\n", same[&meaning].join(" | ")));
+            out.push_str(&format!(
+                "    {}\n        {meaning}\n",
+                same[&meaning].join(" | ")
+            ));
         }
     }
     out
@@ -293,8 +296,14 @@ fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
     for (state, steps) in STATES {
         let mut session = after(steps);
         let deadline = session.next_deadline();
-        assert!(deadline <= COMMIT_DEADLINE.max(STALL) + NOW, "{state}: {deadline:?}");
-        assert!(session.handle(Event::Tick, deadline - MS).is_empty(), "{state}: too early");
+        assert!(
+            deadline <= COMMIT_DEADLINE.max(STALL) + NOW,
+            "{state}: {deadline:?}"
+        );
+        assert!(
+            session.handle(Event::Tick, deadline - MS).is_empty(),
+            "{state}: too early"
+        );
         let effects = session.handle(Event::Tick, deadline);
         assert_eq!(finishes(&effects), usize::from(state != "over"), "{state}");
     }
@@ -314,7 +323,15 @@ fn silence_ends_every_state_and_a_sign_of_life_puts_that_off() {
 #[test]
 fn a_peer_that_only_says_that_it_lives_holds_a_paused_guest_no_longer_than_the_commit_deadline() {
     for (state, steps) in STATES {
-        if !["pausing", "collecting", "last", "last, final sent", "committed"].contains(&state) {
+        if ![
+            "pausing",
+            "collecting",
+            "last",
+            "last, final sent",
+            "committed",
+        ]
+        .contains(&state)
+        {
             continue;
         }
         let mut session = after(steps);
@@ -334,10 +351,17 @@ fn whatever_ends_it_ends_it_once_and_for_good() {
     each_cell(|state, event, session, effects| {
         assert!(finishes(effects) <= 1, "{state} × {event}");
         let over = matches!(session.state, State::Over);
-        assert_eq!(finishes(effects) == 1, over && state != "over", "{state} × {event}");
+        assert_eq!(
+            finishes(effects) == 1,
+            over && state != "over",
+            "{state} × {event}"
+        );
         // Before the commit the end always gives the guest back, and says so before anything that may take time.
         if finishes(effects) == 1 && state != "committed" {
-            assert!(matches!(effects[0], Effect::Reclaim { .. }), "{state} × {event}");
+            assert!(
+                matches!(effects[0], Effect::Reclaim { .. }),
+                "{state} × {event}"
+            );
         }
     });
     for (state, steps) in STATES {
@@ -355,7 +379,10 @@ fn whatever_ends_it_ends_it_once_and_for_good() {
             if expected == 1 {
                 for name in EVENTS {
                     let (later, at) = event(name);
-                    assert!(session.handle(later, at).is_empty(), "{state} × {how}, then {name}");
+                    assert!(
+                        session.handle(later, at).is_empty(),
+                        "{state} × {how}, then {name}"
+                    );
                 }
             }
         }
@@ -368,7 +395,8 @@ fn a_paused_guest_is_resumed_and_a_running_one_is_left_alone() {
         let mut session = after(steps);
         for effect in session.handle(failure(), NOW) {
             if let Effect::Reclaim { paused, .. } = effect {
-                let was_paused = ["pausing", "collecting", "last", "last, final sent"].contains(&state);
+                let was_paused =
+                    ["pausing", "collecting", "last", "last, final sent"].contains(&state);
                 assert_eq!(paused, was_paused, "{state}");
             }
         }
@@ -429,7 +457,11 @@ fn an_idle_guest_takes_one_live_round_and_one_paused() {
 #[test]
 fn pages_written_by_the_save_are_sent_in_a_further_round() {
     let mut session = after(7);
-    assert!(session.handle(Event::Collected { pages: 2 }, NOW).is_empty());
+    assert!(
+        session
+            .handle(Event::Collected { pages: 2 }, NOW)
+            .is_empty()
+    );
     let words: Vec<String> = session
         .handle(
             Event::Encoded {
@@ -490,7 +522,10 @@ fn repairs_as_often_as_allowed_and_not_once_more() {
         let next = repair + 1;
         assert_eq!(
             words,
-            [format!("SWITCHOVER {next}"), format!("open {next} (paused)")]
+            [
+                format!("SWITCHOVER {next}"),
+                format!("open {next} (paused)")
+            ]
         );
     }
     let effects = damage(&mut session, REPAIR_ROUNDS_MAX + 1);
@@ -544,7 +579,11 @@ fn rounds_end_at_their_bound_as_the_user_chose() {
         assert_eq!(rounds, rounds_max);
         assert_eq!(
             words,
-            ["reclaim", "ABORT 21", "finish: failed, sender.not-converging"]
+            [
+                "reclaim",
+                "ABORT 21",
+                "finish: failed, sender.not-converging"
+            ]
         );
         let (rounds, words) = hopeless(WhenNotConverging::Switch, rounds_max);
         assert_eq!((rounds, words), (rounds_max, vec!["pause".to_owned()]));

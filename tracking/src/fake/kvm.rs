@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -46,6 +47,8 @@ struct VmState {
     manual: u64,
     /// Entries after which the next resets end early, as a pending signal ends them.
     reset_limits: VecDeque<i32>,
+    /// Pages that vCPU 0 writes to slot 0 while a reset runs, after that many entries.
+    during_reset: Option<(i32, Range<u64>)>,
     vcpus: Vec<FakeRing>,
     slots: BTreeMap<u32, SlotState>,
 }
@@ -103,6 +106,7 @@ impl FakeVm {
             ring_entries: 0,
             manual: 0,
             reset_limits: VecDeque::new(),
+            during_reset: None,
             vcpus: Vec::new(),
             slots,
         };
@@ -177,6 +181,11 @@ impl FakeVm {
     /// Ends the next reset after `entries`, as a pending signal does.
     pub fn interrupt_next_reset(&self, entries: i32) {
         self.locked().reset_limits.push_back(entries);
+    }
+
+    /// Lets vCPU 0 write these pages of slot 0 while the next reset runs, after it reset `entries`.
+    pub fn write_during_next_reset(&self, entries: i32, pages: Range<u64>) {
+        self.locked().during_reset = Some((entries, pages));
     }
 
     /// Whether `KVM_RUN` would return at once because the vCPU's ring is nearly full.
@@ -330,9 +339,17 @@ impl VmState {
         }
         let mut reset = 0;
         let limit = self.reset_limits.pop_front().unwrap_or(i32::MAX);
-        for ring in &mut self.vcpus {
+        for vcpu in 0..self.vcpus.len() {
             // The kernel does not compare with where it writes: it goes on while entries are marked.
             while reset < limit {
+                if let Some((_, pages)) =
+                    self.during_reset.take_if(|(entries, _)| *entries == reset)
+                {
+                    for page in pages {
+                        let _ = self.write(0, 0, page, false);
+                    }
+                }
+                let ring = &mut self.vcpus[vcpu];
                 let entry = &ring.entries[(ring.reset % self.ring_entries) as usize];
                 if entry.flags.load(Ordering::Acquire) & 2 == 0 {
                     break;

@@ -9,6 +9,7 @@
 //! not be read before `KVM_RESET_DIRTY_RINGS`: only then are the pages write-protected again. A page may stand in the
 //! ring several times. (`Documentation/virt/kvm/api.rst`, "KVM_CAP_DIRTY_LOG_RING".)
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 
@@ -196,34 +197,67 @@ impl Ring {
         harvest
     }
 
-    /// To be called when the kernel reset fewer entries than were outstanding. If that is because it wrote over them
-    /// before it could, everything in the ring is taken, so that the kernel can reset it; true then.
+    /// To be called when the kernel reset fewer entries than were outstanding, for each ring. If that is because it had
+    /// written over some of them, everything in the ring is taken and reset; true then. The vCPU may still be writing on,
+    /// for the few instructions until it leaves: then something is outstanding again.
+    ///
+    /// The kernel's reset stands before an entry that it wrote anew, somewhere in what is outstanding; it does not say
+    /// where, because the entries before that one may have been reset and written anew, too. So the entries are marked
+    /// one by one, until `reset`, which is one call of the kernel's, goes on.
+    ///
+    /// # Errors
+    /// What `reset` answered.
     pub(crate) fn recover(
         &mut self,
         slots: &Slots,
         collected: &mut Collected,
         harvest: &mut Harvest,
-    ) -> bool {
+        mut reset: impl FnMut() -> io::Result<u32>,
+    ) -> io::Result<bool> {
         while self.base != self.next && self.flags(self.base) == 0 {
             self.base = self.base.wrapping_add(1);
         }
-        if self.base == self.next || self.flags(self.base) & GFN_RESET != 0 {
-            // All was reset, or the kernel stopped at an entry that it may well reset when asked again.
-            return false;
+        if self.base == self.next {
+            return Ok(false);
         }
-        let places = || (0..self.size()).map(|at| self.base.wrapping_add(at));
-        if places().any(|place| self.flags(place) == 0) {
-            // Not full: the entry was reset and used again since.
-            self.base = self.next;
-            return false;
+        let mut places =
+            (0..self.next.wrapping_sub(self.base)).map(|at| self.base.wrapping_add(at));
+        match places.find(|&place| self.flags(place) != GFN_DIRTY) {
+            // The kernel stopped before an entry that it may well reset when it is asked again.
+            Some(place) if place == self.base => return Ok(false),
+            // All were reset, and the first ones were written anew in good order.
+            Some(place) if self.flags(place) == 0 => {
+                self.base = self.next;
+                return Ok(false);
+            }
+            _ => {}
         }
-        for place in places() {
-            self.take_entry(place, slots, collected, harvest);
+        while self.base != self.next {
+            self.take_entry(self.base, slots, collected, harvest);
+            self.base = self.base.wrapping_add(1);
+            let done = reset()?;
+            if done > 0 {
+                // The first of them is the entry just marked.
+                self.base = self.base.wrapping_add(done - 1);
+                break;
+            }
         }
-        self.next = self.base.wrapping_add(self.size());
+        // The reset stands at `base` now. From there on all is taken that was not taken yet.
+        self.next = self.base;
+        while self.next.wrapping_sub(self.base) < self.size() && self.flags(self.next) != 0 {
+            self.take_entry(self.next, slots, collected, harvest);
+            self.next = self.next.wrapping_add(1);
+        }
+        // And reset before another ring is looked at, or its reset would be taken for that one's.
+        while self.base != self.next {
+            match reset()? {
+                0 => break,
+                done => self.base = self.base.wrapping_add(done),
+            }
+        }
         self.resync = true;
         harvest.overflowed = true;
-        true
+        Ok(true)
     }
 
     fn size(&self) -> u32 {

@@ -34,6 +34,10 @@ use crate::{CollectPhase, Collected, Collection, DirtySet, Error, Figures, Rearm
 /// Resets in a row that reset nothing before it is believed that there is nothing left to reset.
 const IDLE_RESETS_MAX: u32 = 2;
 
+/// Times that rings are taken anew because their vCPUs write on beyond the end. A vCPU that KVM runs so leaves within some
+/// hundred instructions, far less than so many resets take.
+const RECOVERIES_MAX: u32 = 10_000;
+
 /// What the vCPUs wrote, from their dirty rings.
 pub struct RingSource {
     shared: Arc<Shared>,
@@ -311,19 +315,13 @@ impl Shared {
         let mut rings = self.locked();
         let rings = &mut *rings;
         let mut collected = self.harvest(rings, vcpus);
-        let missing = self.reset(rings);
-        if missing.as_ref().is_ok_and(|&missing| missing > 0) {
-            self.recover(rings, &mut collected);
-        }
+        let missing = self.reset_and_recover(rings, &mut collected);
         let reported = collected.pages();
         let rearmed = collected.rearm(|| match missing? {
             0 => Ok(()),
-            _ => match self.reset(rings)? {
-                0 => Ok(()),
-                missing => Err(io::Error::other(format!(
-                    "{missing} harvested entries were not reset"
-                ))),
-            },
+            missing => Err(io::Error::other(format!(
+                "{missing} harvested entries were not reset"
+            ))),
         });
         let merged = match rearmed {
             Ok(rearmed) => Ok(set.merge(rearmed)),
@@ -360,14 +358,37 @@ impl Shared {
         collected
     }
 
-    /// Takes what is in rings that the kernel wrote over.
-    fn recover(&self, rings: &mut Rings, collected: &mut Collected) {
+    /// Resets, and takes what is in rings that the kernel wrote over, until all is reset. Returns how much is not.
+    fn reset_and_recover(&self, rings: &mut Rings, collected: &mut Collected) -> io::Result<u64> {
+        let mut missing = self.reset(rings)?;
+        for _ in 0..RECOVERIES_MAX {
+            if missing == 0 || !self.recover(rings, collected)? {
+                break;
+            }
+            missing = self.reset(rings)?;
+        }
+        Ok(missing)
+    }
+
+    /// Takes what is in rings that the kernel wrote over. False if there is none.
+    fn recover(&self, rings: &mut Rings, collected: &mut Collected) -> io::Result<bool> {
+        let mut any = false;
         for (vcpu, ring) in self.vcpus.iter().zip(&mut rings.rings) {
             let mut harvest = Harvest::default();
-            if ring.recover(&self.slots, collected, &mut harvest) {
-                self.judge(vcpu, harvest);
-            }
+            let recovered =
+                ring.recover(&self.slots, collected, &mut harvest, || self.reset_once());
+            self.judge(vcpu, harvest);
+            any |= recovered?;
         }
+        Ok(any)
+    }
+
+    fn reset_once(&self) -> io::Result<u32> {
+        self.counters.resets.fetch_add(1, Ordering::Relaxed);
+        let answer = self
+            .kernel
+            .ioctl(self.vm.as_fd(), abi::RESET_DIRTY_RINGS, Payload::none())?;
+        Ok(answer.unsigned_abs())
     }
 
     fn judge(&self, vcpu: &Vcpu, harvest: Harvest) {
@@ -389,12 +410,9 @@ impl Shared {
         let mut missing: u64 = rings.rings.iter().map(Ring::outstanding).sum();
         let mut idle = 0;
         while missing > 0 && idle < IDLE_RESETS_MAX {
-            self.counters.resets.fetch_add(1, Ordering::Relaxed);
-            let reset =
-                self.kernel
-                    .ioctl(self.vm.as_fd(), abi::RESET_DIRTY_RINGS, Payload::none())?;
+            let reset = self.reset_once()?;
             idle = if reset == 0 { idle + 1 } else { 0 };
-            missing = missing.saturating_sub(u64::from(reset.unsigned_abs()));
+            missing = missing.saturating_sub(reset.into());
         }
         if missing == 0 {
             rings.rings.iter_mut().for_each(Ring::reset_done);

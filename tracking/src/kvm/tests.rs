@@ -139,6 +139,32 @@ fn probe_tells_what_is_offered() {
 }
 
 #[test]
+fn the_log_is_chosen_from_one_page_in_64_on() {
+    let ring = Some(RingSupport {
+        variant: RingVariant::AcqRel,
+        ring_bytes_max: 1 << 20,
+    });
+    let support = Support {
+        ring,
+        ring_with_bitmap: false,
+        manual_protect: 3,
+    };
+    let gib = 1 << 18;
+    assert_eq!(support.method_for(gib, gib / 64 - 1), Method::Ring);
+    assert_eq!(support.method_for(gib, gib / 64), Method::Log);
+    assert_eq!(support.method_for(gib << 10, 1000), Method::Ring);
+    assert_eq!(support.method_for(gib, u64::MAX), Method::Log);
+    assert_eq!(
+        Support {
+            ring: None,
+            ..support
+        }
+        .method_for(gib << 10, 0),
+        Method::Log
+    );
+}
+
+#[test]
 fn ring_sizes_are_checked_at_and_past_the_bounds() {
     let (kernel, vm) = (FakeKernel::new(), fake_vm());
     let fd = vm.open(&kernel);
@@ -322,8 +348,8 @@ fn a_full_ring_is_emptied_by_its_vcpus_thread() {
 
 /// Writes on after KVM should have left the guest, as a KVM does that runs many instructions between two looks.
 fn overflow(bench: &RingBench, pages: std::ops::Range<u64>) {
-    let full = pages.map(|page| bench.vm.write(0, 0, page)).last();
-    assert_eq!(full, Some(Wrote::RingFull));
+    let full = pages.fold(Wrote::GoesOn, |_, page| bench.vm.write(0, 0, page));
+    assert_eq!(full, Wrote::RingFull);
 }
 
 #[test]
@@ -406,6 +432,83 @@ fn entries_written_over_before_their_reset_are_found_out() {
     assert_eq!(bench.collect(), 400);
 }
 
+/// The vCPU's last instructions before it leaves fill the ring again behind the reset that runs, and overtake it.
+#[test]
+fn a_reset_that_is_overtaken_is_found_out_wherever_it_stands() {
+    for reset in [0, 1, 5, 60, 500] {
+        for beyond in [0, 1, 2, 40, 150] {
+            let mut bench = ring_bench(2);
+            let handle = bench.source.handle();
+            for page in 0..u64::from(ENTRIES) - 20 {
+                let _ = bench.vm.write(0, 0, page);
+            }
+            assert_eq!(bench.vm.write(1, 0x1_0005, 3), Wrote::GoesOn);
+            bench
+                .vm
+                .write_during_next_reset(reset, 2000..2000 + 20 + reset as u64 + beyond);
+            bench.collect();
+            bench.collect();
+            let hard = bench.source.figures().ring_full_hard;
+            assert_eq!(hard > 0, beyond > 0, "reset at {reset}, {beyond} beyond");
+            if hard > 0 {
+                assert_eq!(take(&bench.set).len(), 5000);
+            }
+            let _ = take(&bench.set);
+            for lap in 0..5 {
+                for page in (0..900).map(|at| (at * 3 + lap) % 4000) {
+                    if bench.vm.write(0, 0, page) == Wrote::RingFull {
+                        handle.on_full(0, &bench.set).unwrap();
+                        assert!(
+                            !bench.vm.is_full(0),
+                            "reset at {reset}, {beyond} beyond, lap {lap}"
+                        );
+                    }
+                }
+                bench.collect();
+                let expected = (0..900).map(|at| (0, (at * 3 + lap) % 4000)).collect();
+                assert_eq!(
+                    take(&bench.set),
+                    expected,
+                    "reset at {reset}, {beyond} beyond, lap {lap}"
+                );
+            }
+            assert_eq!(bench.source.figures().ring_full_hard, hard);
+        }
+    }
+}
+
+#[test]
+fn two_rings_that_are_written_over_at_the_same_time_are_both_in_step_again() {
+    let mut bench = ring_bench(3);
+    for lap in 0..5 {
+        for vcpu in 0..2 {
+            for page in 0..500 {
+                let _ = bench.vm.write(vcpu, 0, vcpu as u64 * 2000 + page);
+            }
+        }
+        assert_eq!(bench.vm.write(2, 0x1_0005, lap), Wrote::GoesOn);
+        bench.kernel.fail_next("KVM_RESET_DIRTY_RINGS", libc::EIO);
+        bench
+            .source
+            .collect(&bench.set, CollectPhase::PreCopy)
+            .unwrap_err();
+        for vcpu in 0..2 {
+            // 30 and 47 entries are written over.
+            for page in 500..u64::from(ENTRIES) + 30 + vcpu as u64 * 17 {
+                let _ = bench.vm.write(vcpu, 0, vcpu as u64 * 2000 + page);
+            }
+        }
+        bench.collect();
+        assert_eq!(take(&bench.set).len(), 5000);
+        assert_eq!(bench.source.figures().ring_full_hard, 2 * (lap + 1));
+        for vcpu in 0..2 {
+            assert_eq!(bench.vm.write(vcpu, 0, vcpu as u64), Wrote::GoesOn);
+        }
+        assert_eq!(bench.collect(), 2);
+        assert_eq!(take(&bench.set), [(0, 0), (0, 1)].into());
+    }
+}
+
 #[test]
 fn a_reset_that_a_signal_ended_is_repeated() {
     let mut bench = ring_bench(2);
@@ -430,7 +533,7 @@ fn a_reset_that_never_gets_on_is_an_error_and_loses_nothing() {
     for page in 0..300 {
         assert_eq!(bench.vm.write(0, 0, page), Wrote::GoesOn);
     }
-    (0..4).for_each(|_| bench.vm.interrupt_next_reset(0));
+    (0..2).for_each(|_| bench.vm.interrupt_next_reset(0));
     let error = bench
         .source
         .collect(&bench.set, CollectPhase::PreCopy)

@@ -219,6 +219,40 @@ pub(super) fn deadline_that_passed_is_one_try(kind: Kind) {
     );
 }
 
+pub(super) fn near_limits_are_kept_closely(kind: Kind) {
+    // The best of many, since a busy machine may delay some of them by anything; a kind that sleeps too long delays all.
+    let (_left, mut right) = kind.ends();
+    let limit = Duration::from_millis(20);
+    let (mut deadline_late, mut stall_late) = (LATE_MAX, LATE_MAX);
+    for _ in 0..15 {
+        let start = Instant::now();
+        right.receive.set_stall(None);
+        right.receive.set_deadline(Some(start + limit));
+        right
+            .receive
+            .receive(&mut [0; 32])
+            .expect_err("a silent peer");
+        deadline_late = deadline_late.min(start.elapsed() - limit);
+        let start = Instant::now();
+        right.receive.set_deadline(None);
+        right.receive.set_stall(Some(limit));
+        right
+            .receive
+            .receive(&mut [0; 32])
+            .expect_err("a silent peer");
+        stall_late = stall_late.min(start.elapsed() - limit);
+    }
+    let late_max = Duration::from_millis(50);
+    assert!(
+        deadline_late < late_max,
+        "the deadline: always {deadline_late:?} late"
+    );
+    assert!(
+        stall_late < late_max,
+        "the stall: always {stall_late:?} late"
+    );
+}
+
 pub(super) fn far_deadline_does_not_fire_early(kind: Kind) {
     let (mut left, mut right) = kind.ends();
     let memory = guest(10_000);

@@ -89,15 +89,19 @@ mod x86 {
         (power(distance + 32), power(distance - 32))
     }
 
+    // Constants in name and in fact: computed at every call they would cost a hundred times the checksum.
+    const FAR: (i64, i64) = keys(STEP_BYTES as u32 * 8);
+    const NEAR: (i64, i64) = keys(512);
+
     // The published constants for 512 bits, as a check of `power`.
-    const _: () = assert!(keys(512).0 == 0x1_5444_2bd4 && keys(512).1 == 0x1_c6e4_1596);
+    const _: () = assert!(NEAR.0 == 0x1_5444_2bd4 && NEAR.1 == 0x1_c6e4_1596);
 
     /// # Safety
     /// `len` octets at `start` are mapped and readable; `len` is a multiple of `STEP_BYTES` and not 0; the features exist.
     #[target_feature(enable = "avx512f,vpclmulqdq")]
     pub(super) unsafe fn fold_512(start: *const u8, len: usize) -> u32 {
         let pair = |(low, high): (i64, i64)| _mm512_broadcast_i32x4(_mm_set_epi64x(high, low));
-        let (far, near) = (pair(keys(STEP_BYTES as u32 * 8)), pair(keys(512)));
+        let (far, near) = (pair(FAR), pair(NEAR));
         let fold = |ahead: __m512i, onto: __m512i, keys: __m512i| {
             let low = _mm512_clmulepi64_epi128::<0x00>(ahead, keys);
             let high = _mm512_clmulepi64_epi128::<0x11>(ahead, keys);
@@ -131,7 +135,7 @@ mod x86 {
     /// As [`fold_512`].
     #[target_feature(enable = "pclmulqdq,sse4.1")]
     pub(super) unsafe fn fold_128(start: *const u8, len: usize) -> u32 {
-        let (low, high) = keys(512);
+        let (low, high) = NEAR;
         let far = _mm_set_epi64x(high, low);
         let fold = |ahead: __m128i, onto: __m128i| {
             let low = _mm_clmulepi64_si128::<0x00>(ahead, far);

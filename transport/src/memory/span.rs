@@ -3,6 +3,10 @@
 //! Rule: no reference to guest memory, ever. Loads that must happen are volatile; copies go through raw pointers between guest
 //! memory and private memory, so that what is worked on is private. If the guest writes during a copy, the copy holds some
 //! mixture of old and new octets: callers treat what they read as untrusted octets, never as a value that was stored.
+//!
+//! Strictly, Rust calls it a data race when a copy meets a write that is not synchronised with it. Against a guest's processors
+//! and devices nothing stricter can be had at the speed of memory; what is relied on is that a copy of octets between two raw
+//! addresses copies octets, whatever they are, which is also what rust-vmm's `vm-memory` relies on.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -59,14 +63,13 @@ impl<'m> Span<'m> {
     /// The octets `offset..offset + len` of this span.
     ///
     /// # Errors
-    /// [`SpanError::OutOfRange`], with region index `u32::MAX` since a span does not know its region.
+    /// [`SpanError::OutsideSpan`].
     pub fn subspan(&self, offset: usize, len: usize) -> Result<Self, SpanError> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(SpanError::OutOfRange {
-                region_index: u32::MAX,
-                offset: offset as u64,
-                bytes: len as u64,
-                region_bytes: self.len as u64,
+            return Err(SpanError::OutsideSpan {
+                offset,
+                bytes: len,
+                span_bytes: self.len,
             });
         }
         // SAFETY: offset + len ≤ self.len was just checked, and self lies in its mapping.

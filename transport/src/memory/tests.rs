@@ -104,7 +104,13 @@ fn subspans_stay_inside_their_span() {
         (usize::MAX, 1),
         (1, usize::MAX),
     ] {
-        assert!(span.subspan(offset, len).is_err(), "{offset}, {len}");
+        let error = span.subspan(offset, len).unwrap_err();
+        let expected = SpanError::OutsideSpan {
+            offset,
+            bytes: len,
+            span_bytes: 50,
+        };
+        assert_eq!(error, expected);
     }
 }
 

@@ -18,42 +18,72 @@ use multifd_receiver::{Config, Finished, OutcomeKind, Parts, Reception};
 use multifd_transport::{Listener, TcpOptions};
 use serde_json::json;
 
+/// Longest wait for the first heart-beat after `--run-for`. They come every few milliseconds, but a guest that is told to write
+/// a page now and then reports only when it does.
+const HEARTBEAT_MAX: Duration = Duration::from_secs(5);
+
 fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match run(&args) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let config = match args.reception() {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("multifd-receive: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args, config) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
+            // A program that reads JSON gets its object all the same.
+            if args.report == ReportKind::Json {
+                let text = format!("{error:#}");
+                let error = json!({ "code": "cli.not-begun", "phase": "hello", "channel": null, "text": text });
+                println!(
+                    "{}",
+                    json!({ "outcome": "failed", "guest_check": null, "error": error })
+                );
+            }
             eprintln!("multifd-receive: {error:#}");
             ExitCode::from(1)
         }
     }
 }
 
-fn run(args: &Args) -> anyhow::Result<u8> {
-    let config = Config::builder()
-        .hello_deadline(args.hello_deadline)
-        .stall(args.stall)
-        .keep_alive(Duration::from_secs(1).min(args.stall / 4))
-        .memory_bytes_max(args.max_memory)
-        .build()?;
-    let listener = Listener::bind(&args.listen, &TcpOptions::default()).with_context(|| format!("cannot listen on {}", args.listen))?;
+fn run(args: &Args, config: Config) -> anyhow::Result<u8> {
+    // Before it says where it listens: from then on somebody may interrupt it.
+    let interrupted = catch_signals()?;
+    if args.until_stdin_closes {
+        let closed = Arc::clone(&interrupted);
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            closed.store(true, Ordering::Relaxed);
+        });
+    }
+    let listener = Listener::bind(&args.listen, &TcpOptions::default())
+        .with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_address().clone();
     let guest = GuestHandle::default();
     let machine = Machine::new(guest.clone());
-    let reception = Reception::start(Parts { vmm: Box::new(machine), listeners: vec![listener], config, spawner: None })?;
+    let reception = Reception::start(Parts {
+        vmm: Box::new(machine),
+        listeners: vec![listener],
+        config,
+        spawner: None,
+    })?;
     announce(args, &address)?;
 
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // The second one ends the program at once.
-        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-    }
     let (handle, watch) = (reception.handle(), Arc::clone(&interrupted));
     let done = Arc::new(AtomicBool::new(false));
-    let (ended, quiet) = (Arc::clone(&done), args.quiet || args.report == ReportKind::Json);
+    let (ended, quiet) = (
+        Arc::clone(&done),
+        args.quiet || args.report == ReportKind::Json,
+    );
     let watcher = std::thread::spawn(move || {
         let mut told = Instant::now();
         while !ended.load(Ordering::Relaxed) {
@@ -63,7 +93,13 @@ fn run(args: &Args) -> anyhow::Result<u8> {
             let now = handle.progress();
             if !quiet && now.memory_pages > 0 && told.elapsed() > Duration::from_secs(1) {
                 told = Instant::now();
-                eprintln!("  round {}: {:.0} MiB received on {} channels ({})", now.round, now.octets as f64 / 1048576.0, now.lanes, now.phase);
+                eprintln!(
+                    "  round {}: {:.0} MiB received on {} channels ({})",
+                    now.round,
+                    now.octets as f64 / 1048576.0,
+                    now.lanes,
+                    now.phase
+                );
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -79,6 +115,17 @@ fn run(args: &Args) -> anyhow::Result<u8> {
         (OutcomeKind::Failed, _) => 1,
         (OutcomeKind::Stranded, _) => 4,
     })
+}
+
+/// Set by the first SIGINT or SIGTERM.
+fn catch_signals() -> anyhow::Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The second one ends the program at once.
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
+    }
+    Ok(interrupted)
 }
 
 /// Tells where it listens, for people and for whoever started this program and asked for any free port.
@@ -100,30 +147,60 @@ struct Check {
 }
 
 /// Lets the guest run, then stops it and has all of its memory checked.
-fn observe(args: &Args, finished: &Finished, guest: &GuestHandle, interrupted: &AtomicBool) -> Option<Check> {
+fn observe(
+    args: &Args,
+    finished: &Finished,
+    guest: &GuestHandle,
+    interrupted: &AtomicBool,
+) -> Option<Check> {
     if finished.report.outcome != OutcomeKind::Running {
         return None;
     }
     let guest = guest.get()?;
     let until = Instant::now() + args.run_for;
-    while Instant::now() < until && !interrupted.load(Ordering::Relaxed) {
+    let beats = || -> u64 { guest.heartbeats().iter().map(|beat| beat.beats).sum() };
+    let hurried = || args.run_for.is_zero() || interrupted.load(Ordering::Relaxed);
+    let enough =
+        || Instant::now() >= until && (beats() > 0 || Instant::now() >= until + HEARTBEAT_MAX);
+    while !enough() && !hurried() {
         std::thread::sleep(Duration::from_millis(5));
     }
-    let beats: u64 = guest.heartbeats().iter().map(|beat| beat.beats).sum();
-    let idle = guest.config().dirty_rate_bytes_per_s == 0;
+    let (beats, hurried) = (beats(), hurried());
     let check = guest.pause().and_then(|()| guest.check());
     Some(match check {
-        Ok(report) if report.passed() && (beats > 0 || idle || args.run_for.is_zero()) => Check { passed: true, text: report.to_string(), beats },
-        Ok(report) if report.passed() => Check { passed: false, text: "the guest's heart does not beat here".into(), beats },
-        Ok(report) => Check { passed: false, text: report.to_string(), beats },
-        Err(error) => Check { passed: false, text: error.to_string(), beats },
+        Ok(report) if report.passed() && (beats > 0 || hurried) => Check {
+            passed: true,
+            text: report.to_string(),
+            beats,
+        },
+        Ok(report) if report.passed() => Check {
+            passed: false,
+            text: "the guest's heart does not beat here".into(),
+            beats,
+        },
+        Ok(report) => Check {
+            passed: false,
+            text: report.to_string(),
+            beats,
+        },
+        Err(error) => Check {
+            passed: false,
+            text: error.to_string(),
+            beats,
+        },
     })
 }
 
 fn report(args: &Args, finished: &Finished, check: Option<&Check>) {
     if args.report == ReportKind::Json {
         let mut report = serde_json::to_value(&finished.report).unwrap_or_default();
-        report["guest_check"] = check.map_or(json!(null), |check| if check.passed { json!("passed") } else { json!(check.text) });
+        report["guest_check"] = check.map_or(json!(null), |check| {
+            if check.passed {
+                json!("passed")
+            } else {
+                json!(check.text)
+            }
+        });
         report["guest_beats"] = json!(check.map(|check| check.beats));
         println!("{report}");
         return;
@@ -131,10 +208,28 @@ fn report(args: &Args, finished: &Finished, check: Option<&Check>) {
     let r = &finished.report;
     match (&r.error, check) {
         (None, Some(check)) => {
-            println!("the guest runs here: {:.0} MiB of memory in {} rounds, digest {}", r.memory_bytes as f64 / 1048576.0, r.rounds, r.digest.as_deref().unwrap_or("?"));
-            println!("guest check: {} ({} heart-beats since it arrived)", check.text, check.beats);
+            println!(
+                "the guest runs here: {:.0} MiB of memory in {} rounds, digest {}",
+                r.memory_bytes as f64 / 1048576.0,
+                r.rounds,
+                r.digest.as_deref().unwrap_or("?")
+            );
+            println!(
+                "guest check: {} ({} heart-beats since it arrived)",
+                check.text, check.beats
+            );
         }
         (None, None) => println!("the guest runs here"),
-        (Some(error), _) => eprintln!("multifd-receive: {} [{}] in phase {}{}", error.text, error.code, error.phase, error.channel.as_ref().map(|c| format!(", {c}")).unwrap_or_default()),
+        (Some(error), _) => eprintln!(
+            "multifd-receive: {} [{}] in phase {}{}",
+            error.text,
+            error.code,
+            error.phase,
+            error
+                .channel
+                .as_ref()
+                .map(|c| format!(", {c}"))
+                .unwrap_or_default()
+        ),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{ArgGroup, Parser, ValueEnum};
 use multifd_guest::{Fill, Pattern, Tracking};
 use multifd_sender::{Config, WhenNotConverging};
 use multifd_transport::Address;
@@ -13,106 +13,134 @@ use multifd_transport::Address;
 /// work is done by threads, and it says so), moves it to a multifd-receive while it runs, and prints what happened.
 #[derive(Debug, Parser)]
 #[command(name = "multifd-send", version, about, long_about, after_help = EXAMPLES)]
-pub struct Args {
+#[command(group(ArgGroup::new("destination").required(true).args(["connect", "loopback"])))]
+pub(crate) struct Args {
     /// Where multifd-receive listens: HOST:PORT, [IPV6]:PORT, or unix:/path
-    #[arg(long, value_name = "ADDRESS", required_unless_present = "loopback", conflicts_with = "loopback")]
-    pub connect: Option<Address>,
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) connect: Option<Address>,
 
     /// Start a multifd-receive on this host, and move the guest there
     #[arg(long)]
-    pub loopback: bool,
+    pub(crate) loopback: bool,
 
     /// Data channels, 1 to 256. About one per 10 Gb/s of link, and no more than cores, is a good number
-    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Migration")]
-    pub channels: u32,
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 4,
+        help_heading = "Migration"
+    )]
+    pub(crate) channels: u32,
 
     /// Longest time that the guest may stand still (e.g. 300ms, 2s)
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = humantime::parse_duration, help_heading = "Migration")]
-    pub downtime_limit: Duration,
+    pub(crate) downtime_limit: Duration,
 
     /// Cap on the bandwidth of all data channels together, in octets a second (e.g. 100M, 1.25G). Default: no cap
     #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Migration")]
-    pub bandwidth: Option<u64>,
+    pub(crate) bandwidth: Option<u64>,
 
     /// Live rounds that may be spent before --if-not-converging decides
-    #[arg(long, value_name = "N", default_value_t = 30, help_heading = "Migration")]
-    pub max_rounds: u32,
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 30,
+        help_heading = "Migration"
+    )]
+    pub(crate) max_rounds: u32,
 
     /// When the guest writes faster than the link carries: give up (the guest runs on here), or switch over all the same
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = NotConverging::Fail, help_heading = "Migration")]
-    pub if_not_converging: NotConverging,
+    pub(crate) if_not_converging: NotConverging,
 
-    /// Body of a data frame (4K to 1M)
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256K", help_heading = "Migration")]
-    pub body: u64,
+    /// Body of a data frame (a multiple of 4K, up to 1M)
+    #[arg(long, value_name = "SIZE", value_parser = parse_body, default_value = "256K", help_heading = "Migration")]
+    pub(crate) body: u64,
 
     /// Give a channel up when nothing moves on it for this long
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration, help_heading = "Migration")]
-    pub stall: Duration,
+    pub(crate) stall: Duration,
 
     /// The guest's memory
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G", help_heading = "Guest")]
-    pub memory: u64,
+    pub(crate) memory: u64,
 
     /// The guest's virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Guest")]
-    pub vcpus: u32,
+    pub(crate) vcpus: u32,
 
     /// How much memory the guest dirties a second (4 KiB for each page written; 0: an idle guest)
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "100M", help_heading = "Guest")]
-    pub dirty_rate: u64,
+    pub(crate) dirty_rate: u64,
 
     /// The part of memory that the guest writes
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256M", help_heading = "Guest")]
-    pub working_set: u64,
+    pub(crate) working_set: u64,
 
     /// The order in which the guest writes its working set
     #[arg(long, value_enum, default_value_t = WritePattern::Random, help_heading = "Guest")]
-    pub pattern: WritePattern,
+    pub(crate) pattern: WritePattern,
 
     /// How dirty pages are found
     #[arg(long, value_enum, default_value_t = HowTracked::Auto, help_heading = "Guest")]
-    pub tracking: HowTracked,
+    pub(crate) tracking: HowTracked,
 
     /// Share of the memory outside the working set that is all zero, in percent
-    #[arg(long, value_name = "PERCENT", default_value_t = 25, help_heading = "Guest")]
-    pub zero_percent: u8,
+    #[arg(
+        long,
+        value_name = "PERCENT",
+        default_value_t = 25,
+        help_heading = "Guest"
+    )]
+    pub(crate) zero_percent: u8,
 
     /// Seed of the guest's content and writes
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Guest")]
-    pub seed: u64,
+    pub(crate) seed: u64,
 
     /// Let the guest run this long before the migration begins
     #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = humantime::parse_duration, help_heading = "Guest")]
-    pub warm_up: Duration,
+    pub(crate) warm_up: Duration,
 
     /// How the final report is printed: text for people, json for programs (one object on standard output, nothing else there)
     #[arg(long, value_enum, default_value_t = ReportKind::Text, help_heading = "Output")]
-    pub report: ReportKind,
+    pub(crate) report: ReportKind,
 
     /// No progress display
     #[arg(long, short, help_heading = "Output")]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  multifd-send --loopback                                  a demonstration on this host
-  multifd-receive --listen 0.0.0.0:4444                    on the destination, first
-  multifd-send --connect dest:4444 --channels 8            on the source
-  multifd-send --loopback --dirty-rate 2G --bandwidth 500M a guest that is too busy: see the advice in the error
-  multifd-send --loopback --report json | jq .downtime_ms
+  a demonstration on this host:
+    multifd-send --loopback
+  on the destination, then on the source:
+    multifd-receive --listen 0.0.0.0:4444
+    multifd-send --connect dest:4444 --channels 8
+  a guest that is too busy (see the advice in the error):
+    multifd-send --loopback --dirty-rate 2G --bandwidth 500M
+  for programs:
+    multifd-send --loopback --report json | jq .downtime_ms
 
-Ctrl-C cancels the migration; the guest goes on running here. A second Ctrl-C ends the program, and the guest with it.
+Sizes take K, M, G and T, powers of 1024.
+Ctrl-C cancels the migration; the guest goes on running here. A second Ctrl-C ends
+the program, and the guest with it.
 
-Exit status: 0 migrated; 1 failed, the guest runs on at the source; 2 wrong usage; 3 cancelled, the guest runs on at the
-source; 4 outcome unknown: the commit was sent and nothing was heard since, the source's guest stays paused;
-5 migrated, but the guest's own check found an error.
+Exit status:
+  0  migrated
+  1  failed; the guest runs on at the source
+  2  wrong usage; nothing was begun
+  3  cancelled; the guest runs on at the source
+  4  outcome unknown: the commit was sent and nothing was heard since; the guest
+     stays paused at the source
+  5  migrated, but the guest's own check found an error
+
 Log: RUST_LOG=info (or debug) writes to standard error.";
 
 /// See `--if-not-converging`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum NotConverging {
+pub(crate) enum NotConverging {
     /// The guest runs on at the source; the error says what would help
     Fail,
     /// Switch over whatever the downtime
@@ -121,7 +149,7 @@ pub enum NotConverging {
 
 /// See `--pattern`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum WritePattern {
+pub(crate) enum WritePattern {
     /// Anywhere in the working set
     Random,
     /// One page after another
@@ -130,7 +158,7 @@ pub enum WritePattern {
 
 /// See `--tracking`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum HowTracked {
+pub(crate) enum HowTracked {
     /// KVM's dirty ring if there is one, else its log; without KVM the threads of the process report
     Auto,
     /// KVM's dirty ring
@@ -143,7 +171,7 @@ pub enum HowTracked {
 
 /// See `--report`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ReportKind {
+pub(crate) enum ReportKind {
     /// For people
     Text,
     /// One JSON object on standard output
@@ -151,8 +179,15 @@ pub enum ReportKind {
 }
 
 impl Args {
+    /// Both parts of the settings, if they can be.
+    pub(crate) fn checked(&self) -> anyhow::Result<(Config, multifd_guest::Config)> {
+        let guest = self.guest();
+        guest.validate()?;
+        Ok((self.migration()?, guest))
+    }
+
     /// The migration's settings.
-    pub fn migration(&self) -> anyhow::Result<Config> {
+    pub(crate) fn migration(&self) -> anyhow::Result<Config> {
         let when = match self.if_not_converging {
             NotConverging::Fail => WhenNotConverging::Fail,
             NotConverging::Switch => WhenNotConverging::Switch,
@@ -170,7 +205,7 @@ impl Args {
     }
 
     /// The guest's settings.
-    pub fn guest(&self) -> multifd_guest::Config {
+    pub(crate) fn guest(&self) -> multifd_guest::Config {
         multifd_guest::Config {
             memory_bytes: self.memory,
             vcpus: self.vcpus,
@@ -187,7 +222,10 @@ impl Args {
                 HowTracked::Process => Tracking::Process,
             },
             seed: self.seed,
-            fill: Fill { filled_percent: 100, zero_percent: self.zero_percent },
+            fill: Fill {
+                filled_percent: 100,
+                zero_percent: self.zero_percent,
+            },
         }
     }
 }
@@ -195,7 +233,19 @@ impl Args {
 /// A number of octets; K, M, G and T are powers of 1024.
 fn parse_size(text: &str) -> Result<u64, String> {
     let binary = parse_size::Config::new().with_binary();
-    binary.parse_size(text).map_err(|e| format!("{e}: write for example 64M or 1.5G"))
+    binary
+        .parse_size(text)
+        .map_err(|e| format!("{e}: write for example 64M or 1.5G"))
+}
+
+/// A number of octets that is whole pages, as many as a frame carries.
+fn parse_body(text: &str) -> Result<u64, String> {
+    let octets = parse_size(text)?;
+    let most = multifd_wire::limits::BODY_BYTES_MAX as u64;
+    if octets == 0 || octets > most || !octets.is_multiple_of(multifd_wire::PAGE_BYTES_U64) {
+        return Err("give a multiple of 4K, from 4K to 1M".to_owned());
+    }
+    Ok(octets)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use multifd_sender::Snapshot;
 use multifd_sender::forecast::Forecast;
 
 /// Shows snapshots as they come.
-pub struct Display {
+pub(crate) struct Display {
     bar: Option<ProgressBar>,
     quiet: bool,
     round: Option<u32>,
@@ -17,7 +17,7 @@ pub struct Display {
 }
 
 impl Display {
-    pub fn new(quiet: bool) -> Self {
+    pub(crate) fn new(quiet: bool) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
             if let Ok(style) = ProgressStyle::with_template("  {prefix} [{bar:30}] {msg}") {
@@ -25,11 +25,17 @@ impl Display {
             }
             bar
         });
-        Self { bar, quiet, round: None, newest: None, told: Instant::now() }
+        Self {
+            bar,
+            quiet,
+            round: None,
+            newest: None,
+            told: Instant::now(),
+        }
     }
 
     /// Takes note of how far it is.
-    pub fn show(&mut self, now: Snapshot) {
+    pub(crate) fn show(&mut self, now: Snapshot) {
         if self.round.is_some_and(|round| round != now.round)
             && let Some(before) = self.newest
         {
@@ -51,7 +57,7 @@ impl Display {
     }
 
     /// The migration is over.
-    pub fn finish(&self) {
+    pub(crate) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -67,26 +73,54 @@ impl Display {
 }
 
 fn message(now: &Snapshot) -> String {
-    format!("{} left, {} sent, {}{}", mib(now.round_pages_left * 4096), mib(now.octets_sent), rate(now.bandwidth), outlook(now.forecast))
+    format!(
+        "{} left, {} sent, {}{}",
+        mib(now.round_pages_left * 4096),
+        mib(now.octets_sent),
+        rate(now.bandwidth),
+        outlook(now.forecast)
+    )
 }
 
 fn round_line(before: &Snapshot, dirty: u64) -> String {
-    format!("  round {}: sent {} in all, {}, then dirty {}", before.round, mib(before.octets_sent), rate(before.bandwidth), mib(dirty * 4096))
+    format!(
+        "  round {}: sent {} in all, {}, then dirty {}",
+        before.round,
+        mib(before.octets_sent),
+        rate(before.bandwidth),
+        mib(dirty * 4096)
+    )
 }
 
 fn outlook(forecast: Option<Forecast>) -> String {
     match forecast {
         None => String::new(),
-        Some(Forecast::Converges { within, downtime, .. }) => {
-            format!(", switchover in {:.1} s, downtime {} ms", within.as_secs_f64(), downtime.as_millis())
+        Some(Forecast::Converges {
+            within, downtime, ..
+        }) => {
+            format!(
+                ", switchover in {:.1} s, downtime {} ms",
+                within.as_secs_f64(),
+                downtime.as_millis()
+            )
         }
-        Some(Forecast::Diverges { bandwidth_needed, throttle_percent, downtime }) => {
+        Some(Forecast::Diverges {
+            bandwidth_needed,
+            throttle_percent,
+            downtime,
+        }) => {
             let ways = [
                 bandwidth_needed.map(|needed| format!("{}/s", mib(needed))),
                 throttle_percent.map(|percent| format!("{percent} % fewer writes")),
-                Some(format!("a downtime limit of {} ms", downtime.as_millis() + 1)),
+                Some(format!(
+                    "a downtime limit of {} ms",
+                    downtime.as_millis() + 1
+                )),
             ];
-            format!(", will not converge without {}", ways.into_iter().flatten().collect::<Vec<_>>().join(" or "))
+            format!(
+                ", will not converge without {}",
+                ways.into_iter().flatten().collect::<Vec<_>>().join(" or ")
+            )
         }
     }
 }
@@ -96,5 +130,9 @@ fn mib(octets: u64) -> String {
 }
 
 fn rate(octets_per_second: u64) -> String {
-    if octets_per_second == 0 { "measuring".into() } else { format!("{}/s", mib(octets_per_second)) }
+    if octets_per_second == 0 {
+        "measuring".into()
+    } else {
+        format!("{}/s", mib(octets_per_second))
+    }
 }

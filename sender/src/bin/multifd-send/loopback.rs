@@ -1,6 +1,7 @@
 //! `--loopback`: a multifd-receive of our own on this host.
 
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
@@ -10,20 +11,24 @@ use anyhow::{Context as _, bail};
 use multifd_transport::Address;
 
 /// A receiver process that was started for this migration. Ended when dropped.
-pub struct Receiver {
+pub(crate) struct Receiver {
     child: Child,
     /// Where it listens.
-    pub address: Address,
+    pub(crate) address: Address,
     report: Option<JoinHandle<String>>,
 }
 
 impl Receiver {
     /// Starts multifd-receive from beside this program, on a free port of the loopback interface.
-    pub fn start() -> anyhow::Result<Self> {
+    pub(crate) fn start() -> anyhow::Result<Self> {
         let program = beside_us()?;
         let mut child = Command::new(&program)
             .args(["--listen", "127.0.0.1:0", "--report", "json"])
-            .stdin(Stdio::null())
+            // It ends with us, however we end: nobody else knows where it listens.
+            .arg("--until-stdin-closes")
+            .stdin(Stdio::piped())
+            // Ctrl-C is for us, who cancel and tell it; a terminal would send it to the whole group.
+            .process_group(0)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -47,22 +52,30 @@ impl Receiver {
             let _ = output.read_to_string(&mut text);
             text
         });
-        Ok(Self { child, address, report: Some(report) })
+        Ok(Self {
+            child,
+            address,
+            report: Some(report),
+        })
     }
 
     /// Its process id.
-    pub fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
 
     /// Waits for it to end, and gives its report; null if it left none.
-    pub fn wait(mut self, longest: Duration) -> serde_json::Value {
+    pub(crate) fn wait(mut self, longest: Duration) -> serde_json::Value {
         let until = Instant::now() + longest;
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(10));
         }
         let _ = self.child.kill();
-        let text = self.report.take().and_then(|report| report.join().ok()).unwrap_or_default();
+        let text = self
+            .report
+            .take()
+            .and_then(|report| report.join().ok())
+            .unwrap_or_default();
         serde_json::from_str(text.trim()).unwrap_or_default()
     }
 }
@@ -78,7 +91,10 @@ fn beside_us() -> anyhow::Result<PathBuf> {
     let ours = std::env::current_exe()?;
     let program = ours.with_file_name("multifd-receive");
     if !program.exists() {
-        bail!("there is no {}: build it with `cargo build --release`, or use --connect", program.display());
+        bail!(
+            "there is no {}: build it with `cargo build --release`, or use --connect",
+            program.display()
+        );
     }
     Ok(program)
 }

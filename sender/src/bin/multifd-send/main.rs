@@ -17,19 +17,34 @@ use args::{Args, ReportKind};
 use clap::Parser as _;
 use display::Display;
 use machine::Machine;
-use multifd_guest::Guest;
-use multifd_sender::{Dialer, Finished, Migration, OutcomeKind, Parts};
+use multifd_guest::{Guest, Tracking};
+use multifd_sender::{Config, Dialer, Finished, Migration, OutcomeKind, Parts};
 use multifd_transport::TcpOptions;
 use summary::Summary;
 
 /// How long the receiver of `--loopback` may take to check its guest: a large guest takes a second per few GiB.
 const CHECK_MAX: Duration = Duration::from_secs(600);
 
+/// Longest wait for a heart-beat. They come every few milliseconds, but a guest that is told to write a page now and then
+/// reports only when it does.
+const HEARTBEAT_MAX: Duration = Duration::from_secs(5);
+
 fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match run(&args) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let (migration, guest) = match args.checked() {
+        Ok(checked) => checked,
+        Err(error) => {
+            eprintln!("multifd-send: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args, migration, &guest) {
         Ok(summary) => {
             summary.print(args.report);
             ExitCode::from(summary.exit_status())
@@ -45,9 +60,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> anyhow::Result<Summary> {
-    let config = args.migration()?;
-    let receiver = if args.loopback { Some(loopback::Receiver::start()?) } else { None };
+fn run(
+    args: &Args,
+    config: Config,
+    guest_config: &multifd_guest::Config,
+) -> anyhow::Result<Summary> {
+    // Before anything is started that would have to be taken down.
+    let interrupted = catch_signals()?;
+    let receiver = if args.loopback {
+        Some(loopback::Receiver::start()?)
+    } else {
+        None
+    };
     let address = match (&receiver, &args.connect) {
         (Some(receiver), _) => receiver.address.clone(),
         (None, Some(address)) => address.clone(),
@@ -58,7 +82,7 @@ fn run(args: &Args) -> anyhow::Result<Summary> {
             eprintln!("{text}");
         }
     };
-    let guest = Arc::new(Guest::create(&args.guest()).context("the guest can't be made")?);
+    let guest = Arc::new(Guest::create(guest_config).context("the guest can't be made")?);
     let (kind, config_of_guest) = (guest.kind(), guest.config());
     tell(format!(
         "guest: {kind}, {} MiB, {} vCPUs, dirties {:.0} MB/s of a {} MiB working set",
@@ -67,38 +91,66 @@ fn run(args: &Args) -> anyhow::Result<Summary> {
         config_of_guest.dirty_rate_bytes_per_s as f64 / 1e6,
         config_of_guest.working_set_bytes >> 20
     ));
-    if kind == multifd_guest::Kind::Process {
-        tell("       (there is no /dev/kvm: the same work is done by threads on a plain mapping)".into());
+    if kind == multifd_guest::Kind::Process && guest_config.tracking != Tracking::Process {
+        tell(
+            "       (there is no /dev/kvm: the same work is done by threads on a plain mapping)"
+                .into(),
+        );
     }
     guest.run()?;
-    std::thread::sleep(args.warm_up);
+    let until = Instant::now() + args.warm_up;
+    while Instant::now() < until && !interrupted.load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(5).min(args.warm_up));
+    }
     match &receiver {
-        Some(receiver) => tell(format!("moving it to process {} on this host, {}, over {} channels", receiver.id(), address, args.channels)),
-        None => tell(format!("moving it to {address} over {} channels", args.channels)),
+        Some(receiver) => tell(format!(
+            "moving it to process {} on this host, {}, over {} channels",
+            receiver.id(),
+            address,
+            args.channels
+        )),
+        None => tell(format!(
+            "moving it to {address} over {} channels",
+            args.channels
+        )),
     }
     let sources = vec![guest.tracking_source()?];
     let parts = Parts {
         vmm: Box::new(Machine(Arc::clone(&guest))),
         memory: guest.memory().to_channels(),
         sources,
-        dial: Box::new(Dialer { address, options: TcpOptions::default() }),
+        dial: Box::new(Dialer {
+            address,
+            options: TcpOptions::default(),
+        }),
         config,
         spawner: None,
     };
-    let finished = watch(args, Migration::start(parts)?)?;
+    let finished = watch(args, Migration::start(parts)?, interrupted);
     let alive = still_runs(&finished, &guest);
-    let theirs = receiver.map(|receiver| receiver.wait(if finished.error.is_none() { CHECK_MAX } else { Duration::from_secs(5) }));
+    let theirs = receiver.map(|receiver| {
+        receiver.wait(if finished.error.is_none() {
+            CHECK_MAX
+        } else {
+            Duration::from_secs(5)
+        })
+    });
     Ok(Summary::new(&finished, theirs, alive))
 }
 
-/// Shows the progress, and cancels on SIGINT or SIGTERM.
-fn watch(args: &Args, migration: Migration) -> anyhow::Result<Finished> {
+/// Set by the first SIGINT or SIGTERM.
+fn catch_signals() -> anyhow::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         // The second one ends the program at once.
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
         signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
     }
+    Ok(interrupted)
+}
+
+/// Shows the progress, and cancels when the user wants that.
+fn watch(args: &Args, migration: Migration, interrupted: Arc<AtomicBool>) -> Finished {
     let handle = migration.handle();
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
@@ -118,18 +170,27 @@ fn watch(args: &Args, migration: Migration) -> anyhow::Result<Finished> {
     let finished = migration.wait();
     done.store(true, Ordering::Relaxed);
     let _ = watcher.join();
-    Ok(finished)
+    finished
 }
 
-/// After a migration that did not happen: whether the guest really goes on here. An idle guest proves nothing by its heart.
+/// After a migration that did not happen: whether the guest really goes on here, which its heart-beats show.
 fn still_runs(finished: &Finished, guest: &Guest) -> Option<bool> {
-    if !matches!(finished.report.outcome, OutcomeKind::Failed | OutcomeKind::Cancelled) {
+    if !matches!(
+        finished.report.outcome,
+        OutcomeKind::Failed | OutcomeKind::Cancelled
+    ) {
         return None;
     }
-    let counters = || guest.heartbeats().iter().map(|beat| beat.counter).sum::<u64>();
+    let counters = || {
+        guest
+            .heartbeats()
+            .iter()
+            .map(|beat| beat.counter)
+            .sum::<u64>()
+    };
     let (before, began) = (counters(), Instant::now());
-    while guest.config().dirty_rate_bytes_per_s > 0 && counters() == before && began.elapsed() < Duration::from_secs(2) {
+    while counters() == before && began.elapsed() < HEARTBEAT_MAX {
         std::thread::sleep(Duration::from_millis(5));
     }
-    Some(counters() > before || guest.config().dirty_rate_bytes_per_s == 0)
+    Some(counters() > before)
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::args::ReportKind;
 
 /// What is printed at the end.
-pub struct Summary {
+pub(crate) struct Summary {
     report: Report,
     /// The report of the receiver that `--loopback` started; null otherwise.
     theirs: Value,
@@ -16,17 +16,28 @@ pub struct Summary {
 
 impl Summary {
     /// `theirs`: the report of our own receiver, if there was one. `source_runs`: whether the guest was seen running here.
-    pub fn new(finished: &Finished, theirs: Option<Value>, source_runs: Option<bool>) -> Self {
+    pub(crate) fn new(
+        finished: &Finished,
+        theirs: Option<Value>,
+        source_runs: Option<bool>,
+    ) -> Self {
         let mut report = finished.report.clone();
         let theirs = theirs.unwrap_or(Value::Null);
         // The receiver's own end is later than what it could say in RUNNING.
-        report.cpu_receiver_s = report.cpu_receiver_s.or_else(|| theirs["cpu_receiver_s"].as_f64());
+        report.cpu_receiver_s = report
+            .cpu_receiver_s
+            .or_else(|| theirs["cpu_receiver_s"].as_f64());
         let guest_check = theirs["guest_check"].clone();
-        Self { report, theirs, guest_check, source_runs }
+        Self {
+            report,
+            theirs,
+            guest_check,
+            source_runs,
+        }
     }
 
     /// The object for a migration that was not even begun.
-    pub fn not_begun(error: &anyhow::Error) -> Value {
+    pub(crate) fn not_begun(error: &anyhow::Error) -> Value {
         json!({
             "outcome": "failed", "total_ms": 0.0, "downtime_ms": null, "downtime": null, "rounds": 0, "channels": 0,
             "memory_bytes": 0, "sent_bytes": 0, "zero_bytes": 0, "goodput_mib_s": 0.0, "cpu_sender_s": 0.0,
@@ -36,9 +47,11 @@ impl Summary {
     }
 
     /// See `--help`.
-    pub fn exit_status(&self) -> u8 {
+    pub(crate) fn exit_status(&self) -> u8 {
         match self.report.outcome {
-            OutcomeKind::Migrated if self.guest_check.is_null() || self.guest_check == "passed" => 0,
+            OutcomeKind::Migrated if self.guest_check.is_null() || self.guest_check == "passed" => {
+                0
+            }
             OutcomeKind::Migrated => 5,
             OutcomeKind::Failed => 1,
             OutcomeKind::Cancelled => 3,
@@ -46,7 +59,7 @@ impl Summary {
         }
     }
 
-    pub fn print(&self, kind: ReportKind) {
+    pub(crate) fn print(&self, kind: ReportKind) {
         match kind {
             ReportKind::Json => println!("{}", self.object()),
             ReportKind::Text => self.text(),
@@ -68,36 +81,102 @@ impl Summary {
             OutcomeKind::Migrated => println!("\nmigrated: the guest runs at the destination"),
             OutcomeKind::Failed => println!("\nfailed: {}", self.where_it_runs()),
             OutcomeKind::Cancelled => println!("\ncancelled: {}", self.where_it_runs()),
-            OutcomeKind::Unknown => println!("\noutcome unknown: the commit was sent and nothing was heard since; the guest stays paused here"),
+            OutcomeKind::Unknown => println!(
+                "\noutcome unknown: the commit was sent and nothing was heard since; the guest stays paused here"
+            ),
         }
         if let Some(error) = &r.error {
-            println!("  reason       {} [{}] in phase {}{}", error.text, error.code, error.phase, error.channel.as_ref().map(|c| format!(", {c}")).unwrap_or_default());
-        }
-        println!("  total        {seconds:.3} s, {} rounds over {} channels{}", r.rounds, r.channels, if r.channels_lost > 0 { format!(" ({} lost)", r.channels_lost) } else { String::new() });
-        if let (Some(downtime), Some(d)) = (r.downtime_ms, r.downtime) {
-            println!("  downtime     {downtime:.1} ms (predicted {:.1})", r.predicted_downtime_ms.unwrap_or_default());
             println!(
-                "               pause {:.1}, last collection {:.1}, save {:.1}, send {:.1}, destination {:.1} (load {:.1}), commit {:.1}",
-                d.pause_ms, d.collect_ms, d.save_ms, d.send_ms, d.prepare_ms, d.load_ms, d.commit_ms
+                "  reason       {} [{}] in phase {}{}",
+                error.text,
+                error.code,
+                error.phase,
+                error
+                    .channel
+                    .as_ref()
+                    .map(|c| format!(", {c}"))
+                    .unwrap_or_default()
             );
         }
-        println!("  memory       {}: sent {} with content, {} as zero pages, {} on the wire", mib(r.memory_bytes), mib(r.content_bytes), mib(r.zero_bytes), mib(r.sent_bytes));
+        println!(
+            "  total        {seconds:.3} s, {} rounds over {} channels{}",
+            r.rounds,
+            r.channels,
+            if r.channels_lost > 0 {
+                format!(" ({} lost)", r.channels_lost)
+            } else {
+                String::new()
+            }
+        );
+        if let (Some(downtime), Some(d)) = (r.downtime_ms, r.downtime) {
+            println!(
+                "  downtime     {downtime:.1} ms (predicted {:.1})",
+                r.predicted_downtime_ms.unwrap_or_default()
+            );
+            println!(
+                "               pause {:.1}, last collection {:.1}, save {:.1}, send {:.1}, destination {:.1} (load {:.1}), commit {:.1}",
+                d.pause_ms,
+                d.collect_ms,
+                d.save_ms,
+                d.send_ms,
+                d.prepare_ms,
+                d.load_ms,
+                d.commit_ms
+            );
+        }
+        println!(
+            "  memory       {}: sent {} with content, {} as zero pages, {} on the wire",
+            mib(r.memory_bytes),
+            mib(r.content_bytes),
+            mib(r.zero_bytes),
+            mib(r.sent_bytes)
+        );
         println!("  goodput      {:.0} MiB/s", r.goodput_mib_s);
-        println!("  CPU          {:.2} s here, {} there", r.cpu_sender_s, r.cpu_receiver_s.map_or_else(|| "?".into(), |s| format!("{s:.2} s")));
+        println!(
+            "  CPU          {:.2} s here, {} there",
+            r.cpu_sender_s,
+            r.cpu_receiver_s
+                .map_or_else(|| "?".into(), |s| format!("{s:.2} s"))
+        );
         for round in &r.round_list {
-            let dirty = round.dirty_after.map(|pages| format!(", then dirty {}", mib(pages * 4096))).unwrap_or_default();
-            println!("  round {:<6} {} in {:.1} ms ({:.0} MiB/s on the wire){dirty}", round.round, mib(round.pages * 4096), round.ms, round.mib_s);
+            let dirty = round
+                .dirty_after
+                .map(|pages| format!(", then dirty {}", mib(pages * 4096)))
+                .unwrap_or_default();
+            println!(
+                "  round {:<6} {} in {:.1} ms ({:.0} MiB/s on the wire){dirty}",
+                round.round,
+                mib(round.pages * 4096),
+                round.ms,
+                round.mib_s
+            );
         }
         for source in &r.sources {
-            println!("  {:<12} {} pages found in {} harvests ({:.1} ms), {} reports, {} resets, {} times full", source.name, source.pages, source.harvests, source.harvest_ms, source.reported, source.resets, source.ring_full);
+            println!(
+                "  {:<12} {} pages found in {} harvests ({:.1} ms), {} reports, {} resets, {} times full",
+                source.name,
+                source.pages,
+                source.harvests,
+                source.harvest_ms,
+                source.reported,
+                source.resets,
+                source.ring_full
+            );
         }
         if let Some(equal) = r.digest_equal {
-            println!("  digest       {}{}", r.digest.as_deref().unwrap_or(""), if equal { " on both sides" } else { " DIFFERS" });
+            println!(
+                "  digest       {}{}",
+                r.digest.as_deref().unwrap_or(""),
+                if equal { " on both sides" } else { " DIFFERS" }
+            );
         }
         match &self.guest_check {
             Value::Null => {}
             Value::String(text) if text == "passed" => {
-                println!("  guest check  passed: every word of its memory is as new as its own log says ({} heart-beats at the destination)", self.theirs["guest_beats"]);
+                println!(
+                    "  guest check  passed: every word of its memory is as new as its own log says ({} heart-beats at the destination)",
+                    self.theirs["guest_beats"]
+                );
             }
             other => println!("  guest check  FAILED: {other}"),
         }

@@ -1,0 +1,149 @@
+//! `multifd-receive` as a user meets it before a source comes: help, wrong usage, a taken address, Ctrl-C.
+//!
+//! What needs a sender is tested in `tests/tests/programs.rs`; that file relies on this one, because cargo builds a
+//! package's programs for its integration tests.
+#![cfg(feature = "cli")]
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+fn program(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_multifd-receive"));
+    command.args(arguments).env_remove("RUST_LOG");
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    program(arguments)
+        .output()
+        .expect("cargo built it with this test")
+}
+
+fn text(octets: &[u8]) -> String {
+    String::from_utf8(octets.to_vec()).expect("UTF-8")
+}
+
+/// Every flag that the documentation names. A flag that is new joins this list.
+const FLAGS: &[&str] = &[
+    "--listen",
+    "--run-for",
+    "--max-memory",
+    "--stall",
+    "--hello-deadline",
+    "--report",
+    "--quiet",
+    "--help",
+    "--version",
+];
+
+#[test]
+fn help_explains_every_flag_and_every_exit_status() {
+    let output = run(&["--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    let help = text(&output.stdout);
+    for flag in FLAGS {
+        assert!(help.contains(flag), "{flag} is not in:\n{help}");
+    }
+    // And the other way round: no flag is shown that this list does not know.
+    let (flags, _) = help.split_once("Examples:").expect("examples");
+    for word in flags
+        .split_whitespace()
+        .filter(|word| word.starts_with("--"))
+    {
+        let flag = word.trim_end_matches([',', '.', ':']);
+        assert!(FLAGS.contains(&flag), "{flag} is new: add it to FLAGS");
+    }
+    let (_, statuses) = help.split_once("Exit status:").expect("a list of them");
+    for status in [0, 1, 2, 4, 5] {
+        let line = format!("\n  {status}  ");
+        assert!(
+            statuses.contains(&line),
+            "status {status} is not in:\n{help}"
+        );
+    }
+    assert!(help.contains("no encryption"), "{help}");
+}
+
+#[test]
+fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
+    let cases: &[(&[&str], &str)] = &[
+        (&["--lisen", "127.0.0.1:0"], "'--listen'"),
+        (&["--listen", "nowhere"], "--listen"),
+        (&["--run-for", "long"], "--run-for"),
+        (&["--max-memory", "12X"], "64M"),
+        (&["--listen", "127.0.0.1:0", "--stall", "1ms"], "100ms"),
+    ];
+    for (arguments, advice) in cases {
+        let output = run(arguments);
+        let errors = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {errors}");
+        assert!(
+            errors.contains(advice),
+            "{arguments:?}: no {advice:?} in {errors}"
+        );
+        assert!(output.stdout.is_empty(), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn an_address_that_is_taken_fails_with_a_report_that_names_it() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback is there");
+    let address = taken.local_addr().expect("bound").to_string();
+    let output = run(&["--listen", &address, "--report", "json"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(report["outcome"], "failed", "{report}");
+    let said = report["error"]["text"].as_str().expect("a text");
+    assert!(said.contains(&address), "{said}");
+}
+
+#[test]
+fn ctrl_c_ends_a_receiver_that_waits_and_its_report_says_so() {
+    let mut receiver = program(&["--listen", "127.0.0.1:0", "--report", "json"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("cargo built it with this test");
+    let mut announced = String::new();
+    let mut errors = BufReader::new(receiver.stderr.take().expect("piped"));
+    errors.read_line(&mut announced).expect("UTF-8");
+    assert!(
+        announced.starts_with("listening on tcp:127.0.0.1:"),
+        "{announced}"
+    );
+    interrupt(&receiver);
+    let status = end(&mut receiver);
+    let mut output = String::new();
+    let mut pipe = receiver.stdout.take().expect("piped");
+    pipe.read_to_string(&mut output).expect("UTF-8");
+    assert_eq!(status, Some(1), "{output}");
+    let report: Value = serde_json::from_str(&output).expect("one JSON object");
+    assert_eq!(report["outcome"], "failed", "{report}");
+    assert_eq!(report["error"]["code"], "receiver.cancelled", "{report}");
+    assert!(report["guest_check"].is_null(), "{report}");
+}
+
+/// SIGINT, by the tool that every Linux has: this package needs no other way to send one.
+fn interrupt(child: &Child) {
+    let id = child.id().to_string();
+    let sent = Command::new("kill").args(["-INT", &id]).status();
+    assert!(sent.expect("kill is there").success());
+}
+
+fn end(child: &mut Child) -> Option<i32> {
+    let asked = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("it is our child") {
+            return status.code();
+        }
+        if asked.elapsed() > Duration::from_secs(10) {
+            let _ = child.kill();
+            panic!("it does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

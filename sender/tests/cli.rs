@@ -1,0 +1,138 @@
+//! `multifd-send` as a user meets it before anything moves: help, wrong usage, an address where nobody listens.
+//!
+//! What needs a receiver is tested in `tests/tests/programs.rs`; that file relies on this one, because cargo builds a
+//! package's programs for its integration tests.
+#![cfg(feature = "cli")]
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_multifd-send"))
+        .args(arguments)
+        .env_remove("RUST_LOG")
+        .output()
+        .expect("cargo built it with this test")
+}
+
+fn text(octets: &[u8]) -> String {
+    String::from_utf8(octets.to_vec()).expect("UTF-8")
+}
+
+/// Every flag that the documentation names. A flag that is new joins this list.
+const FLAGS: &[&str] = &[
+    "--connect",
+    "--loopback",
+    "--channels",
+    "--downtime-limit",
+    "--bandwidth",
+    "--max-rounds",
+    "--if-not-converging",
+    "--body",
+    "--stall",
+    "--memory",
+    "--vcpus",
+    "--dirty-rate",
+    "--working-set",
+    "--pattern",
+    "--tracking",
+    "--zero-percent",
+    "--seed",
+    "--warm-up",
+    "--report",
+    "--quiet",
+    "--help",
+    "--version",
+];
+
+#[test]
+fn help_explains_every_flag_and_every_exit_status() {
+    let output = run(&["--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    let help = text(&output.stdout);
+    for flag in FLAGS {
+        assert!(help.contains(flag), "{flag} is not in:\n{help}");
+    }
+    // And the other way round: no flag is shown that this list does not know.
+    let (flags, _) = help.split_once("Examples:").expect("examples");
+    for word in flags
+        .split_whitespace()
+        .filter(|word| word.starts_with("--"))
+    {
+        let flag = word.trim_end_matches([',', '.', ':']);
+        assert!(FLAGS.contains(&flag), "{flag} is new: add it to FLAGS");
+    }
+    let (_, statuses) = help.split_once("Exit status:").expect("a list of them");
+    for status in 0..=5 {
+        let line = format!("\n  {status}  ");
+        assert!(
+            statuses.contains(&line),
+            "status {status} is not in:\n{help}"
+        );
+    }
+    assert!(help.contains("Ctrl-C"), "{help}");
+}
+
+#[test]
+fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
+    let cases: &[(&[&str], &str)] = &[
+        (&[], "--loopback"),
+        (&["--conect", "127.0.0.1:1"], "'--connect'"),
+        (
+            &["--connect", "127.0.0.1:1", "--loopback"],
+            "cannot be used with",
+        ),
+        (&["--connect", "nowhere"], "--connect"),
+        (&["--loopback", "--channels", "0"], "1 to 256"),
+        (&["--loopback", "--channels", "257"], "1 to 256"),
+        (&["--loopback", "--bandwidth", "12X"], "64M"),
+        (
+            &["--loopback", "--downtime-limit", "soon"],
+            "--downtime-limit",
+        ),
+        (&["--loopback", "--if-not-converging", "hope"], "switch"),
+        (&["--loopback", "--body", "2M"], "to 1M"),
+        (&["--loopback", "--body", "5000"], "multiple of 4K"),
+        (
+            &["--loopback", "--memory", "65M", "--working-set", "65M"],
+            "at most",
+        ),
+        (&["--loopback", "--memory", "1M"], "64 MiB"),
+        (&["--loopback", "--vcpus", "17"], "1 to 16"),
+        (&["--loopback", "--zero-percent", "101"], "0 to 100"),
+    ];
+    for (arguments, advice) in cases {
+        let output = run(arguments);
+        let errors = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {errors}");
+        assert!(
+            errors.contains(advice),
+            "{arguments:?}: no {advice:?} in {errors}"
+        );
+        assert!(output.stdout.is_empty(), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn an_address_where_nobody_listens_fails_with_a_report_and_the_guest_runs_on() {
+    // A port that was free a moment ago, on an address that nobody else uses.
+    let listener = std::net::TcpListener::bind("127.77.77.77:0").expect("loopback is there");
+    let address = listener.local_addr().expect("bound").to_string();
+    drop(listener);
+    let guest = ["--memory", "64M", "--working-set", "1M", "--warm-up", "0ms"];
+    let output = run(&[&["--connect", &address, "--report", "json"], &guest[..]].concat());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(report["outcome"], "failed", "{report}");
+    assert_eq!(report["source_guest_runs"], true, "{report}");
+    let error = &report["error"];
+    assert_eq!(error["code"], "sender.channel.dial", "{report}");
+    assert_eq!(error["phase"], "hello", "{report}");
+    assert_eq!(error["channel"], "control channel", "{report}");
+    let said = error["text"].as_str().expect("a text");
+    assert!(
+        said.contains(&address) && said.contains("refused"),
+        "{said}"
+    );
+}

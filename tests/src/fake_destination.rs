@@ -1,0 +1,334 @@
+//! A destination that is driven by hand: it can take a whole guest by the rules, and break any of them at any step.
+//!
+//! It lands nothing: of the pages it keeps only what the digest needs.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use multifd_transport::{Address, Channel, Listener, TcpOptions};
+use multifd_wire::digest::page_value;
+use multifd_wire::frame::{Grant, Prepared, Ready, Running};
+use multifd_wire::{
+    Digest, Features, Frame, HelloReply, Kind, Layout, PageValues, SessionId, Token, VERSION,
+};
+
+use crate::peer::{PATIENCE, Peer};
+
+/// The hand-driven destination.
+pub struct FakeDestination {
+    listener: Listener,
+    /// Where it listens.
+    pub address: Address,
+}
+
+/// A session that it has accepted.
+pub struct Taking {
+    /// The control channel.
+    pub control: Peer,
+    /// The session's name.
+    pub session: SessionId,
+    /// The lanes that joined, until [`Taking::read_lanes`].
+    pub lanes: Vec<Peer>,
+    listener: Listener,
+    layout: Option<Layout>,
+    readers: Vec<JoinHandle<Peer>>,
+    closers: Vec<multifd_transport::Closer>,
+    landed: Option<Arc<Landed>>,
+}
+
+/// What the pages that were read amount to.
+struct Landed {
+    layout: Layout,
+    values: PageValues,
+    digest: Mutex<Digest>,
+}
+
+impl Default for FakeDestination {
+    fn default() -> Self {
+        Self::listen()
+    }
+}
+
+impl FakeDestination {
+    /// Listens on a free TCP port of this host.
+    ///
+    /// # Panics
+    /// If it can't.
+    #[must_use]
+    pub fn listen() -> Self {
+        let address = "127.0.0.1:0".parse().expect("an address");
+        let listener = Listener::bind(&address, &TcpOptions::default()).expect("a free port");
+        let address = listener.local_address().clone();
+        Self { listener, address }
+    }
+
+    /// The next connection.
+    ///
+    /// # Panics
+    /// If none comes in time.
+    #[must_use]
+    pub fn accept(&self) -> Box<dyn Channel> {
+        let deadline = Instant::now() + PATIENCE;
+        self.listener
+            .accept(Some(deadline))
+            .expect("the source connects")
+            .0
+    }
+
+    /// Accepts the control channel's hello; sends nothing after it.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    #[must_use]
+    pub fn welcome(self) -> Taking {
+        let mut control = Peer::new(self.accept());
+        let hello = control.hear_hello();
+        control.raw(&accepted(hello.session).encode());
+        Taking {
+            control,
+            session: hello.session,
+            lanes: Vec::new(),
+            listener: self.listener,
+            layout: None,
+            readers: Vec::new(),
+            closers: Vec::new(),
+            landed: None,
+        }
+    }
+
+    /// Up to the end of set-up: the tables were read, the lanes have joined, READY was not sent.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    #[must_use]
+    pub fn set_up(self) -> Taking {
+        let mut taking = self.welcome();
+        taking.grant();
+        taking.control.keep_alive();
+        taking.hear_tables();
+        taking.accept_lane();
+        taking
+    }
+
+    /// In round 0: READY was sent, the one lane is read, and the first pages came.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    #[must_use]
+    pub fn in_rounds(self) -> Taking {
+        let mut taking = self.set_up();
+        taking.ready(1);
+        taking.read_lanes();
+        taking.hear_pages();
+        taking
+    }
+
+    /// Up to FINAL, which was read, and all pages before it as well.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    #[must_use]
+    pub fn at_final(self) -> (Taking, Digest) {
+        let mut taking = self.in_rounds();
+        let digest = taking.hear_final();
+        (taking, digest)
+    }
+
+    /// Up to COMMIT, which was read.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    #[must_use]
+    pub fn committed(self) -> Taking {
+        let (mut taking, digest) = self.at_final();
+        taking.control.send(prepared(digest));
+        taking.control.hear_kind(Kind::Commit);
+        taking
+    }
+}
+
+impl Taking {
+    /// Grants four lanes.
+    pub fn grant(&self) {
+        self.control.send(Grant {
+            ticket: Token::new([7; 16]),
+            resume_secret: Token::new([8; 16]),
+            lanes_max: 4,
+            suspend_ms: 0,
+            device_window_bytes: 0,
+        });
+    }
+
+    /// Reads the set-up to its end.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    pub fn hear_tables(&mut self) {
+        let regions = self.control.hear_kind(Kind::Regions);
+        let Frame::Regions(regions) = regions.frame() else {
+            unreachable!("that kind was waited for")
+        };
+        self.layout = Some(Layout::from_frame(&regions).expect("a valid layout"));
+        self.control.hear_kind(Kind::SetupEnd);
+    }
+
+    /// The next connection, which has to be a data channel, accepted.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    pub fn accept_lane(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        let accepted_channel = self.listener.accept(Some(deadline));
+        let mut lane = Peer::new(accepted_channel.expect("the source dials its lane").0);
+        let hello = lane.hear_hello();
+        assert_eq!(hello.session, self.session);
+        lane.raw(&accepted(self.session).encode());
+        self.closers.push(lane.closer());
+        self.lanes.push(lane);
+    }
+
+    /// Says READY for so many lanes.
+    pub fn ready(&self, lanes: u32) {
+        self.control.send(Ready {
+            lanes,
+            prepare_us: 1,
+        });
+    }
+
+    /// Reads the lanes from now on, in threads of their own.
+    ///
+    /// # Panics
+    /// If the tables were not read.
+    pub fn read_lanes(&mut self) {
+        let layout = self.layout.clone().expect("the tables were read");
+        let landed = Arc::new(Landed {
+            values: PageValues::new(&layout).expect("memory for the values"),
+            digest: Mutex::new(Digest::EMPTY),
+            layout,
+        });
+        self.landed = Some(Arc::clone(&landed));
+        for mut lane in self.lanes.drain(..) {
+            let landed = Arc::clone(&landed);
+            self.readers.push(std::thread::spawn(move || {
+                while let Ok(heard) = lane.hear(Duration::from_secs(60)) {
+                    landed.take(&heard.frame());
+                }
+                lane
+            }));
+        }
+    }
+
+    /// Reads on to the FINAL whose digest is that of the pages that were read: earlier ones belong to rounds that were not
+    /// the last.
+    ///
+    /// # Panics
+    /// If none comes in time.
+    pub fn hear_final(&mut self) -> Digest {
+        let heard = self.control.hear_kind(Kind::Final);
+        let Frame::Final(last) = heard.frame() else {
+            unreachable!("that kind was waited for")
+        };
+        let landed = self.landed.as_ref().expect("the lanes are read");
+        let since = Instant::now();
+        while landed.digest() != last.digest {
+            assert!(
+                since.elapsed() < PATIENCE,
+                "the pages do not amount to FINAL's digest"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        last.digest
+    }
+
+    /// Waits for the first pages: the source is in round 0 now.
+    ///
+    /// # Panics
+    /// If none come in time.
+    pub fn hear_pages(&self) {
+        let landed = self.landed.as_ref().expect("the lanes are read");
+        let since = Instant::now();
+        while landed.digest() == Digest::EMPTY {
+            assert!(since.elapsed() < PATIENCE, "no pages come");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Ends all lanes.
+    pub fn cut_lanes(&self) {
+        for closer in &self.closers {
+            closer.shutdown();
+        }
+    }
+}
+
+impl Drop for Taking {
+    fn drop(&mut self) {
+        self.cut_lanes();
+        self.control.cut();
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
+    }
+}
+
+impl Landed {
+    fn take(&self, frame: &Frame<'_>) {
+        match frame {
+            Frame::Pages(pages) => {
+                let mut values = pages.checksums.iter().map(|crc| page_value(crc.get()));
+                for raw in pages.runs {
+                    let run = self.layout.admit(raw).expect("inside its region");
+                    self.merge(self.values.replace(run, values.by_ref().take(run.pages())));
+                }
+            }
+            Frame::Zeros(zeros) => {
+                for raw in zeros.runs {
+                    let run = self.layout.admit(raw).expect("inside its region");
+                    self.merge(self.values.clear(run));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn merge(&self, delta: Digest) {
+        let mut digest = self.digest.lock().unwrap_or_else(PoisonError::into_inner);
+        digest.merge(delta);
+    }
+
+    fn digest(&self) -> Digest {
+        *self.digest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The answer that accepts a hello.
+#[must_use]
+pub fn accepted(session: SessionId) -> HelloReply {
+    HelloReply::Accepted {
+        version: VERSION,
+        features: Features::NONE,
+        session,
+    }
+}
+
+/// PREPARED with this digest.
+#[must_use]
+pub fn prepared(digest: Digest) -> Prepared {
+    Prepared {
+        digest,
+        wait_us: 1,
+        load_us: 1,
+        verify_us: 1,
+    }
+}
+
+/// RUNNING.
+#[must_use]
+pub fn running() -> Running {
+    Running {
+        resume_us: 1,
+        cpu_us: 1,
+        landed_bytes: 1,
+    }
+}
