@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  Setup ──ready──► Sending(0) ──encoded──► Deciding ──► Sending(k+1)
-//!                                              │ fits the limit, or the rounds are used up
-//!                                              ▼
+//!                                            │ ▲│ fits the limit, or the rounds are used up
+//!                       Draining ◄───────────┘ ││
+//!                           └────── closed ────┘▼
 //!                     Pausing ──► Collecting ──► Last(k) ──prepared──► Committed ──running──► Over
 //!                                                  │ damaged, lost or late pages
 //!                                                  └──► Last(k+1)
@@ -32,6 +33,10 @@ const FIXED_GUESS: Duration = Duration::from_millis(4);
 
 /// How often a destination acknowledges, at the least (SPEC: ACK-1).
 const ACK_LAG: Duration = Duration::from_millis(20);
+
+/// What is on its way may take this many times as long as the measured bandwidth says, and the longest silence beside, before
+/// the destination is given up.
+const DRAIN_PATIENCE: u32 = 2;
 
 /// A round with fewer octets than this says too little about the bandwidth.
 const MEASURABLE_OCTETS: u64 = 4 << 20;
@@ -177,6 +182,12 @@ enum State {
         since: Duration,
         encoded: Duration,
     },
+    /// Hardly anything is dirty, but too much is on its way still: a further round would be empty and end at once.
+    Draining {
+        round: Round,
+        since: Duration,
+        until: Duration,
+    },
     Pausing {
         round: Round,
     },
@@ -220,6 +231,8 @@ pub struct Session {
     /// The shortest seen: longer ones say how busy the two programs are, not how long the way is.
     round_trip: Option<Duration>,
     unacked_octets: u64,
+    /// The newest round that the destination closed: nothing of it is on its way any more.
+    closed: Option<Round>,
     polished: u32,
     repairs: u32,
     predicted: Option<Duration>,
@@ -240,6 +253,7 @@ impl Session {
             bandwidth: None,
             round_trip: None,
             unacked_octets: 0,
+            closed: None,
             polished: 0,
             repairs: 0,
             predicted: None,
@@ -251,7 +265,9 @@ impl Session {
     pub fn phase(&self) -> Phase {
         match self.state {
             State::Setup { .. } => Phase::Setup,
-            State::Sending { .. } | State::Deciding { .. } => Phase::Rounds,
+            State::Sending { .. } | State::Deciding { .. } | State::Draining { .. } => {
+                Phase::Rounds
+            }
             State::Pausing { .. } | State::Collecting { .. } | State::Last(_) => Phase::Switchover,
             State::Committed { .. } => Phase::Commit,
             State::Over => Phase::Done,
@@ -290,6 +306,9 @@ impl Session {
     /// The one table: what each event means in each state.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        if let Event::Closed { round, .. } = event {
+            self.closed = self.closed.max(Some(round));
+        }
         match (self.state, event) {
             (State::Over, _) => Vec::new(),
             (_, Event::Failed(error)) => self.fail(error),
@@ -335,7 +354,17 @@ impl Session {
                     pages,
                     over: now.saturating_sub(since).max(encoded.saturating_sub(since)),
                 });
-                self.decide(round, pages, now)
+                self.decide(round, pages, since, now)
+            }
+            (State::Draining { round, since, .. }, Event::Closed { round: closed, .. })
+                if closed >= round =>
+            {
+                self.state = State::Deciding {
+                    round,
+                    since,
+                    encoded: now,
+                };
+                vec![Effect::Collect { last: false }]
             }
             (State::Pausing { round }, Event::Paused) => {
                 self.state = State::Collecting { round };
@@ -366,6 +395,7 @@ impl Session {
             (
                 State::Sending { .. }
                 | State::Deciding { .. }
+                | State::Draining { .. }
                 | State::Pausing { .. }
                 | State::Collecting { .. },
                 Event::Closed { .. } | Event::LaneLost { .. },
@@ -485,22 +515,31 @@ impl Session {
         }
     }
 
-    fn conditions(&self) -> Conditions {
+    /// After live round `round`.
+    fn conditions(&self, round: Round) -> Conditions {
         // Without any measurement (a guest of zero pages only) what is left costs next to nothing.
         let bandwidth = self.bandwidth.unwrap_or(1e9);
         // Acknowledgements lag by up to their period: what was sent in that time is not all on its way still.
         let lag = ACK_LAG.as_secs_f64() * bandwidth;
+        let landed = self.closed >= Some(round);
+        let unacked_octets = if landed { 0 } else { self.unacked_octets };
         Conditions {
             bandwidth,
-            in_flight: (self.unacked_octets as f64 - lag).max(0.0),
+            in_flight: (unacked_octets as f64 - lag).max(0.0),
             fixed: FIXED_GUESS + self.round_trip.unwrap_or_default() * 3,
             limit: self.config.downtime_limit,
         }
     }
 
-    /// The decision after a live round: go on, switch over, or give up.
-    fn decide(&mut self, round: Round, pages: u64, now: Duration) -> Vec<Effect> {
-        let conditions = self.conditions();
+    /// The decision after a live round that began at `since`: go on, wait, switch over, or give up.
+    fn decide(
+        &mut self,
+        round: Round,
+        pages: u64,
+        since: Duration,
+        now: Duration,
+    ) -> Vec<Effect> {
+        let conditions = self.conditions(round);
         let writer = Writer::fit(&self.observed, self.memory_pages);
         let mut effects = Vec::new();
         let outlook = writer.map(|w| forecast(&w, pages, &conditions));
@@ -508,6 +547,19 @@ impl Session {
         let predicted = conditions.downtime(pages as f64);
         let used_up = round.value() + 1 >= self.config.rounds_max;
         let fits = predicted <= conditions.limit;
+        let drained = Conditions {
+            in_flight: 0.0,
+            ..conditions
+        };
+        if !fits && drained.downtime(pages as f64) <= conditions.limit {
+            let on_its_way = conditions.downtime(0.0);
+            self.state = State::Draining {
+                round,
+                since,
+                until: now + self.config.stall + on_its_way * DRAIN_PATIENCE,
+            };
+            return effects;
+        }
         if fits && !used_up && self.worth_polishing(writer.as_ref(), pages, &conditions) {
             self.polished += 1;
         } else if fits || (used_up && self.config.when_not_converging == WhenNotConverging::Switch)
@@ -582,6 +634,7 @@ impl Session {
                 self.began + self.config.setup_deadline,
                 "the destination to get ready",
             ),
+            State::Draining { until, .. } => (until, "the destination to close a round"),
             State::Committed { since } => (
                 since + self.config.commit_deadline,
                 "the destination to say that the guest runs",

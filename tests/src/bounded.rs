@@ -78,6 +78,8 @@ pub fn tx_builder() -> tx::config::ConfigBuilder {
         .stall(STALL)
         .keep_alive(STALL / 5)
         .commit_deadline(COMMIT_DEADLINE)
+        // On a host that is busy with other tests even this guest can outpace its link; convergence is not what is tested.
+        .downtime_limit(Duration::from_secs(60))
         .channels(1)
 }
 

@@ -638,6 +638,10 @@ impl Control {
                 .given_back(lane, incarnation, &runs)
                 .map_err(|m| fail(phase, m))?,
             Inbound::Closed(closed) => {
+                if let Some(open) = self.open.as_ref().filter(|open| closed.round > open.round) {
+                    let (expected, found) = (open.round, closed.round);
+                    return Err(fail(phase, Misbehaved::Round { expected, found }));
+                }
                 self.timeline.round_closed(&closed, self.shared.now());
                 self.drive(Event::Closed {
                     round: closed.round,

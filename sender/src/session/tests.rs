@@ -25,10 +25,31 @@ fn failure() -> Event {
 
 /// A session at time zero that was led along the happy path by so many of its steps.
 fn after(steps: usize) -> Session {
+    if steps == DRAINING {
+        return draining();
+    }
     let mut session = Session::new(config(), 1 << 20, Duration::ZERO);
     for (event, at) in happy_path().into_iter().take(steps) {
         let _ = session.handle(event, at);
     }
+    session
+}
+
+/// Stands for "not on the happy path" where a number of its steps is expected: see [`draining`].
+const DRAINING: usize = usize::MAX;
+
+/// A session of an almost idle guest whose link was slow for a while: far more is on its way than fits the downtime limit.
+fn draining() -> Session {
+    let mut session = after(2);
+    let encoded = Event::Encoded {
+        octets: 64 << 20,
+        unacked_octets: 60 << 20,
+    };
+    let _ = session.handle(encoded, 66 * MS + Duration::from_secs(1));
+    let _ = session.handle(
+        Event::Collected { pages: 10 },
+        67 * MS + Duration::from_secs(1),
+    );
     session
 }
 
@@ -69,14 +90,15 @@ fn happy_path() -> Vec<(Event, Duration)> {
     ]
 }
 
-const NOW: Duration = Duration::from_millis(80);
+const NOW: Duration = Duration::from_millis(1080);
 
 /// Each state by name, with the steps of the happy path that lead to it.
-const STATES: [(&str, usize); 10] = [
+const STATES: [(&str, usize); 11] = [
     ("set-up", 0),
     ("set-up, granted", 1),
     ("sending", 2),
     ("deciding", 3),
+    ("draining", DRAINING),
     ("pausing", 4),
     ("collecting", 5),
     ("last", 6),
@@ -159,6 +181,7 @@ fn state_name(session: &Session) -> String {
         State::Setup { granted: true } => "set-up, granted".into(),
         State::Sending { round, .. } => format!("sending {round}"),
         State::Deciding { round, .. } => format!("deciding {round}"),
+        State::Draining { round, .. } => format!("draining {round}"),
         State::Pausing { round } => format!("pausing {round}"),
         State::Collecting { round } => format!("collecting {round}"),
         State::Last(last) => format!("last {}", last.round),
@@ -590,6 +613,71 @@ fn rounds_end_at_their_bound_as_the_user_chose() {
     }
 }
 
+#[test]
+fn what_is_on_its_way_is_waited_for_and_not_followed_by_empty_rounds() {
+    let mut session = draining();
+    assert_eq!(state_name(&session), "draining 0");
+    // What it says of other rounds, of lanes and of itself changes nothing.
+    assert!(session.handle(Event::LaneLost { pages: 1 }, NOW).is_empty());
+    assert!(session.handle(Event::RoundTrip(MS), NOW).is_empty());
+    let words = |session: &mut Session, event: Event| -> Vec<String> {
+        session.handle(event, NOW).iter().map(word).collect()
+    };
+    let closed = Event::Closed {
+        round: Round::new(0),
+        damaged: 0,
+    };
+    assert_eq!(words(&mut session, closed), ["collect"]);
+    let collected = Event::Collected { pages: 10 };
+    assert_eq!(words(&mut session, collected), ["forecast", "pause"]);
+    assert!(session.predicted_downtime().unwrap() < 50 * MS);
+}
+
+#[test]
+fn a_round_that_was_closed_before_it_was_known_to_be_encoded_is_not_waited_for() {
+    let mut session = after(2);
+    let closed = Event::Closed {
+        round: Round::new(0),
+        damaged: 0,
+    };
+    assert!(session.handle(closed, NOW).is_empty());
+    let encoded = Event::Encoded {
+        octets: 64 << 20,
+        unacked_octets: 60 << 20,
+    };
+    let _ = session.handle(encoded, NOW);
+    let effects = session.handle(Event::Collected { pages: 10 }, NOW);
+    assert_eq!(count(&effects, |e| matches!(e, Effect::Pause)), 1);
+}
+
+#[test]
+fn too_much_to_send_is_sent_in_another_round_whatever_is_on_its_way() {
+    let mut session = after(2);
+    let encoded = Event::Encoded {
+        octets: 64 << 20,
+        unacked_octets: 60 << 20,
+    };
+    let _ = session.handle(encoded, NOW);
+    let _ = session.handle(Event::Collected { pages: 1 << 16 }, NOW);
+    assert_eq!(state_name(&session), "sending 1");
+}
+
+#[test]
+fn a_destination_that_never_closes_a_round_is_waited_for_as_long_as_the_slow_link_may_need() {
+    // 60 MiB at 60 MiB/s: twice that, and the stall time.
+    let mut session = draining();
+    let State::Draining { until: bound, .. } = session.state else {
+        panic!("{}", state_name(&session))
+    };
+    let seconds = (bound - STALL).as_secs_f64();
+    assert!((2.5..4.0).contains(&seconds), "{seconds}");
+    session.heard(bound - MS);
+    assert!(session.handle(Event::Tick, bound - MS).is_empty());
+    let effects = session.handle(Event::Tick, bound);
+    assert_eq!(finishes(&effects), 1);
+    assert_eq!(reclaims(&effects), 1);
+}
+
 /// The event that the driver would give next in this state, if all goes well.
 fn expected(session: &Session) -> Event {
     match session.state {
@@ -600,6 +688,7 @@ fn expected(session: &Session) -> Event {
             unacked_octets: 0,
         },
         State::Deciding { .. } => Event::Collected { pages: 3 },
+        State::Draining { round, .. } => Event::Closed { round, damaged: 0 },
         State::Pausing { .. } => Event::Paused,
         State::Collecting { .. } => Event::Collected { pages: 3 },
         State::Last(last) if !last.saved => Event::Saved,

@@ -9,10 +9,11 @@ use multifd_tests::fake_source::run;
 use multifd_transport::TcpOptions;
 use multifd_wire::frame::{
     Abort, Acks, Credit, Credits, GiveBack, GiveBackReason, Grant, LaneDown, LaneMark, RawCredit,
-    RawLaneMark, RawRun,
+    RawLaneMark, RawRun, RoundClosed,
 };
 use multifd_wire::{
-    ChannelRef, DeviceId, Digest, Frame, Incarnation, Kind, LaneId, Phase, Reason, Sequence, Token,
+    ChannelRef, DeviceId, Digest, Frame, Incarnation, Kind, LaneId, Phase, Reason, Round, Sequence,
+    Token,
 };
 
 /// A source that is slow enough to be caught in round 0.
@@ -57,7 +58,22 @@ const LANE: &str = "wire.misbehaved.lane";
 
 #[test]
 fn lies_about_the_rounds_end_it_and_the_guest_runs_on() {
-    let cases: [Case; 15] = [
+    let cases: [Case; 16] = [
+        (
+            "ROUND_CLOSED of a round that was never opened",
+            |t| {
+                t.control.send(RoundClosed {
+                    round: Round::new(9),
+                    pages: 0,
+                    zero_pages: 0,
+                    digest: Digest::EMPTY,
+                    elapsed_us: 0,
+                    damaged_pages: 0,
+                });
+            },
+            "wire.misbehaved.round",
+            MISBEHAVED,
+        ),
         (
             "ACK of more than was sent",
             |t| {
