@@ -532,13 +532,7 @@ impl Session {
     }
 
     /// The decision after a live round that began at `since`: go on, wait, switch over, or give up.
-    fn decide(
-        &mut self,
-        round: Round,
-        pages: u64,
-        since: Duration,
-        now: Duration,
-    ) -> Vec<Effect> {
+    fn decide(&mut self, round: Round, pages: u64, since: Duration, now: Duration) -> Vec<Effect> {
         let conditions = self.conditions(round);
         let writer = Writer::fit(&self.observed, self.memory_pages);
         let mut effects = Vec::new();

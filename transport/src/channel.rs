@@ -130,9 +130,9 @@ pub trait ReceiveHalf: Send {
 
 /// The most that a receiving half reads beyond what it was asked for.
 ///
-/// 8 KiB holds the head of a frame with 256 pages in a few runs. It bounds the copy that reading ahead can cost: less than one
-/// hundredth of a body of 1 MiB.
-pub const READ_AHEAD_BYTES: usize = 8 * 1024;
+/// 2 KiB holds the head of a frame with 256 pages in a few runs, or of one with 64 scattered pages. What is read ahead of a body
+/// is copied twice: this bounds it to one part in 64 of a body of 128 KiB.
+pub const READ_AHEAD_BYTES: usize = 2 * 1024;
 
 /// Ends a channel from any thread.
 ///

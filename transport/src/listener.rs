@@ -162,6 +162,7 @@ impl Listener {
         let peer = tcp::print(peer);
         self.options
             .apply(&socket)
+            .and_then(|()| self.options.fit(&socket))
             .map_err(|refused| option_error(refused, &peer))?;
         match tcp::channel(socket) {
             Ok(channel) => Ok(Some((channel, peer))),

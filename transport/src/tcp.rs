@@ -25,7 +25,7 @@ pub struct TcpOptions {
     /// `TCP_USER_TIMEOUT`: how long sent octets may stay unacknowledged before the kernel gives the connection up. `None` leaves
     /// it to the kernel, which takes about a quarter of an hour. Rounded to milliseconds.
     pub user_timeout: Option<Duration>,
-    /// `SO_SNDBUF` in octets; `None` leaves it to the kernel, which adapts it. The kernel doubles the value for its own
+    /// `SO_SNDBUF` in octets; `None` leaves it to the kernel, which adapts it, except to a peer on this host (512 KiB). The kernel doubles the value for its own
     /// book-keeping and cuts it to `net.core.wmem_max` without an error.
     pub send_buffer: Option<usize>,
     /// `SO_RCVBUF` in octets; as `send_buffer`, with `net.core.rmem_max`.
@@ -72,7 +72,6 @@ impl TcpOptions {
     /// Sets the options; to be called before connecting or listening, since the buffers' sizes decide what window a connection
     /// can ever offer.
     pub(crate) fn apply(&self, socket: &Socket) -> Result<(), OptionRefused> {
-        let named = |option| move |source| OptionRefused { option, source };
         socket
             .set_tcp_nodelay(self.no_delay)
             .map_err(named("no_delay"))?;
@@ -110,7 +109,35 @@ impl TcpOptions {
         }
         Ok(())
     }
+
+    /// Once the peer is known: to one on this host, buffers that were left to the kernel are set to [`NEAR_BUFFER_BYTES`].
+    pub(crate) fn fit(&self, socket: &Socket) -> Result<(), OptionRefused> {
+        let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
+        if !peer.is_some_and(|peer| peer.ip().is_loopback()) {
+            return Ok(());
+        }
+        if self.send_buffer.is_none() {
+            socket
+                .set_send_buffer_size(NEAR_BUFFER_BYTES)
+                .map_err(named("send_buffer"))?;
+        }
+        if self.receive_buffer.is_none() {
+            socket
+                .set_recv_buffer_size(NEAR_BUFFER_BYTES)
+                .map_err(named("receive_buffer"))?;
+        }
+        Ok(())
+    }
 }
+
+/// Turns the system's no into ours.
+fn named(option: &'static str) -> impl Fn(io::Error) -> OptionRefused {
+    move |source| OptionRefused { option, source }
+}
+
+/// Buffers of a connection that does not leave this host. The kernel lets them grow to megabytes, which a long way needs; here
+/// it means that what one thread wrote has left the cache before the other reads it (docs/measurements).
+const NEAR_BUFFER_BYTES: usize = 512 << 10;
 
 /// Connects to a host and port: to each address of the host in the resolver's order, until one takes the connection.
 ///
@@ -181,6 +208,7 @@ fn connect_one(
     socket
         .connect_timeout(&address.into(), at_most)
         .map_err(Failed::Connect)?;
+    options.fit(&socket).map_err(Failed::Option)?;
     channel(socket).map_err(Failed::Connect)
 }
 

@@ -23,7 +23,7 @@ use super::work::{RoundWork, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
 use crate::error::Fault;
 
-/// Frames a lane may have sent and not acknowledged. At 256 KiB a frame this is 1 GiB, far more than sockets hold: it
+/// Frames a lane may have sent and not acknowledged. At 128 KiB a frame this is 512 MiB, far more than sockets hold: it
 /// bounds the ledger against a receiver that reads but never acknowledges.
 pub(super) const UNACKED_FRAMES_MAX: u64 = 4096;
 

@@ -1,4 +1,5 @@
 //! The command line of `multifd-receive`.
+#![allow(rustdoc::broken_intra_doc_links)] // comments on flags are the text of --help, as it is, and no links
 
 use std::time::Duration;
 
