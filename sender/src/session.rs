@@ -31,7 +31,8 @@ const POLISH_ROUNDS_MAX: u32 = 4;
 /// Pause, state and commit as long as nothing of them was measured: the round trip counts three times beside this.
 const FIXED_GUESS: Duration = Duration::from_millis(4);
 
-/// How often a destination acknowledges, at the least (SPEC: ACK-1).
+/// How often our destination acknowledges. One that does it less often (SPEC: ACK-2 allows 100 ms) makes the prediction too high,
+/// never too low.
 const ACK_LAG: Duration = Duration::from_millis(20);
 
 /// What is on its way may take this many times as long as the measured bandwidth says, and the longest silence beside, before

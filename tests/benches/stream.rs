@@ -1,7 +1,7 @@
 //! Goodput of a whole migration against a bare socket loop, alternated in one run.
 //!
 //! ```text
-//! cargo bench -p multifd-tests --bench stream -- [--json] [--quick] [--rounds N] [--memory MIB] [--channels 1,2,4] [--content NAME]
+//! cargo bench -p multifd-tests --bench stream -- [--json] [--quick] [--rounds N] [--memory MIB] [--channels 1,2,4] [--content NAME] [--body KIB] [--buffers KIB]
 //! ```
 //! *Ours* is a complete migration of an idle machine from memory to prepared memory over TCP on the loopback interface: hello,
 //! set-up, rounds, checksums on heads and bodies, digest, commit. Goodput is guest memory divided by the time from READY until
@@ -37,6 +37,7 @@ struct Settings {
     rounds: usize,
     memory_mib: u64,
     body_bytes: usize,
+    buffer_bytes: Option<usize>,
     channels: Vec<usize>,
     contents: Vec<Content>,
 }
@@ -85,7 +86,7 @@ fn main() {
                     *channels,
                     settings.body_bytes,
                 ));
-                ours.push(migrate(&source, *channels, settings.body_bytes));
+                ours.push(migrate(&source, *channels, &settings));
             }
             print_row(&settings, *content, *channels, &ours, &bare);
         }
@@ -98,6 +99,7 @@ fn settings() -> Settings {
         rounds: 7,
         memory_mib: 2048,
         body_bytes: 128 << 10,
+        buffer_bytes: None,
         channels: vec![1, 2, 4, 8, 16],
         contents: Content::ALL.to_vec(),
     };
@@ -110,6 +112,7 @@ fn settings() -> Settings {
             "--rounds" => s.rounds = value().parse().expect("a number"),
             "--memory" => s.memory_mib = value().parse().expect("MiB"),
             "--body" => s.body_bytes = value().parse::<usize>().expect("KiB") << 10,
+            "--buffers" => s.buffer_bytes = Some(value().parse::<usize>().expect("KiB") << 10),
             "--channels" => {
                 s.channels = value()
                     .split(',')
@@ -237,12 +240,14 @@ impl rx::Vmm for Prepared {
     }
 }
 
-fn migrate(source: &GuestMemory, channels: usize, body: usize) -> Figure {
-    let listener = Listener::bind(
-        &"127.0.0.1:0".parse().expect("an address"),
-        &TcpOptions::default(),
-    )
-    .expect("a port");
+fn migrate(source: &GuestMemory, channels: usize, settings: &Settings) -> Figure {
+    let options = TcpOptions {
+        send_buffer: settings.buffer_bytes,
+        receive_buffer: settings.buffer_bytes,
+        ..TcpOptions::default()
+    };
+    let listener =
+        Listener::bind(&"127.0.0.1:0".parse().expect("an address"), &options).expect("a port");
     let address = listener.local_address().clone();
     let parts = rx::Parts {
         vmm: Box::new(Prepared),
@@ -254,17 +259,14 @@ fn migrate(source: &GuestMemory, channels: usize, body: usize) -> Figure {
     let machine = SourceMachine::start(source.clone(), 0, 0, 1);
     let config = tx::Config::builder()
         .channels(channels as u32)
-        .body_bytes(body as u64)
+        .body_bytes(settings.body_bytes as u64)
         .build()
         .expect("within limits");
     let parts = tx::Parts {
         sources: vec![machine.source()],
         vmm: Box::new(machine),
         memory: source.clone(),
-        dial: Box::new(tx::Dialer {
-            address,
-            options: TcpOptions::default(),
-        }),
+        dial: Box::new(tx::Dialer { address, options }),
         config,
         spawner: None,
     };

@@ -2,8 +2,8 @@
 //!
 //! The library that this project uses, `crc32fast`, takes a slice, and a slice over guest memory must not exist. To copy each
 //! page to private memory first costs more than the checksum itself (docs/decisions/0003). So the bulk is folded here with
-//! carry-less multiplication straight from guest memory into registers, and the 64 octets that are left, which have the same
-//! remainder as the whole, go through `crc32fast`. Without the instructions, or for odd lengths, a private copy is taken.
+//! carry-less multiplication straight from guest memory into registers, and reduced there. Without the instructions, or for odd
+//! lengths, a private copy is taken and given to the library; the tests hold every way to the library's result.
 //!
 //! Folding (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ", Intel 2009): in the reflected domain
 //! 128 bits `a`, `distance` bits ahead of `d`, may be replaced by `lo(a)·k_lo ⊕ hi(a)·k_hi ⊕ d` with
@@ -57,24 +57,17 @@ impl Span<'_> {
     }
 }
 
-/// What is left after folding, as octets, has the remainder of the whole: the register starts at zero, since its usual start
-/// value was folded in with the first octets.
-fn finish(folded: &[u8; 64]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new_with_initial(u32::MAX);
-    hasher.update(folded);
-    hasher.finalize()
-}
-
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m128i, __m512i, _MM_HINT_T0, _mm_clmulepi64_si128, _mm_cvtsi32_si128, _mm_loadu_si128,
-        _mm_prefetch, _mm_set_epi64x, _mm_storeu_si128, _mm_xor_si128, _mm512_broadcast_i32x4,
-        _mm512_clmulepi64_epi128, _mm512_loadu_si512, _mm512_storeu_si512,
-        _mm512_ternarylogic_epi64, _mm512_xor_si512, _mm512_zextsi128_si512,
+        __m128i, __m512i, _MM_HINT_T0, _mm_and_si128, _mm_clmulepi64_si128, _mm_cvtsi32_si128,
+        _mm_extract_epi32, _mm_loadu_si128, _mm_prefetch, _mm_set_epi32, _mm_set_epi64x,
+        _mm_srli_si128, _mm_xor_si128, _mm512_broadcast_i32x4, _mm512_clmulepi64_epi128,
+        _mm512_extracti32x4_epi32, _mm512_loadu_si512, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+        _mm512_zextsi128_si512,
     };
 
-    use super::{AHEAD_BYTES, STEP_BYTES, finish};
+    use super::{AHEAD_BYTES, STEP_BYTES};
 
     /// x^bits mod P, reflected, in the form that a reflected carry-less product wants (shifted left by one).
     const fn power(bits: u32) -> i64 {
@@ -97,8 +90,43 @@ mod x86 {
     const FAR: (i64, i64) = keys(STEP_BYTES as u32 * 8);
     const NEAR: (i64, i64) = keys(512);
 
-    // The published constants for 512 bits, as a check of `power`.
+    const NEXT: (i64, i64) = keys(128);
+    const HALF: i64 = power(64);
+    /// P itself and the quotient x^64 / P, reflected: for Barrett's reduction.
+    const BARRETT: (i64, i64) = (0x1_db71_0641, 0x1_f701_1641);
+
+    // The published constants, as a check of `power`.
     const _: () = assert!(NEAR.0 == 0x1_5444_2bd4 && NEAR.1 == 0x1_c6e4_1596);
+    const _: () =
+        assert!(NEXT.0 == 0x1_7519_97d0 && NEXT.1 == 0x0_ccaa_009e && HALF == 0x1_63cd_6124);
+
+    /// Replaces 128 bits by their remainder at a distance.
+    #[target_feature(enable = "pclmulqdq,sse4.1")]
+    fn fold(ahead: __m128i, onto: __m128i, (low, high): (i64, i64)) -> __m128i {
+        let keys = _mm_set_epi64x(high, low);
+        let low = _mm_clmulepi64_si128::<0x00>(ahead, keys);
+        let high = _mm_clmulepi64_si128::<0x11>(ahead, keys);
+        _mm_xor_si128(_mm_xor_si128(low, high), onto)
+    }
+
+    /// The checksum of 512 folded bits: 512 → 128 → 96 → 64 → 32 bits. The register's start value was folded in with the first
+    /// octets; its complement at the end is left to do.
+    #[target_feature(enable = "pclmulqdq,sse4.1")]
+    fn reduce([a, b, c, d]: [__m128i; 4]) -> u32 {
+        let last = fold(fold(fold(a, b, NEXT), c, NEXT), d, NEXT);
+        let low_half = _mm_set_epi32(0, 0, 0, -1);
+        let keys = _mm_set_epi64x(HALF, NEXT.1);
+        let rest = _mm_xor_si128(
+            _mm_srli_si128::<8>(last),
+            _mm_clmulepi64_si128::<0x00>(last, keys),
+        );
+        let product = _mm_clmulepi64_si128::<0x10>(_mm_and_si128(rest, low_half), keys);
+        let rest = _mm_xor_si128(_mm_srli_si128::<4>(rest), product);
+        let keys = _mm_set_epi64x(BARRETT.1, BARRETT.0);
+        let quotient = _mm_clmulepi64_si128::<0x10>(_mm_and_si128(rest, low_half), keys);
+        let product = _mm_clmulepi64_si128::<0x00>(_mm_and_si128(quotient, low_half), keys);
+        !_mm_extract_epi32::<1>(_mm_xor_si128(rest, product)).cast_unsigned()
+    }
 
     /// # Safety
     /// `len` octets at `start` are mapped and readable; `len` is a multiple of `STEP_BYTES` and not 0; the features exist.
@@ -135,23 +163,18 @@ mod x86 {
         }
         let [a, b, c, d] = lanes;
         let last = fold(fold(fold(a, b, near), c, near), d, near);
-        let mut octets = [0u8; 64];
-        // SAFETY: 64 private octets; an unaligned store.
-        unsafe { _mm512_storeu_si512(octets.as_mut_ptr().cast(), last) };
-        finish(&octets)
+        reduce([
+            _mm512_extracti32x4_epi32::<0>(last),
+            _mm512_extracti32x4_epi32::<1>(last),
+            _mm512_extracti32x4_epi32::<2>(last),
+            _mm512_extracti32x4_epi32::<3>(last),
+        ])
     }
 
     /// # Safety
     /// As [`fold_512`].
     #[target_feature(enable = "pclmulqdq,sse4.1")]
     pub(super) unsafe fn fold_128(start: *const u8, len: usize) -> u32 {
-        let (low, high) = NEAR;
-        let far = _mm_set_epi64x(high, low);
-        let fold = |ahead: __m128i, onto: __m128i| {
-            let low = _mm_clmulepi64_si128::<0x00>(ahead, far);
-            let high = _mm_clmulepi64_si128::<0x11>(ahead, far);
-            _mm_xor_si128(_mm_xor_si128(low, high), onto)
-        };
         let load = |offset: usize| {
             // SAFETY: every caller below passes offset + 16 ≤ len.
             let at = unsafe { start.add(offset) };
@@ -163,16 +186,11 @@ mod x86 {
         let mut offset = 64;
         while offset < len {
             for (index, lane) in lanes.iter_mut().enumerate() {
-                *lane = fold(*lane, load(offset + 16 * index));
+                *lane = fold(*lane, load(offset + 16 * index), NEAR);
             }
             offset += 64;
         }
-        let mut octets = [0u8; 64];
-        for (piece, lane) in octets.chunks_exact_mut(16).zip(lanes) {
-            // SAFETY: 16 private octets; an unaligned store.
-            unsafe { _mm_storeu_si128(piece.as_mut_ptr().cast(), lane) };
-        }
-        finish(&octets)
+        reduce(lanes)
     }
 }
 

@@ -307,24 +307,6 @@ fn owner_lives_as_long_as_the_last_clone() {
     assert!(dropped.load(Ordering::SeqCst));
 }
 
-#[test]
-fn memory_is_unmapped_with_the_last_clone() {
-    let memory = memory();
-    let span = memory.span(0, 0, 1).unwrap();
-    let address = span.as_ptr();
-    assert!(is_mapped(address));
-    drop(memory.clone());
-    assert!(is_mapped(address));
-    drop(memory);
-    assert!(!is_mapped(address));
-}
-
-fn is_mapped(address: *mut u8) -> bool {
-    let mut page = 0_u8;
-    // SAFETY: mincore looks at the mapping, if any, and writes one octet to `page`.
-    unsafe { libc::mincore(address.cast(), 4_096, (&raw mut page).cast()) == 0 }
-}
-
 #[cfg(feature = "vm-memory")]
 #[test]
 fn rust_vmm_memory_keeps_its_regions_and_its_contents() {
