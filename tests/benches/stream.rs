@@ -98,7 +98,7 @@ fn settings() -> Settings {
         json: false,
         rounds: 7,
         memory_mib: 2048,
-        body_bytes: 128 << 10,
+        body_bytes: 256 << 10,
         buffer_bytes: None,
         channels: vec![1, 2, 4, 8, 16],
         contents: Content::ALL.to_vec(),

@@ -106,6 +106,10 @@ impl SendHalf for Half<Box<dyn SendHalf>> {
         self.inner.set_stall(stall);
     }
 
+    fn set_more(&mut self, more: bool) {
+        self.inner.set_more(more);
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }

@@ -73,6 +73,13 @@ pub trait SendHalf: Send {
     /// An operation in which not one octet moved for this long fails with [`ChannelError::Stalled`]. Stays set until changed.
     fn set_stall(&mut self, stall: Option<Duration>);
 
+    /// Says whether what is sent from now on will soon be followed by more: a channel may then hold a last piece back that fills
+    /// no packet, which saves one small packet a frame. It goes out with what follows, or after a moment (TCP: 200 ms), so the
+    /// last frame before a pause is sent with `false`. A kind to which this means nothing ignores it.
+    fn set_more(&mut self, more: bool) {
+        let _ = more;
+    }
+
     /// As [`Channel::describe`].
     fn describe(&self) -> String;
 
@@ -131,7 +138,7 @@ pub trait ReceiveHalf: Send {
 /// The most that a receiving half reads beyond what it was asked for.
 ///
 /// 2 KiB holds the head of a frame with 256 pages in a few runs, or of one with 64 scattered pages. What is read ahead of a body
-/// is copied twice: this bounds it to one part in 64 of a body of 128 KiB.
+/// is copied twice: this bounds it to one part in 128 of a body of 256 KiB.
 pub const READ_AHEAD_BYTES: usize = 2 * 1024;
 
 /// Ends a channel from any thread.

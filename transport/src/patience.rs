@@ -62,7 +62,9 @@ impl Wait {
         if self.patience.deadline.is_none() && self.patience.stall.is_none() {
             return Pace::Forever;
         }
-        self.pace_at(Instant::now())
+        // At an operation's first question the clock was read a moment ago, if at all.
+        let now = self.moved.filter(|_| self.first);
+        self.pace_at(now.unwrap_or_else(Instant::now))
     }
 
     fn pace_at(&mut self, now: Instant) -> Pace {

@@ -101,14 +101,22 @@ impl<'d> SendList<'_, 'd> {
     }
 
     /// One `sendmsg`; returns how many octets the kernel took.
-    pub(crate) fn send(&mut self, fd: BorrowedFd<'_>, blocking: Blocking) -> io::Result<usize> {
+    ///
+    /// `more`: the kernel may keep a last piece that fills no packet until the next call.
+    pub(crate) fn send(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        blocking: Blocking,
+        more: bool,
+    ) -> io::Result<usize> {
+        let more = if more { libc::MSG_MORE } else { 0 };
         let message = self.0.message();
         // SAFETY: `message` holds a list of entries, each readable for 'd, and the kernel only reads them.
         let result = unsafe {
             libc::sendmsg(
                 fd.as_raw_fd(),
                 &raw const message,
-                blocking.flags() | libc::MSG_NOSIGNAL,
+                blocking.flags() | libc::MSG_NOSIGNAL | more,
             )
         };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())

@@ -25,7 +25,7 @@ pub struct TcpOptions {
     /// `TCP_USER_TIMEOUT`: how long sent octets may stay unacknowledged before the kernel gives the connection up. `None` leaves
     /// it to the kernel, which takes about a quarter of an hour. Rounded to milliseconds.
     pub user_timeout: Option<Duration>,
-    /// `SO_SNDBUF` in octets; `None` leaves it to the kernel, which adapts it, except to a peer on this host (512 KiB). The kernel doubles the value for its own
+    /// `SO_SNDBUF` in octets; `None` leaves it to the kernel, which adapts it, except to a peer on this host (1 MiB). The kernel doubles the value for its own
     /// book-keeping and cuts it to `net.core.wmem_max` without an error.
     pub send_buffer: Option<usize>,
     /// `SO_RCVBUF` in octets; as `send_buffer`, with `net.core.rmem_max`.
@@ -137,7 +137,7 @@ fn named(option: &'static str) -> impl Fn(io::Error) -> OptionRefused {
 
 /// Buffers of a connection that does not leave this host. The kernel lets them grow to megabytes, which a long way needs; here
 /// it means that what one thread wrote has left the cache before the other reads it (docs/measurements).
-const NEAR_BUFFER_BYTES: usize = 512 << 10;
+const NEAR_BUFFER_BYTES: usize = 1 << 20;
 
 /// Connects to a host and port: to each address of the host in the resolver's order, until one takes the connection.
 ///

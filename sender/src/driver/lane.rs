@@ -23,7 +23,7 @@ use super::work::{RoundWork, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
 use crate::error::Fault;
 
-/// Frames a lane may have sent and not acknowledged. At 128 KiB a frame this is 512 MiB, far more than sockets hold: it
+/// Frames a lane may have sent and not acknowledged. At 256 KiB a frame this is 1 GiB, far more than sockets hold: it
 /// bounds the ledger against a receiver that reads but never acknowledges.
 pub(super) const UNACKED_FRAMES_MAX: u64 = 4096;
 
@@ -91,6 +91,8 @@ impl<'s> Feeder<'s> {
         notes: &Sender<Note>,
     ) -> Result<(), Fault> {
         self.with_lane(|lane| lane.begin_round(round, last))?;
+        // The end mark follows whatever is sent below, and is sent without delay.
+        self.tx.set_more(true);
         let mut unsent = Unsent::new(self.shared.dirty.clone());
         loop {
             self.shared.check_stop()?;
@@ -113,6 +115,7 @@ impl<'s> Feeder<'s> {
             lane: self.state.id,
             round,
         });
+        self.tx.set_more(false);
         self.head.clear();
         Frame::from(mark).encode(sequence, Body::None, &mut self.head)?;
         Ok(self.tx.send(&self.head, &[])?)

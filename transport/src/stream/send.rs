@@ -17,6 +17,7 @@ pub(super) struct StreamSend {
     link: Arc<Link>,
     scratch: Scratch,
     patience: Patience,
+    more: bool,
     failed: Option<ChannelError>,
 }
 
@@ -52,6 +53,10 @@ impl SendHalf for StreamSend {
         self.patience.stall = stall;
     }
 
+    fn set_more(&mut self, more: bool) {
+        self.more = more;
+    }
+
     fn describe(&self) -> String {
         self.link.name.to_string()
     }
@@ -67,6 +72,7 @@ impl StreamSend {
             link,
             scratch: Scratch::new(),
             patience: Patience::default(),
+            more: false,
             failed: None,
         }
     }
@@ -80,14 +86,16 @@ impl StreamSend {
         let mut wait = self.patience.start();
         while !list.is_done() {
             let pace = wait.pace().check(bytes_done)?;
-            match list.send(self.link.socket.as_fd(), blocking(pace)) {
+            match list.send(self.link.socket.as_fd(), blocking(pace), self.more) {
                 Ok(count) => {
                     bytes_done += count as u64;
                     list.advance(count);
-                    wait.moved();
                     if list.is_done() {
                         list.clear();
                         fill_send(&mut list, &mut body);
+                    }
+                    if !list.is_done() {
+                        wait.moved();
                     }
                 }
                 Err(error) if is_try_again(&error) => self.link.wait(pace, Ready::Send)?,

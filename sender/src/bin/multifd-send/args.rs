@@ -55,7 +55,7 @@ pub(crate) struct Args {
     pub(crate) if_not_converging: NotConverging,
 
     /// Body of a data frame (a multiple of 4K, up to 1M)
-    #[arg(long, value_name = "SIZE", value_parser = parse_body, default_value = "128K", help_heading = "Migration")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_body, default_value = "256K", help_heading = "Migration")]
     pub(crate) body: u64,
 
     /// Give a channel up when nothing moves on it for this long
