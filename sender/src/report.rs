@@ -188,13 +188,7 @@ impl Timeline {
         self.rounds_began = Some(now);
     }
 
-    pub(crate) fn round_opened(
-        &mut self,
-        round: Round,
-        pages: u64,
-        _octets_before: u64,
-        now: Duration,
-    ) {
+    pub(crate) fn round_opened(&mut self, round: Round, pages: u64, now: Duration) {
         let report = RoundReport {
             round: round.value(),
             pages,
@@ -206,7 +200,7 @@ impl Timeline {
         self.rounds.push((report, now));
     }
 
-    pub(crate) fn round_encoded(&mut self, _round: Round, octets: u64, now: Duration) {
+    pub(crate) fn round_encoded(&mut self, octets: u64, now: Duration) {
         self.rounds_ended = Some(now);
         if let Some((report, since)) = self.rounds.last_mut() {
             let took = now.saturating_sub(*since);
@@ -265,7 +259,7 @@ impl Timeline {
         self.running_again = Some(Instant::now());
     }
 
-    pub(crate) fn lane_lost(&mut self, _why: &str) {
+    pub(crate) fn lane_lost(&mut self) {
         self.lanes_lost += 1;
     }
 

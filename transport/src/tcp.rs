@@ -135,8 +135,8 @@ fn named(option: &'static str) -> impl Fn(io::Error) -> OptionRefused {
     move |source| OptionRefused { option, source }
 }
 
-/// Buffers of a connection that does not leave this host. The kernel lets them grow to megabytes, which a long way needs; here
-/// it means that what one thread wrote has left the cache before the other reads it (docs/measurements).
+/// Buffers of a connection that does not leave this host. The kernel lets them grow to many megabytes, which only a long way
+/// needs; here that is memory for nothing. No size was clearly faster (docs/measurements/stream.md).
 const NEAR_BUFFER_BYTES: usize = 1 << 20;
 
 /// Connects to a host and port: to each address of the host in the resolver's order, until one takes the connection.

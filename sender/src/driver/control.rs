@@ -451,8 +451,7 @@ impl Control {
         counters.round.store(round.value(), Relaxed);
         counters.round_pages_left.store(pages, Relaxed);
         let octets_before = counters.octets_sent.load(Relaxed);
-        self.timeline
-            .round_opened(round, pages, octets_before, self.shared.now());
+        self.timeline.round_opened(round, pages, self.shared.now());
         let work = Arc::new(RoundWork::new(taken));
         for slot in self.lanes.iter().filter(|slot| slot.life == Life::Alive) {
             if let Some(commands) = &slot.commands {
@@ -806,7 +805,7 @@ impl Control {
                     closer.shutdown();
                 }
                 let incarnation = slot.incarnation;
-                self.timeline.lane_lost(&fault.to_string());
+                self.timeline.lane_lost();
                 self.count_lanes();
                 if !committed && self.lanes.iter().all(|slot| slot.life != Life::Alive) {
                     let all = Fault::AllLanesLost {
@@ -888,8 +887,7 @@ impl Control {
                 .map_or(0, crate::lane::Lane::unacked_octets)
         };
         let unacked_octets = self.lanes.iter().map(unacked).sum();
-        self.timeline
-            .round_encoded(round, octets, self.shared.now());
+        self.timeline.round_encoded(octets, self.shared.now());
         tracing::debug!(%round, last, octets, unacked_octets, "round encoded");
         self.drive(Event::Encoded {
             octets,

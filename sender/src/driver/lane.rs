@@ -14,9 +14,7 @@ use multifd_transport::{ChannelError, IoSource, SendHalf};
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{Pages, RawRun, Zeros};
 use multifd_wire::limits::{RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX};
-use multifd_wire::{
-    Body, Frame, HEADER_BYTES, PAGE_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence,
-};
+use multifd_wire::{Body, Frame, HEADER_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence};
 use zerocopy::byteorder::little_endian::U32;
 
 use super::work::{RoundWork, Unsent};
@@ -295,5 +293,3 @@ impl<'s> Feeder<'s> {
         Ok(())
     }
 }
-
-const _: () = assert!(PAGE_BYTES as u64 == PAGE_BYTES_U64);
