@@ -280,19 +280,7 @@ impl Source for Lent {
     }
 
     fn figures(&self) -> Figures {
-        let (now, before) = (self.shared.source().figures(), &self.before);
-        Figures {
-            pages: now.pages - before.pages,
-            reported: now.reported - before.reported,
-            harvests: now.harvests - before.harvests,
-            harvest_ns: now.harvest_ns - before.harvest_ns,
-            resets: now.resets - before.resets,
-            ring_full_soft: now.ring_full_soft - before.ring_full_soft,
-            ring_full_hard: now.ring_full_hard - before.ring_full_hard,
-            entries_unknown: now.entries_unknown - before.entries_unknown,
-            all_dirty: now.all_dirty - before.all_dirty,
-            errors: now.errors - before.errors,
-        }
+        self.shared.source().figures() - self.before
     }
 }
 

@@ -58,8 +58,31 @@ pub struct Figures {
     pub entries_unknown: u64,
     /// Times that a whole region or range was marked because the exact pages could not be learnt.
     pub all_dirty: u64,
+    /// Ranges that were unmapped from a device and handed their dirty pages over first.
+    pub unmaps: u64,
     /// Kernel calls that failed.
     pub errors: u64,
+}
+
+impl std::ops::Sub for Figures {
+    type Output = Self;
+
+    /// What was counted since `before`, an earlier reading of the same source.
+    fn sub(self, before: Self) -> Self {
+        Self {
+            pages: self.pages - before.pages,
+            reported: self.reported - before.reported,
+            harvests: self.harvests - before.harvests,
+            harvest_ns: self.harvest_ns - before.harvest_ns,
+            resets: self.resets - before.resets,
+            ring_full_soft: self.ring_full_soft - before.ring_full_soft,
+            ring_full_hard: self.ring_full_hard - before.ring_full_hard,
+            entries_unknown: self.entries_unknown - before.entries_unknown,
+            all_dirty: self.all_dirty - before.all_dirty,
+            unmaps: self.unmaps - before.unmaps,
+            errors: self.errors - before.errors,
+        }
+    }
 }
 
 /// Something that knows which pages were written.
@@ -79,6 +102,11 @@ pub trait Source: Send {
     /// Merges into the set what was written since the last collection.
     ///
     /// Every write that happened before the call began is in the set (or in a round) when it returns `Ok`.
+    ///
+    /// In [`CollectPhase::Final`] it is called at least twice: after the pause, and after the state was saved. It must
+    /// come to an end there: a page that was not written since the last collection must not be reported again and again,
+    /// or the last rounds would never be the last. A source that has no re-arming left to do in this phase remembers what it
+    /// has reported in it.
     ///
     /// # Errors
     /// What the kernel answered. Nothing is lost: the pages come with a later collection, or a superset is in the set.
@@ -106,6 +134,7 @@ pub(crate) struct Counters {
     pub(crate) ring_full_hard: AtomicU64,
     pub(crate) entries_unknown: AtomicU64,
     pub(crate) all_dirty: AtomicU64,
+    pub(crate) unmaps: AtomicU64,
     pub(crate) errors: AtomicU64,
 }
 
@@ -145,6 +174,7 @@ impl Counters {
             ring_full_hard: read(&self.ring_full_hard),
             entries_unknown: read(&self.entries_unknown),
             all_dirty: read(&self.all_dirty),
+            unmaps: read(&self.unmaps),
             errors: read(&self.errors),
         }
     }
