@@ -16,6 +16,7 @@
 mod bits;
 mod blobs;
 pub mod config;
+pub mod device;
 mod driver;
 pub mod error;
 mod landing;
@@ -26,6 +27,7 @@ pub mod session;
 pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError};
+pub use device::{DeviceError, DeviceSink};
 pub use driver::{Finished, Handle, OfferError, Parts, Reception};
 pub use error::{Error, Fault};
 pub use progress::Snapshot;

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod device;
 mod driver;
 pub mod error;
 pub mod forecast;
@@ -24,6 +25,7 @@ pub mod session;
 pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError, WhenNotConverging};
+pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use driver::{Dial, Dialer, Finished, Handle, Migration, Parts};
 pub use error::{Error, Fault};
 pub use progress::Snapshot;

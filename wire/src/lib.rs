@@ -29,6 +29,7 @@
 
 pub mod code;
 mod codec;
+pub mod device_state;
 pub mod digest;
 pub mod error;
 #[cfg(feature = "exercise")]
@@ -48,6 +49,7 @@ pub mod text;
 pub mod values;
 
 pub use code::{Phase, Reason};
+pub use device_state::DeviceState;
 pub use digest::Digest;
 pub use error::{Incompatible, Malformed, Misbehaved, Misuse};
 pub use feature::Features;

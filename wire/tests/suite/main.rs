@@ -7,6 +7,7 @@
 //! | `bounds` | each limit: the last value that is taken and the first that is not |
 //! | `codes` | codes and numbers with an owner mean what they say, both ways |
 //! | `hello` | hellos, replies and negotiation |
+//! | `device_state` | the arcs between the states of a device |
 //! | `layout` | region tables and runs |
 //! | `digest` | the digest does not depend on order and sees every difference |
 //! | `round_trip` | arbitrary frames come back as they went |
@@ -16,6 +17,7 @@
 mod bodies;
 mod bounds;
 mod codes;
+mod device_state;
 mod digest;
 mod frames;
 mod hello;

@@ -1,0 +1,75 @@
+//! What a device at the destination gives to a migration: its states, and a way in for its stream.
+//!
+//! Shaped by the VFIO migration interface, version 2 (`linux/vfio.h`), and free of it. The arcs between states are
+//! [`DeviceState::may_become`], and nobody asks for another.
+//!
+//! ```text
+//!   set_state … Resuming ─► write … write ─► load_config ─► set_state(Stop)       everything is in, and checked by the device
+//!   after the commit: set_state(RunningP2p) on all devices, then set_state(Running)
+//! ```
+//! The mirror image at the source is `multifd_sender::device::DeviceSource`.
+
+use multifd_wire::DeviceState;
+use multifd_wire::frame::DeviceFlags;
+
+/// A device did not take what it was given; its reason travels to the user and, in an ABORT, to the source.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct DeviceError(Box<dyn std::error::Error + Send + Sync>);
+
+impl DeviceError {
+    /// Wraps the device's own error, or a text.
+    pub fn new(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(reason.into())
+    }
+}
+
+/// A device at the destination, which takes in the state of the source's device of the same name.
+///
+/// Before the rounds and after the commit the calls come from the VMM's thread; in between from one thread of the device's own,
+/// its loader, one at a time. What it is given comes from the peer: untrusted until the device has checked it.
+pub trait DeviceSink: Send {
+    /// Its name: that of the source's device.
+    fn name(&self) -> &str;
+
+    /// What it can: of these only [`DeviceFlags::PRE_COPY`] and [`DeviceFlags::P2P`] matter here.
+    fn flags(&self) -> DeviceFlags;
+
+    /// What it is doing. A step that failed may have left it where it was, or in [`DeviceState::Error`].
+    fn state(&self) -> DeviceState;
+
+    /// Makes one step of the arc table. Out of [`DeviceState::Resuming`] into [`DeviceState::Stop`] it finishes taking the
+    /// stream in, and checks it.
+    ///
+    /// # Errors
+    /// The device could not, or what it was given is not sound; [`DeviceSink::state`] says where it is now.
+    fn set_state(&mut self, to: DeviceState) -> Result<(), DeviceError>;
+
+    /// Takes the next octets of the stream, all of them, in [`DeviceState::Resuming`]. Borders between calls mean nothing.
+    ///
+    /// # Errors
+    /// The device refuses them.
+    fn write(&mut self, octets: &[u8]) -> Result<(), DeviceError>;
+
+    /// The end of the initial bytes was reached: they are to be loaded when this returns (SPEC: SWACK-1). Most devices load
+    /// as they are written to and need nothing here.
+    ///
+    /// # Errors
+    /// The device refuses them.
+    fn initial_end(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Takes its configuration, once, after all of the stream, in [`DeviceState::Resuming`]. Not called when it is empty.
+    ///
+    /// # Errors
+    /// The device refuses it.
+    fn load_config(&mut self, octets: &[u8]) -> Result<(), DeviceError>;
+
+    /// Everything that it was given is void: the source's device runs again and will be read anew (SPEC: DEVSTREAM-3). It ends
+    /// in [`DeviceState::Resuming`], empty; a device that cannot go back is reset and led there again.
+    ///
+    /// # Errors
+    /// The device could not.
+    fn restart(&mut self) -> Result<(), DeviceError>;
+}
