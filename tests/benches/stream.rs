@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! cargo bench -p multifd-tests --bench stream -- [--json] [--quick] [--rounds N] [--memory MIB] [--channels 1,2,4] [--content NAME] [--body KIB] [--buffers KIB]
+//!     [--congestion NAME] [--bare-congestion NAME]
 //! ```
 //! *Ours* is a complete migration of an idle machine from memory to prepared memory over TCP on the loopback interface: hello,
 //! set-up, rounds, checksums on heads and bodies, digest, commit. Goodput is guest memory divided by the time from READY until
 //! the last round was closed at the destination; CPU is that of all migration threads of both sides.
 //! *Bare* is as many connections, one thread at each end, `writev` from mapped memory and `readv` into mapped memory with the
-//! same body size, and nothing else: no heads, no checks. Medians over the rounds; `ratio` is the median of the ratios of
+//! same body size, the kernel's default options, and nothing else: no heads, no checks. `--bare-congestion reno` gives it the
+//! congestion control that our channels choose on one host. Medians over the rounds; `ratio` is the median of the ratios of
 //! neighbours, which does not suffer when the machine's speed drifts.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a program's business
 
@@ -23,6 +25,7 @@ use multifd_transport::memory::RegionLayout;
 use multifd_transport::{GuestMemory, Listener, TcpOptions};
 use multifd_wire::Layout;
 use rustix::time::{ClockId, clock_gettime};
+use socket2::SockRef;
 
 /// One measurement: goodput in MiB/s and CPU seconds of both ends.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +41,8 @@ struct Settings {
     memory_mib: u64,
     body_bytes: usize,
     buffer_bytes: Option<usize>,
+    congestion: Option<String>,
+    bare_congestion: Option<String>,
     channels: Vec<usize>,
     contents: Vec<Content>,
 }
@@ -84,7 +89,7 @@ fn main() {
                     &bare_source,
                     &mut bare_destination,
                     *channels,
-                    settings.body_bytes,
+                    &settings,
                 ));
                 ours.push(migrate(&source, *channels, &settings));
             }
@@ -100,6 +105,8 @@ fn settings() -> Settings {
         memory_mib: 2048,
         body_bytes: 256 << 10,
         buffer_bytes: None,
+        congestion: None,
+        bare_congestion: None,
         channels: vec![1, 2, 4, 8, 16],
         contents: Content::ALL.to_vec(),
     };
@@ -113,6 +120,8 @@ fn settings() -> Settings {
             "--memory" => s.memory_mib = value().parse().expect("MiB"),
             "--body" => s.body_bytes = value().parse::<usize>().expect("KiB") << 10,
             "--buffers" => s.buffer_bytes = Some(value().parse::<usize>().expect("KiB") << 10),
+            "--congestion" => s.congestion = Some(value()),
+            "--bare-congestion" => s.bare_congestion = Some(value()),
             "--channels" => {
                 s.channels = value()
                     .split(',')
@@ -161,7 +170,13 @@ fn filled(bytes: u64, content: Content) -> GuestMemory {
 }
 
 /// The floor: each connection carries its share of the memory.
-fn bare_loop(source: &[u8], destination: &mut [u8], channels: usize, body: usize) -> Figure {
+fn bare_loop(
+    source: &[u8],
+    destination: &mut [u8],
+    channels: usize,
+    settings: &Settings,
+) -> Figure {
+    let body = settings.body_bytes;
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("bound");
     let pairs: Vec<(TcpStream, TcpStream)> = (0..channels)
@@ -170,6 +185,11 @@ fn bare_loop(source: &[u8], destination: &mut [u8], channels: usize, body: usize
             let theirs = listener.accept().expect("loopback").0;
             for socket in [&ours, &theirs] {
                 socket.set_nodelay(true).expect("TCP_NODELAY");
+                if let Some(name) = &settings.bare_congestion {
+                    SockRef::from(socket)
+                        .set_tcp_congestion(name.as_bytes())
+                        .expect("a congestion control");
+                }
             }
             (ours, theirs)
         })
@@ -244,6 +264,7 @@ fn migrate(source: &GuestMemory, channels: usize, settings: &Settings) -> Figure
     let options = TcpOptions {
         send_buffer: settings.buffer_bytes,
         receive_buffer: settings.buffer_bytes,
+        congestion: settings.congestion.clone(),
         ..TcpOptions::default()
     };
     let listener =

@@ -80,6 +80,17 @@ pub trait SendHalf: Send {
         let _ = more;
     }
 
+    /// Waits until the channel has room, so that the next send of a frame will rarely wait halfway.
+    ///
+    /// Called before guest memory is looked at: what is then sent was read a moment ago, so it is still in the cache, and the guest had
+    /// little time to change it since its checksum was taken. A kind to which this means nothing returns at once.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send), with no octets done.
+    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
     /// As [`Channel::describe`].
     fn describe(&self) -> String;
 

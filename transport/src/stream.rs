@@ -99,6 +99,7 @@ impl Link {
     fn wait(&self, pace: Pace, ready: Ready) -> Result<(), ChannelError> {
         match pace {
             Pace::AtMost(time) if time < TICK => sys::wait(self.socket.as_fd(), ready, Some(time))
+                .map(drop)
                 .map_err(|error| ChannelError::Io(Arc::new(error))),
             // The call itself slept for a tick, or was not to wait.
             _ => Ok(()),

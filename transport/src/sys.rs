@@ -249,8 +249,12 @@ pub(crate) enum Ready {
 }
 
 /// Waits until the descriptor is ready, or failed, or the time is over: the caller finds out which by trying. A signal ends the
-/// wait early.
-pub(crate) fn wait(fd: BorrowedFd<'_>, ready: Ready, at_most: Option<Duration>) -> io::Result<()> {
+/// wait early. Returns whether it is ready or failed.
+pub(crate) fn wait(
+    fd: BorrowedFd<'_>,
+    ready: Ready,
+    at_most: Option<Duration>,
+) -> io::Result<bool> {
     let events = match ready {
         Ready::Receive => libc::POLLIN,
         Ready::Send => libc::POLLOUT,
@@ -268,12 +272,46 @@ pub(crate) fn wait(fd: BorrowedFd<'_>, ready: Ready, at_most: Option<Duration>) 
     // SAFETY: one pollfd and, unless null, one timespec, both alive during the call; no signal mask is given.
     let result = unsafe { libc::ppoll(&raw mut entry, 1, time, ptr::null()) };
     if result >= 0 {
-        return Ok(());
+        return Ok(result > 0);
     }
     match io::Error::last_os_error() {
-        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
         error => Err(error),
     }
+}
+
+/// Asks the kernel to wake a receiver only when this many octets wait (`SO_RCVLOWAT`, socket(7)), or the stream ended. A wish: a
+/// kernel that does not grant it wakes too often, no more, so its answer is not looked at.
+pub(crate) fn set_low_water(fd: BorrowedFd<'_>, bytes: i32) {
+    // SAFETY: one int, alive during the call, of the length given.
+    let _ = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+}
+
+/// What the kernel holds of it, for tests.
+#[cfg(test)]
+pub(crate) fn low_water(fd: BorrowedFd<'_>) -> i32 {
+    let mut bytes = 0_i32;
+    let mut len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: one int and its length, both alive during the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw mut bytes).cast(),
+            &raw mut len,
+        )
+    };
+    assert_eq!(result, 0);
+    bytes
 }
 
 #[cfg(test)]

@@ -30,7 +30,8 @@ pub struct TcpOptions {
     pub send_buffer: Option<usize>,
     /// `SO_RCVBUF` in octets; as `send_buffer`, with `net.core.rmem_max`.
     pub receive_buffer: Option<usize>,
-    /// `TCP_CONGESTION`: the name of a congestion control that the kernel offers; `None` takes the system's default.
+    /// `TCP_CONGESTION`: the name of a congestion control that the kernel offers; `None` takes the system's default, except to a
+    /// peer on this host (`reno`, where it may be had).
     pub congestion: Option<String>,
 }
 
@@ -110,7 +111,8 @@ impl TcpOptions {
         Ok(())
     }
 
-    /// Once the peer is known: to one on this host, buffers that were left to the kernel are set to [`NEAR_BUFFER_BYTES`].
+    /// Once the peer is known: to one on this host, what was left to the kernel is set to [`NEAR_BUFFER_BYTES`] and
+    /// [`NEAR_CONGESTION`].
     pub(crate) fn fit(&self, socket: &Socket) -> Result<(), OptionRefused> {
         let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
         if !peer.is_some_and(|peer| peer.ip().is_loopback()) {
@@ -126,6 +128,10 @@ impl TcpOptions {
                 .set_recv_buffer_size(NEAR_BUFFER_BYTES)
                 .map_err(named("receive_buffer"))?;
         }
+        if self.congestion.is_none() {
+            // Nobody asked for it, so a kernel without it is no error.
+            let _ = socket.set_tcp_congestion(NEAR_CONGESTION);
+        }
         Ok(())
     }
 }
@@ -138,6 +144,10 @@ fn named(option: &'static str) -> impl Fn(io::Error) -> OptionRefused {
 /// Buffers of a connection that does not leave this host. The kernel lets them grow to many megabytes, which only a long way
 /// needs; here that is memory for nothing. No size was clearly faster (docs/measurements/stream.md).
 const NEAR_BUFFER_BYTES: usize = 1 << 20;
+
+/// Congestion control of a connection that does not leave this host: there is no bottleneck to find and nothing to lose, so that
+/// pacing and probing (bbr, the default of many hosts) cost time only. The kernel lets every user choose this one.
+const NEAR_CONGESTION: &[u8] = b"reno";
 
 /// Connects to a host and port: to each address of the host in the resolver's order, until one takes the connection.
 ///

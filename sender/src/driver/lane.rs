@@ -149,6 +149,9 @@ impl<'s> Feeder<'s> {
                     self.send_zeros(unsent, round)?;
                 }
             } else {
+                if unsent.pages.is_empty() {
+                    self.tx.wait_for_room()?;
+                }
                 self.checksums.push(U32::new(span.crc32()));
                 unsent.pages.push(run.region, page);
                 if unsent.pages.pages() >= self.shared.config.body_pages

@@ -13,7 +13,7 @@ use crate::error::{ChannelError, remember};
 use crate::memory::Span;
 use crate::patience::{Patience, Wait};
 use crate::read_ahead::ReadAhead;
-use crate::sys::{LandingList, Ready, Scratch};
+use crate::sys::{self, Blocking, LandingList, Ready, Scratch};
 
 pub(super) struct StreamReceive {
     link: Arc<Link>,
@@ -175,11 +175,21 @@ impl Bulk {
     ) -> Result<usize, ChannelError> {
         let mut room = Some(room);
         fill_landing(list, spans, &mut room);
+        let mut low_water = LowWater::new(link.socket.as_fd());
+        // First what is there; then sleep until the rest is.
+        let mut empty = false;
         while self.bytes_done < self.bytes_wanted {
             let pace = self.wait.pace().check(self.bytes_done)?;
-            match list.receive(link.socket.as_fd(), blocking(pace)) {
+            let how = if empty {
+                low_water.raise(self.bytes_wanted - self.bytes_done);
+                blocking(pace)
+            } else {
+                Blocking::No
+            };
+            match list.receive(link.socket.as_fd(), how) {
                 Ok(0) => return Err(link.end(self.bytes_done, self.bytes_wanted)),
                 Ok(count) => {
+                    empty = false;
                     self.bytes_done += count as u64;
                     list.advance(count);
                     self.wait.moved();
@@ -188,12 +198,49 @@ impl Bulk {
                         fill_landing(list, spans, &mut room);
                     }
                 }
+                Err(error) if is_try_again(&error) && !empty => empty = true,
                 Err(error) if is_try_again(&error) => link.wait(pace, Ready::Receive)?,
                 Err(error) => return Err(link.error(error, self.bytes_done, self.bytes_wanted)),
             }
         }
         // At most the length of `room`, which is a usize.
         Ok((self.bytes_done - self.bytes_wanted) as usize)
+    }
+}
+
+/// The socket's low-water mark while a body is awaited: the kernel then wakes the thread once for the rest of it, not for each
+/// packet. Whatever happens it is back at one octet afterwards, since a head must wake at once.
+struct LowWater<'l> {
+    socket: BorrowedFd<'l>,
+    raised: bool,
+}
+
+impl<'l> LowWater<'l> {
+    /// Less than this is not worth two system calls.
+    const BYTES_MIN: u64 = 16 << 10;
+    /// A body has no more; the kernel lowers it further to half of its buffer.
+    const BYTES_MAX: u64 = 1 << 20;
+
+    fn new(socket: BorrowedFd<'l>) -> Self {
+        Self {
+            socket,
+            raised: false,
+        }
+    }
+
+    fn raise(&mut self, bytes_missing: u64) {
+        if bytes_missing >= Self::BYTES_MIN {
+            sys::set_low_water(self.socket, bytes_missing.min(Self::BYTES_MAX) as i32);
+            self.raised = true;
+        }
+    }
+}
+
+impl Drop for LowWater<'_> {
+    fn drop(&mut self) {
+        if self.raised {
+            sys::set_low_water(self.socket, 1);
+        }
     }
 }
 
@@ -211,5 +258,77 @@ fn fill_landing<'d>(
         } else {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::memory::{GuestMemory, RegionLayout};
+    use crate::{Listener, TcpOptions, tcp};
+
+    static HALF: [u8; 128 << 10] = [7; 128 << 10];
+
+    /// A connection over the loopback interface: its sending socket's half and its receiving half.
+    fn connection() -> (Box<dyn crate::SendHalf>, Box<dyn ReceiveHalf>) {
+        let options = TcpOptions::default();
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap(), &options).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let crate::Address::Tcp(address) = listener.local_address().clone() else {
+            unreachable!("a TCP listener");
+        };
+        let dialled = tcp::connect(&address, &options, deadline).unwrap();
+        let (accepted, _) = listener.accept(Some(deadline)).unwrap();
+        (dialled.split().0, accepted.split().1)
+    }
+
+    fn low_water(receive: &dyn ReceiveHalf) -> i32 {
+        sys::low_water(receive.poll_fd().unwrap())
+    }
+
+    #[test]
+    fn a_body_that_comes_in_halves_leaves_the_mark_down_whether_it_is_completed_or_not() {
+        let memory = GuestMemory::anonymous(&[RegionLayout {
+            guest_address: 0,
+            bytes: 2 * HALF.len() as u64,
+        }])
+        .unwrap();
+        let span = memory.span(0, 0, 2 * HALF.len() as u64).unwrap();
+
+        let (mut send, mut receive) = connection();
+        send.send(&HALF, &[]).unwrap();
+        receive.set_deadline(Some(Instant::now() + Duration::from_millis(300)));
+        let late = receive.receive_into(&[span]);
+        assert!(
+            matches!(late, Err(ChannelError::Deadline { bytes_done }) if bytes_done == HALF.len() as u64),
+            "what came is counted although the mark was higher: {late:?}"
+        );
+        assert_eq!(low_water(&*receive), 1);
+
+        let (mut send, mut receive) = connection();
+        let sender = thread::spawn(move || {
+            send.send(&HALF, &[]).unwrap();
+            thread::sleep(Duration::from_millis(50));
+            send.send(&HALF, &[]).unwrap();
+            send
+        });
+        receive.receive_into(&[span]).unwrap();
+        assert_eq!(low_water(&*receive), 1);
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_raised_mark_reaches_the_kernel_and_falls_when_dropped() {
+        let (_send, receive) = connection();
+        let socket = receive.poll_fd().unwrap();
+        let mut mark = LowWater::new(socket);
+        mark.raise(LowWater::BYTES_MIN - 1);
+        assert_eq!(sys::low_water(socket), 1, "not worth it");
+        mark.raise(100_000);
+        assert_eq!(sys::low_water(socket), 100_000);
+        drop(mark);
+        assert_eq!(sys::low_water(socket), 1);
     }
 }

@@ -7,11 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Link, blocking, is_try_again};
+use super::{Link, TICK, blocking, is_try_again};
 use crate::channel::{IoSource, SendHalf};
 use crate::error::{ChannelError, remember};
-use crate::patience::Patience;
-use crate::sys::{Ready, Scratch, SendList};
+use crate::patience::{Pace, Patience};
+use crate::sys::{self, Ready, Scratch, SendList};
 
 pub(super) struct StreamSend {
     link: Arc<Link>,
@@ -55,6 +55,24 @@ impl SendHalf for StreamSend {
 
     fn set_more(&mut self, more: bool) {
         self.more = more;
+    }
+
+    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
+        self.link.check(self.failed.as_ref())?;
+        let mut wait = self.patience.start();
+        loop {
+            let time = match wait.pace().check(0)? {
+                Pace::Forever => TICK,
+                Pace::AtMost(time) => time.min(TICK),
+                _ => Duration::ZERO,
+            };
+            // Errors of the socket count as room: the send that follows finds out which.
+            match sys::wait(self.link.socket.as_fd(), Ready::Send, Some(time)) {
+                Ok(true) => return Ok(()),
+                Ok(false) => self.link.check(None)?,
+                Err(error) => return Err(ChannelError::Io(Arc::new(error))),
+            }
+        }
     }
 
     fn describe(&self) -> String {
