@@ -18,6 +18,8 @@ pub struct Config {
     pub(crate) stall: Duration,
     pub(crate) keep_alive: Duration,
     pub(crate) ack_period: Duration,
+    pub(crate) suspend: Duration,
+    pub(crate) progress_deadline: Duration,
 }
 
 impl Config {
@@ -41,6 +43,8 @@ impl Default for Config {
             stall: Duration::from_secs(10),
             keep_alive: Duration::from_secs(1),
             ack_period: Duration::from_millis(20),
+            suspend: Duration::from_secs(60),
+            progress_deadline: Duration::from_secs(60),
         }
     }
 }
@@ -110,6 +114,21 @@ impl ConfigBuilder {
         self
     }
 
+    /// How long a migration that lost its channels is kept for the source to come back, with the guest's memory, before
+    /// everything is freed; and how long the source may ask how it ended. Zero: not at all. At most 1 hour.
+    #[must_use]
+    pub fn suspend(mut self, time: Duration) -> Self {
+        self.config.suspend = time;
+        self
+    }
+
+    /// A source that says that it lives, and sends nothing else for this long, is given up; `stall` to 1 hour.
+    #[must_use]
+    pub fn progress_deadline(mut self, deadline: Duration) -> Self {
+        self.config.progress_deadline = deadline;
+        self
+    }
+
     /// Checks every setting.
     ///
     /// # Errors
@@ -134,6 +153,8 @@ impl ConfigBuilder {
             Duration::from_millis(10),
             c.stall / 2,
         )?;
+        within_time("suspend", c.suspend, Duration::ZERO, HOUR)?;
+        within_time("progress deadline", c.progress_deadline, c.stall, HOUR)?;
         Ok(self.config)
     }
 }
@@ -193,5 +214,21 @@ mod tests {
         b().stall(ms(100)).keep_alive(ms(50)).build().unwrap();
         bad(b().stall(ms(100)).keep_alive(ms(51)), "keep-alive");
         bad(b().stall(ms(99)).keep_alive(ms(20)), "stall");
+        let hour = Duration::from_secs(3600);
+        b().suspend(Duration::ZERO).build().unwrap();
+        b().suspend(hour).build().unwrap();
+        bad(b().suspend(hour + ms(1)), "suspend");
+        b().stall(ms(900))
+            .progress_deadline(ms(900))
+            .keep_alive(ms(100))
+            .build()
+            .unwrap();
+        bad(
+            b().stall(ms(900))
+                .progress_deadline(ms(899))
+                .keep_alive(ms(100)),
+            "progress deadline",
+        );
+        bad(b().progress_deadline(hour + ms(1)), "progress deadline");
     }
 }

@@ -17,6 +17,17 @@ pub struct Lane {
     at_fence: bool,
     pages: u64,
     zero_pages: u64,
+    /// It joined while rounds were under way: end marks of rounds that were closed before say nothing to it.
+    behind: bool,
+}
+
+/// What an end mark means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// The lane stands at the fence now.
+    Fence,
+    /// The mark is of a round that was closed before the lane joined: the lane goes on (SPEC: ROUND-6).
+    Past,
 }
 
 impl Lane {
@@ -29,6 +40,16 @@ impl Lane {
             at_fence: false,
             pages: 0,
             zero_pages: 0,
+            behind: false,
+        }
+    }
+
+    /// A lane that joins again while `round` is open. The source may not know yet that earlier rounds were closed.
+    #[must_use]
+    pub fn rejoined(round: Round) -> Self {
+        Self {
+            behind: true,
+            ..Self::new(round)
         }
     }
 
@@ -65,6 +86,7 @@ impl Lane {
     /// [`Misbehaved::Round`].
     pub fn pages(&mut self, round: Round, pages: u64) -> Result<(), Misbehaved> {
         self.check_round(round)?;
+        self.behind = false;
         self.pages = self.pages.saturating_add(pages);
         Ok(())
     }
@@ -82,20 +104,25 @@ impl Lane {
                 found: pages,
             });
         }
+        self.behind = false;
         self.zero_pages = self.zero_pages.saturating_add(pages);
         Ok(())
     }
 
-    /// The end mark: the lane stands at the fence now.
+    /// The end mark: the lane stands at the fence now, unless it has just joined and the round is long closed.
     ///
     /// # Errors
     /// [`Misbehaved::Round`]; [`Misbehaved::Amount`] when it does not say what came.
-    pub fn round_end(&mut self, mark: &RoundEnd) -> Result<(), Misbehaved> {
+    pub fn round_end(&mut self, mark: &RoundEnd) -> Result<Mark, Misbehaved> {
+        // SPEC: ROUND-6
+        if self.behind && mark.round < self.round && (mark.pages, mark.zero_pages) == (0, 0) {
+            return Ok(Mark::Past);
+        }
         self.check_round(mark.round)?;
         agree("round_end.pages", self.pages, mark.pages)?;
         agree("round_end.zero_pages", self.zero_pages, mark.zero_pages)?;
         self.at_fence = true;
-        Ok(())
+        Ok(Mark::Fence)
     }
 
     /// The session opened the gate to `round`.
@@ -225,6 +252,32 @@ mod tests {
             Err(Misbehaved::Amount { .. })
         ));
         lane.round_end(&mark(0, 3, 4)).unwrap();
+    }
+
+    #[test]
+    fn a_lane_that_joins_again_passes_empty_marks_of_closed_rounds_and_nothing_else_of_them() {
+        let mut lane = Lane::rejoined(Round::new(3));
+        assert_eq!(lane.round_end(&mark(1, 0, 0)), Ok(Mark::Past));
+        assert_eq!(lane.round_end(&mark(2, 0, 0)), Ok(Mark::Past));
+        assert!(matches!(
+            lane.pages(Round::new(2), 1),
+            Err(Misbehaved::Round { .. })
+        ));
+        assert!(matches!(
+            lane.round_end(&mark(2, 1, 0)),
+            Err(Misbehaved::Round { .. })
+        ));
+        lane.pages(Round::new(3), 1).unwrap();
+        assert!(
+            lane.round_end(&mark(2, 0, 0)).is_err(),
+            "it is past the closed rounds"
+        );
+        assert_eq!(lane.round_end(&mark(3, 1, 0)), Ok(Mark::Fence));
+        let mut first = Lane::new(Round::new(3));
+        assert!(
+            first.round_end(&mark(2, 0, 0)).is_err(),
+            "it was there from the beginning"
+        );
     }
 
     #[test]

@@ -44,6 +44,8 @@ pub struct Report {
     pub zero_bytes: u64,
     /// Pages whose checksum failed, every time counted.
     pub pages_damaged: u64,
+    /// Data channels that the source opened again after they were lost.
+    pub channels_rejoined: u32,
     /// Connections that were refused.
     pub refused: u64,
     /// CPU seconds of this side's migration threads.
@@ -86,6 +88,7 @@ pub(crate) struct Timeline {
     pub(crate) load_ms: f64,
     pub(crate) resume_ms: f64,
     pub(crate) rounds: u32,
+    pub(crate) lanes_rejoined: u32,
     pub(crate) digest: Option<u64>,
 }
 
@@ -108,6 +111,7 @@ impl Report {
             content_bytes: end.pages * PAGE_BYTES_U64,
             zero_bytes: end.zero_pages * PAGE_BYTES_U64,
             pages_damaged: end.pages_damaged,
+            channels_rejoined: timeline.lanes_rejoined,
             refused: end.refused,
             cpu_receiver_s: end.cpu.as_secs_f64(),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),

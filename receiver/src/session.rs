@@ -205,8 +205,25 @@ pub struct Session {
     closing: bool,
     /// A lane died: what it lost may be missing when FINAL comes, without anybody's fault.
     lane_lost: bool,
+    /// Since when no lane lives although one is needed: the source is dialling (SPEC: LANE-6).
+    alone_since: Option<Duration>,
     began: Duration,
     heard: Duration,
+    /// When something last went on: pages landed, a decision came. Signs of life are none.
+    progress: Duration,
+}
+
+/// Where a lane that joins now has to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// It waits for READY, like all lanes.
+    Setup,
+    /// In the round that is open (SPEC: ROUND-6).
+    Round(Round),
+    /// Behind the fence that is shut: in this round, once the gate opens.
+    BehindFence(Round),
+    /// Nowhere: no lane is needed any more, or this one still lives or never was.
+    Refused,
 }
 
 impl Session {
@@ -223,8 +240,10 @@ impl Session {
             verdict: None,
             closing: false,
             lane_lost: false,
+            alone_since: None,
             began: now,
             heard: now,
+            progress: now,
         }
     }
 
@@ -257,6 +276,25 @@ impl Session {
         self.heard = now;
     }
 
+    /// Pages landed, or a decision of the source came.
+    pub fn progressed(&mut self, now: Duration) {
+        self.progress = now;
+    }
+
+    /// Where a lane that was lost has to begin if it joins again now.
+    #[must_use]
+    pub fn entry(&self, lane: LaneId) -> Entry {
+        let lost = self.lanes.get(lane.value() as usize) == Some(&Fate::Ended);
+        match &self.state {
+            State::Setup(_) => Entry::Setup,
+            State::Rounds if lost && !self.closing => Entry::Round(self.round),
+            State::Fenced { round, .. } if lost => {
+                round.next().map_or(Entry::Refused, Entry::BehindFence)
+            }
+            _ => Entry::Refused,
+        }
+    }
+
     /// When [`Event::Tick`] is due at the latest.
     #[must_use]
     pub fn next_deadline(&self) -> Duration {
@@ -267,6 +305,8 @@ impl Session {
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
         let follows = matches!(&event, Event::Switchover { round } if self.may_follow(*round));
+        let admits =
+            matches!(&event, Event::LaneJoined { lane } if self.entry(*lane) != Entry::Refused);
         match (&mut self.state, event) {
             (State::Over, _) => Vec::new(),
             (_, Event::Failed(error)) => self.fail(error),
@@ -281,10 +321,15 @@ impl Session {
                 self.begin()
             }
             (State::Setup(_), Event::LaneJoined { lane }) => self.joined(lane),
+            // SPEC: LANE-5
+            (State::Rounds | State::Fenced { .. }, Event::LaneJoined { lane }) if admits => {
+                self.rejoined(lane);
+                Vec::new()
+            }
             (State::Rounds, Event::LaneArrived { lane, round, last }) => {
                 self.arrived(lane, round, last)
             }
-            (_, Event::LaneEnded { lane }) => self.ended(lane),
+            (_, Event::LaneEnded { lane }) => self.ended(lane, now),
             (State::Rounds, Event::Closed { digest, damaged }) if self.closing => {
                 self.closed(digest, damaged, now)
             }
@@ -377,6 +422,18 @@ impl Session {
         }
     }
 
+    /// A lane that was lost is back: the fence waits for it again, as it does for every living lane.
+    fn rejoined(&mut self, lane: LaneId) {
+        let fate = match self.state {
+            State::Fenced { .. } => Fate::AtFence { last: true },
+            _ => Fate::InRound,
+        };
+        if let Some(slot) = self.lanes.get_mut(lane.value() as usize) {
+            *slot = fate;
+        }
+        self.alone_since = None;
+    }
+
     fn arrived(&mut self, lane: LaneId, round: Round, last: bool) -> Vec<Effect> {
         match self.lanes.get_mut(lane.value() as usize) {
             Some(fate @ Fate::InRound) if round == self.round => {
@@ -392,7 +449,7 @@ impl Session {
         }
     }
 
-    fn ended(&mut self, lane: LaneId) -> Vec<Effect> {
+    fn ended(&mut self, lane: LaneId, now: Duration) -> Vec<Effect> {
         let Some(fate) = self.lanes.get_mut(lane.value() as usize) else {
             return Vec::new();
         };
@@ -405,6 +462,11 @@ impl Session {
         match self.state {
             // Once the memory is verified no lane is needed any more.
             State::Loading { .. } | State::Prepared(_) | State::Owning | State::Over => Vec::new(),
+            State::Rounds | State::Fenced { .. } if nobody && !self.config.suspend.is_zero() => {
+                // SPEC: LANE-6
+                self.alone_since = Some(now);
+                Vec::new()
+            }
             _ if nobody => self.fail(Error::new(
                 self.phase(),
                 Fault::AllLanesLost {
@@ -428,7 +490,9 @@ impl Session {
             .lanes
             .iter()
             .any(|fate| matches!(fate, Fate::Expected | Fate::InRound));
-        if waiting || self.closing {
+        // A round that no living lane has ended is not over: the source will dial one, and end the round on it.
+        let nobody = self.lanes.iter().all(|fate| *fate == Fate::Ended);
+        if waiting || nobody || self.closing {
             return Vec::new();
         }
         self.closing = true;
@@ -558,6 +622,19 @@ impl Session {
             self.began + self.config.setup_deadline,
             "the source to finish set-up",
         );
+        let idle = (
+            self.progress + self.config.progress_deadline,
+            "the source to go on; it only says that it lives",
+        );
+        if let Some(since) = self.alone_since
+            && matches!(self.state, State::Rounds | State::Fenced { .. })
+        {
+            let alone = (
+                since + self.config.suspend,
+                "the source to open a data channel again",
+            );
+            return if alone.0 < silence.0 { alone } else { silence };
+        }
         match self.state {
             State::Setup(_) if setup.0 < silence.0 => setup,
             State::Fenced {
@@ -569,6 +646,7 @@ impl Session {
             ),
             // The guest is ours: no silence of the source changes that any more.
             State::Owning => (Duration::MAX, ""),
+            State::Rounds | State::Fenced { .. } | State::Prepared(_) if idle.0 < silence.0 => idle,
             _ => silence,
         }
     }
@@ -578,9 +656,19 @@ impl Session {
         if now < deadline {
             return Vec::new();
         }
+        if let Some(since) = self.alone_since
+            && now >= since + self.config.suspend
+            && now < self.heard + self.config.stall
+        {
+            let last = format!("none was opened again within {:?}", self.config.suspend);
+            return self.fail(Error::new(self.phase(), Fault::AllLanesLost { last }));
+        }
         if let (
             State::Fenced {
-                digest, damaged: 0, ..
+                digest,
+                damaged: 0,
+                short_since: Some(_),
+                ..
             },
             Some(verdict),
         ) = (&self.state, self.verdict)

@@ -19,6 +19,16 @@ pub enum WhenNotConverging {
     Switch,
 }
 
+/// What to do when the destination says that it does not know the migration any more: its process was restarted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WhenDestinationLost {
+    /// Give up; the guest goes on running at the source.
+    #[default]
+    Fail,
+    /// Begin again with all of memory, at the destination that answers there now.
+    StartAfresh,
+}
+
 /// The validated settings of a migration. Made by [`Config::builder`].
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -33,6 +43,9 @@ pub struct Config {
     pub(crate) stall: Duration,
     pub(crate) keep_alive: Duration,
     pub(crate) commit_deadline: Duration,
+    pub(crate) reconnect: Duration,
+    pub(crate) progress_deadline: Duration,
+    pub(crate) when_destination_lost: WhenDestinationLost,
 }
 
 impl Config {
@@ -92,6 +105,9 @@ impl Default for ConfigBuilder {
                 stall: Duration::from_secs(10),
                 keep_alive: Duration::from_secs(1),
                 commit_deadline: Duration::from_secs(30),
+                reconnect: Duration::from_secs(60),
+                progress_deadline: Duration::from_secs(60),
+                when_destination_lost: WhenDestinationLost::default(),
             },
         }
     }
@@ -176,6 +192,29 @@ impl ConfigBuilder {
         self
     }
 
+    /// How long lost channels are dialled again before the migration is given up; the guest runs on meanwhile, and the
+    /// migration goes on where it was. After the commit: how long the destination is asked how it ended. Zero: what is
+    /// lost is lost. At most 1 hour; the destination keeps its part for as long as it says itself.
+    #[must_use]
+    pub fn reconnect_deadline(mut self, deadline: Duration) -> Self {
+        self.config.reconnect = deadline;
+        self
+    }
+
+    /// A destination that says that it lives, and takes nothing for this long, is given up; `stall` to 1 hour.
+    #[must_use]
+    pub fn progress_deadline(mut self, deadline: Duration) -> Self {
+        self.config.progress_deadline = deadline;
+        self
+    }
+
+    /// What happens when the destination was restarted meanwhile.
+    #[must_use]
+    pub fn when_destination_lost(mut self, choice: WhenDestinationLost) -> Self {
+        self.config.when_destination_lost = choice;
+        self
+    }
+
     /// Checks every setting.
     ///
     /// # Errors
@@ -216,6 +255,8 @@ impl ConfigBuilder {
             c.stall / 2,
         )?;
         within_time("commit deadline", c.commit_deadline, SHORTEST, HOUR)?;
+        within_time("reconnect deadline", c.reconnect, Duration::ZERO, HOUR)?;
+        within_time("progress deadline", c.progress_deadline, c.stall, HOUR)?;
         Ok(self.config)
     }
 }
@@ -298,5 +339,12 @@ mod tests {
         bad(b().hello_deadline(ms(99)), "hello deadline");
         bad(b().setup_deadline(hour + ms(1)), "set-up deadline");
         bad(b().commit_deadline(ms(99)), "commit deadline");
+        good(b().reconnect_deadline(Duration::ZERO));
+        good(b().reconnect_deadline(hour));
+        bad(b().reconnect_deadline(hour + ms(1)), "reconnect deadline");
+        let short = || b().stall(ms(900)).keep_alive(ms(100));
+        good(short().progress_deadline(ms(900)));
+        bad(short().progress_deadline(ms(899)), "progress deadline");
+        bad(b().progress_deadline(hour + ms(1)), "progress deadline");
     }
 }

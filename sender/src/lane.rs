@@ -20,6 +20,7 @@ use multifd_wire::{Incarnation, LaneId, Misbehaved, PageRun, Round, Sequence};
 #[derive(Debug)]
 struct Entry {
     sequence: u64,
+    round: Round,
     octets: u64,
     runs: Vec<PageRun>,
 }
@@ -104,6 +105,19 @@ impl Lane {
         self.unacked_octets
     }
 
+    /// How many frames were acknowledged.
+    #[must_use]
+    pub fn acked_frames(&self) -> u64 {
+        self.acked
+    }
+
+    /// The round of the oldest frame that is not acknowledged. The destination reads on to it without waiting for any other
+    /// lane if every earlier round is closed.
+    #[must_use]
+    pub fn oldest_round(&self) -> Option<Round> {
+        self.ledger.front().map(|entry| entry.round)
+    }
+
     /// Enters a round.
     ///
     /// # Errors
@@ -127,8 +141,10 @@ impl Lane {
     /// [`LaneMisuse::NotInRound`].
     pub fn pages(&mut self, runs: Vec<PageRun>, octets: u64) -> Result<Sequence, LaneMisuse> {
         let pages = count(&runs);
-        self.open.as_mut().ok_or(LaneMisuse::NotInRound)?.pages += pages;
-        Ok(self.enter(runs, octets))
+        let open = self.open.as_mut().ok_or(LaneMisuse::NotInRound)?;
+        open.pages += pages;
+        let round = open.round;
+        Ok(self.enter(round, runs, octets))
     }
 
     /// Enters a ZEROS frame in the ledger and gives it its number. To be called before the first octet is sent.
@@ -137,8 +153,10 @@ impl Lane {
     /// [`LaneMisuse::NotInRound`].
     pub fn zeros(&mut self, runs: Vec<PageRun>, octets: u64) -> Result<Sequence, LaneMisuse> {
         let pages = count(&runs);
-        self.open.as_mut().ok_or(LaneMisuse::NotInRound)?.zero_pages += pages;
-        Ok(self.enter(runs, octets))
+        let open = self.open.as_mut().ok_or(LaneMisuse::NotInRound)?;
+        open.zero_pages += pages;
+        let round = open.round;
+        Ok(self.enter(round, runs, octets))
     }
 
     /// Ends the round: the mark that the lane must carry next (SPEC: ROUND-3), and its number.
@@ -153,7 +171,7 @@ impl Lane {
             pages: open.pages,
             zero_pages: open.zero_pages,
         };
-        Ok((mark, self.enter(Vec::new(), 0)))
+        Ok((mark, self.enter(open.round, Vec::new(), 0)))
     }
 
     /// Every frame below `frames` was handled by the receiver (SPEC: ACK-1).
@@ -199,12 +217,13 @@ impl Lane {
             .collect()
     }
 
-    fn enter(&mut self, runs: Vec<PageRun>, octets: u64) -> Sequence {
+    fn enter(&mut self, round: Round, runs: Vec<PageRun>, octets: u64) -> Sequence {
         let sequence = self.next;
         self.next += 1;
         self.unacked_octets += octets;
         self.ledger.push_back(Entry {
             sequence,
+            round,
             octets,
             runs,
         });
@@ -255,6 +274,23 @@ mod tests {
             (4, 5, Sequence::new(2))
         );
         assert_eq!(lane.unacked_octets(), 110);
+    }
+
+    #[test]
+    fn knows_the_round_of_its_oldest_unacknowledged_frame() {
+        let mut lane = lane_in_round();
+        assert_eq!(lane.oldest_round(), None);
+        lane.pages(vec![run(0, 1)], 7).unwrap();
+        lane.end_round().unwrap();
+        lane.begin_round(Round::new(1), false).unwrap();
+        lane.zeros(vec![run(1, 1)], 7).unwrap();
+        assert_eq!(lane.oldest_round(), Some(Round::new(0)));
+        lane.acked(1).unwrap();
+        assert_eq!(lane.oldest_round(), Some(Round::new(0)), "the end mark");
+        lane.acked(2).unwrap();
+        assert_eq!(lane.oldest_round(), Some(Round::new(1)));
+        lane.acked(3).unwrap();
+        assert_eq!((lane.oldest_round(), lane.acked_frames()), (None, 3));
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub(crate) struct Counters {
     pub(crate) octets_sent: AtomicU64,
     pub(crate) octets_acked: AtomicU64,
     pub(crate) pages_given_back: AtomicU64,
+    /// Octets of frames that were lost with their channel.
+    pub(crate) octets_lost: AtomicU64,
     /// Octets a second over all lanes in the newest round that was long enough to measure.
     pub(crate) bandwidth: AtomicU64,
     cpu_ns: AtomicU64,
@@ -95,6 +97,7 @@ impl Counters {
             octets_sent: self.octets_sent.load(Relaxed),
             octets_acked: self.octets_acked.load(Relaxed),
             pages_given_back: self.pages_given_back.load(Relaxed),
+            octets_lost: self.octets_lost.load(Relaxed),
             bandwidth: self.bandwidth.load(Relaxed),
             cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
             forecast: match self.forecast_kind.load(Relaxed) {
@@ -142,6 +145,8 @@ pub struct Snapshot {
     pub octets_acked: u64,
     /// Pages that came back into the dirty set: lost with a lane, or damaged on the way.
     pub pages_given_back: u64,
+    /// Octets of frames that were lost with their channel, so that their pages are sent again.
+    pub octets_lost: u64,
     /// Measured octets a second over all lanes; 0 before the first measurement.
     pub bandwidth: u64,
     /// CPU time of the migration's own threads so far.

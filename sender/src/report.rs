@@ -47,6 +47,8 @@ pub struct Report {
     pub channels: u32,
     /// Data channels that were lost on the way.
     pub channels_lost: u32,
+    /// Data channels that were opened again after they were lost.
+    pub channels_reopened: u32,
     /// Size of guest memory.
     pub memory_bytes: u64,
     /// Octets handed to data channels: heads and bodies.
@@ -55,6 +57,8 @@ pub struct Report {
     pub zero_bytes: u64,
     /// Guest memory that was sent with content, every version counted.
     pub content_bytes: u64,
+    /// Octets of frames that were lost with their channel, so that their pages were sent again.
+    pub sent_again_bytes: u64,
     /// Pages that came back into the dirty set: damaged on the way or lost with a channel.
     pub pages_given_back: u64,
     /// Guest memory moved, zero pages included, per second from the first round's begin until the last
@@ -171,6 +175,7 @@ pub(crate) struct Timeline {
     last_collects: Duration,
     rounds: Vec<(RoundReport, Duration)>,
     lanes_lost: u32,
+    lanes_reopened: u32,
     committed: bool,
     destination_load: Duration,
     destination_cpu: Option<Duration>,
@@ -263,6 +268,10 @@ impl Timeline {
         self.lanes_lost += 1;
     }
 
+    pub(crate) fn lane_rejoined(&mut self) {
+        self.lanes_reopened += 1;
+    }
+
     pub(crate) fn ended(&mut self) {
         self.ended = Some(Instant::now());
     }
@@ -320,10 +329,12 @@ impl Report {
             round_list: timeline.rounds.iter().map(|(report, _)| *report).collect(),
             channels: config.channels(),
             channels_lost: timeline.lanes_lost,
+            channels_reopened: timeline.lanes_reopened,
             memory_bytes: end.memory_pages * PAGE_BYTES_U64,
             sent_bytes: end.octets_sent,
             zero_bytes: end.zero_pages_sent * PAGE_BYTES_U64,
             content_bytes: end.pages_sent * PAGE_BYTES_U64,
+            sent_again_bytes: end.octets_lost,
             pages_given_back: end.pages_given_back,
             goodput_mib_s: mib_s(moved, moving),
             cpu_sender_s: end.cpu.as_secs_f64(),

@@ -226,6 +226,8 @@ pub struct Session {
     state: State,
     began: Duration,
     heard: Duration,
+    /// When the destination last took something, or a step of ours was done. Signs of life are none.
+    progress: Duration,
     paused_at: Option<Duration>,
     observed: Vec<Observation>,
     bandwidth: Option<f64>,
@@ -249,6 +251,7 @@ impl Session {
             state: State::Setup { granted: false },
             began: now,
             heard: now,
+            progress: now,
             paused_at: None,
             observed: Vec::new(),
             bandwidth: None,
@@ -293,9 +296,26 @@ impl Session {
         self.bandwidth
     }
 
+    /// The shortest round trip that was seen.
+    #[must_use]
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.round_trip
+    }
+
     /// The peer was heard on the control channel.
     pub fn heard(&mut self, now: Duration) {
         self.heard = now;
+    }
+
+    /// The destination took something.
+    pub fn progressed(&mut self, now: Duration) {
+        self.progress = now;
+    }
+
+    /// Whether the guest is paused for the switchover, and still this side's.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.phase() == Phase::Switchover
     }
 
     /// When [`Event::Tick`] is due at the latest.
@@ -307,6 +327,9 @@ impl Session {
     /// The one table: what each event means in each state.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        if !matches!(event, Event::Tick | Event::RoundTrip(_)) {
+            self.progress = now;
+        }
         if let Event::Closed { round, .. } = event {
             self.closed = self.closed.max(Some(round));
         }
@@ -639,7 +662,10 @@ impl Session {
                     at + self.config.commit_deadline,
                     "the destination to take the paused guest over",
                 ),
-                None => silence,
+                None => (
+                    self.progress + self.config.progress_deadline,
+                    "the destination to take anything; it only says that it lives",
+                ),
             },
         };
         if own.0 < silence.0 { own } else { silence }

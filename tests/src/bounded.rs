@@ -66,6 +66,8 @@ pub fn rx_builder() -> rx::config::ConfigBuilder {
         .setup_deadline(SETUP_DEADLINE)
         .stall(STALL)
         .keep_alive(STALL / 5)
+        // Lost is lost: what comes back has tests of its own.
+        .suspend(Duration::ZERO)
         .lanes_max(4)
 }
 
@@ -78,6 +80,8 @@ pub fn tx_builder() -> tx::config::ConfigBuilder {
         .stall(STALL)
         .keep_alive(STALL / 5)
         .commit_deadline(COMMIT_DEADLINE)
+        // Lost is lost: what comes back has tests of its own.
+        .reconnect_deadline(Duration::ZERO)
         // On a host that is busy with other tests even this guest can outpace its link; convergence is not what is tested.
         .downtime_limit(Duration::from_secs(60))
         .channels(1)

@@ -6,6 +6,7 @@ pub mod bounded;
 pub mod cutting;
 pub mod fake_destination;
 pub mod fake_source;
+pub mod links;
 pub mod model;
 pub mod peer;
 pub mod programs;

@@ -1,8 +1,10 @@
 //! The control thread of the destination: feeds events to the session machine and carries out its effects.
 
-use std::collections::VecDeque;
+mod rejoin;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,7 +23,7 @@ use multifd_wire::{
 use super::accept::Acceptor;
 use super::gate::Gate;
 use super::greet::{Joined, Opened};
-use super::lane::LaneThread;
+use super::lane::{Begins, LaneThread};
 use super::link::{ControlSender, Inbound, read_control};
 use super::{Finished, Note, Shared, thread_cpu};
 use crate::blobs::Assembler;
@@ -59,9 +61,87 @@ struct Slot {
     /// Until the lane's thread takes it, when the machine is ready.
     rx: Option<Box<dyn multifd_transport::ReceiveHalf>>,
     handled: Arc<AtomicU64>,
+    given_up: Arc<AtomicBool>,
     acked: u64,
     ended: bool,
     thread: Option<JoinHandle<()>>,
+}
+
+impl Slot {
+    fn new(joined: Joined) -> Self {
+        Self {
+            id: joined.lane,
+            incarnation: joined.incarnation,
+            closer: joined.closer,
+            _tx: joined.tx,
+            rx: Some(joined.rx),
+            handled: Arc::new(AtomicU64::new(0)),
+            given_up: Arc::new(AtomicBool::new(false)),
+            acked: 0,
+            ended: false,
+            thread: None,
+        }
+    }
+
+    /// Starts the lane's thread, unless it has one.
+    fn start(
+        &mut self,
+        shared: &Arc<Shared>,
+        landing: &Arc<Landing>,
+        gate: &Arc<Gate>,
+        begins: Begins,
+    ) -> Result<(), Error> {
+        let Some(rx) = self.rx.take() else {
+            return Ok(());
+        };
+        let (id, incarnation, notes) = (self.id, self.incarnation, shared.notes.clone());
+        let thread = LaneThread {
+            id,
+            incarnation,
+            begins,
+            shared: Arc::clone(shared),
+            landing: Arc::clone(landing),
+            gate: Arc::clone(gate),
+            handled: Arc::clone(&self.handled),
+            given_up: Arc::clone(&self.given_up),
+            notes: notes.clone(),
+        };
+        let body = Box::new(move || {
+            let fault = thread.run(rx);
+            let _ = notes.send(Note::LaneEnded {
+                lane: id,
+                incarnation,
+                fault,
+            });
+        });
+        let started = shared.spawner.spawn(&format!("mfd-lane{id}"), body);
+        self.thread = Some(started.map_err(|source| {
+            Error::new(
+                Phase::Setup,
+                Fault::System {
+                    step: "start a thread",
+                    source,
+                },
+            )
+        })?);
+        Ok(())
+    }
+
+    /// How far its frames were handled.
+    fn mark(&self) -> LaneMark {
+        LaneMark {
+            lane: self.id,
+            incarnation: self.incarnation,
+            frames: self.handled.load(Ordering::Acquire),
+        }
+    }
+
+    /// Ends the channel; its thread ends with what it has read whole, also if it waits at the gate.
+    fn give_up(&self, gate: &Gate) {
+        self.given_up.store(true, Ordering::Relaxed);
+        self.closer.shutdown();
+        gate.nudge();
+    }
 }
 
 pub(super) struct Control {
@@ -83,6 +163,8 @@ pub(super) struct Control {
     states: Assembler,
     early: Vec<Joined>,
     lanes: Vec<Slot>,
+    /// Incarnations that the source gave up before they joined: their hello may still come.
+    given_up: BTreeMap<LaneId, Incarnation>,
     landing: Option<Arc<Landing>>,
     gate: Arc<Gate>,
     round_began: Instant,
@@ -93,6 +175,8 @@ pub(super) struct Control {
     outcome: Option<Outcome>,
     keep_alive_due: Duration,
     ack_due: Duration,
+    /// Frames that had come on data channels when it was last looked at.
+    frames_seen: u64,
     cpu: Duration,
 }
 
@@ -139,6 +223,7 @@ impl Control {
             states: Assembler::new(Kind::VmState, blob_bytes_max),
             early: Vec::new(),
             lanes: Vec::new(),
+            given_up: BTreeMap::new(),
             landing: None,
             gate: Arc::new(Gate::new()),
             round_began: Instant::now(),
@@ -149,6 +234,7 @@ impl Control {
             outcome: None,
             keep_alive_due: Duration::ZERO,
             ack_due: Duration::ZERO,
+            frames_seen: 0,
             cpu: Duration::ZERO,
         })
     }
@@ -212,6 +298,7 @@ impl Control {
             return;
         }
         let now = self.now();
+        self.note_progress(now);
         if now >= self.ack_due {
             self.ack_due = now + self.shared.config.ack_period;
             self.acknowledge();
@@ -366,32 +453,9 @@ impl Control {
                 },
             ));
         };
+        let begins = Begins::With(self.session.as_ref().map_or(Round::new(0), Session::round));
         for slot in &mut self.lanes {
-            let Some(rx) = slot.rx.take() else { continue };
-            let id = slot.id;
-            let thread = LaneThread {
-                id,
-                shared: Arc::clone(&self.shared),
-                landing: Arc::clone(&landing),
-                gate: Arc::clone(&self.gate),
-                handled: Arc::clone(&slot.handled),
-                notes: self.shared.notes.clone(),
-            };
-            let notes = self.shared.notes.clone();
-            let body = Box::new(move || {
-                let fault = thread.run(rx);
-                let _ = notes.send(Note::LaneEnded { lane: id, fault });
-            });
-            let started = self.shared.spawner.spawn(&format!("mfd-lane{id}"), body);
-            slot.thread = Some(started.map_err(|source| {
-                Error::new(
-                    Phase::Setup,
-                    Fault::System {
-                        step: "start a thread",
-                        source,
-                    },
-                )
-            })?);
+            slot.start(&self.shared, &landing, &self.gate, begins)?;
         }
         self.count_lanes();
         self.round_began = Instant::now();
@@ -466,11 +530,8 @@ impl Control {
 
     // ── acknowledgements ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    fn handled(&self) -> Vec<u64> {
-        self.lanes
-            .iter()
-            .map(|slot| slot.handled.load(Ordering::Acquire))
-            .collect()
+    fn handled(&self) -> Vec<LaneMark> {
+        self.lanes.iter().map(Slot::mark).collect()
     }
 
     /// Acknowledges what was handled by now. Notes that are in the queue at this moment are handled first: a give-back for one
@@ -491,16 +552,17 @@ impl Control {
         }
     }
 
-    fn send_acks(&mut self, handled: &[u64]) -> Result<(), Error> {
+    fn send_acks(&mut self, handled: &[LaneMark]) -> Result<(), Error> {
         let mut marks = Vec::new();
-        for (slot, frames) in self.lanes.iter_mut().zip(handled) {
-            if *frames > slot.acked {
-                slot.acked = *frames;
-                marks.push(RawLaneMark::from(LaneMark {
-                    lane: slot.id,
-                    incarnation: slot.incarnation,
-                    frames: *frames,
-                }));
+        for mark in handled {
+            // A lane may have been replaced since.
+            let newest = self
+                .lanes
+                .iter_mut()
+                .find(|slot| (slot.id, slot.incarnation) == (mark.lane, mark.incarnation));
+            if let Some(slot) = newest.filter(|slot| mark.frames > slot.acked) {
+                slot.acked = mark.frames;
+                marks.push(RawLaneMark::from(*mark));
             }
         }
         if marks.is_empty() {
@@ -550,6 +612,9 @@ impl Control {
                 let now = self.now();
                 if let Some(session) = &mut self.session {
                     session.heard(now);
+                    if !matches!(inbound, Inbound::KeepAlive { .. } | Inbound::Other) {
+                        session.progressed(now);
+                    }
                 }
                 if let Err(error) = self.inbound(inbound) {
                     self.drive(Event::Failed(error.at(ChannelRef::Control)));
@@ -559,15 +624,31 @@ impl Control {
                 self.control_lost = true;
                 self.drive(Event::Failed(error.in_phase(phase)));
             }
-            Note::LaneArrived { lane, round, last } => {
-                self.drive(Event::LaneArrived { lane, round, last })
+            Note::LaneArrived {
+                lane,
+                incarnation,
+                round,
+                last,
+            } => {
+                if self.is_newest(lane, incarnation) {
+                    self.drive(Event::LaneArrived { lane, round, last });
+                }
             }
-            Note::LaneEnded { lane, fault } => self.lane_ended(lane, fault),
+            Note::LaneEnded {
+                lane,
+                incarnation,
+                fault,
+            } => {
+                if self.is_newest(lane, incarnation) {
+                    self.lane_ended(lane, fault);
+                }
+            }
             Note::Damaged {
                 lane,
+                incarnation,
                 sequence,
                 runs,
-            } => self.damaged(lane, sequence, &runs),
+            } => self.damaged(lane, incarnation, sequence, &runs),
             Note::Vmm(done) => self.vmm_done(done),
             Note::Cancel => self.cancel(),
         }
@@ -611,18 +692,12 @@ impl Control {
     }
 
     fn joined(&mut self, joined: Joined) {
+        // A lane that is dialled again comes with its answer unsent (SPEC: LANE-5).
+        if joined.reply.is_some() {
+            return self.rejoined(joined);
+        }
         let lane = joined.lane;
-        self.lanes.push(Slot {
-            id: lane,
-            incarnation: joined.incarnation,
-            closer: joined.closer,
-            _tx: joined.tx,
-            rx: Some(joined.rx),
-            handled: Arc::new(AtomicU64::new(0)),
-            acked: 0,
-            ended: false,
-            thread: None,
-        });
+        self.lanes.push(Slot::new(joined));
         self.lanes.sort_by_key(|slot| slot.id);
         self.drive(Event::LaneJoined { lane });
     }
@@ -691,19 +766,7 @@ impl Control {
                 incarnation,
                 reason,
             } => {
-                let slot = self
-                    .lanes
-                    .iter()
-                    .find(|slot| slot.id == lane && slot.incarnation == incarnation);
-                let Some(slot) = slot else {
-                    return Err(fail(Misbehaved::Lane {
-                        channel: ChannelRef::Lane(lane),
-                        incarnation: incarnation.value(),
-                    }));
-                };
-                tracing::warn!(%lane, %reason, "the source lost a lane");
-                // Its thread ends, and with it goes our own LANE_DOWN.
-                slot.closer.shutdown();
+                self.lane_down(lane, incarnation, reason).map_err(fail)?;
             }
             Inbound::Switchover(switchover) => self.drive(Event::Switchover {
                 round: switchover.final_round,
@@ -821,56 +884,59 @@ impl Control {
 
     fn lane_ended(&mut self, id: LaneId, fault: Fault) {
         let phase = self.phase();
-        let frames = self.handled();
-        let Some((slot, frames)) = self
-            .lanes
-            .iter_mut()
-            .zip(frames)
-            .find(|(slot, _)| slot.id == id)
-        else {
+        let Some(slot) = self.lanes.iter_mut().find(|slot| slot.id == id) else {
             return;
         };
+        let mark = slot.mark();
+        let (incarnation, frames) = (mark.incarnation, mark.frames);
         slot.ended = true;
         slot.closer.shutdown();
-        let incarnation = slot.incarnation;
         let unacked = frames > slot.acked;
         slot.acked = frames;
         self.count_lanes();
+        // Octets that were changed on the way cost the lane (SPEC: ERR-2); if it can't be dialled again, everything.
+        let damaged = matches!(&fault, Fault::Malformed(e) if e.reason() == Reason::Corruption)
+            && !self.shared.config.suspend.is_zero();
+        let reason = if damaged {
+            Reason::Corruption
+        } else {
+            Reason::ChannelsLost
+        };
         // Octets that make no sense, or break the protocol, are not a matter of one lane: the source can't be trusted.
-        if matches!(
-            fault,
-            Fault::Malformed(_) | Fault::Misbehaved(_) | Fault::OutOfTurn { .. }
-        ) {
+        if !damaged
+            && matches!(
+                fault,
+                Fault::Malformed(_) | Fault::Misbehaved(_) | Fault::OutOfTurn { .. }
+            )
+        {
             return self.drive(Event::Failed(
                 Error::new(phase, fault).at(ChannelRef::Lane(id)),
             ));
         }
         if phase < Phase::Commit {
             tracing::warn!(lane = %id, %fault, "lane lost");
-            let mark = RawLaneMark::from(LaneMark {
-                lane: id,
-                incarnation,
-                frames,
-            });
             if unacked {
-                self.send(Acks { lanes: &[mark] });
+                self.send(Acks {
+                    lanes: &[RawLaneMark::from(mark)],
+                });
             }
             self.send(LaneDown {
                 lane: id,
                 incarnation,
-                reason: Reason::ChannelsLost,
+                reason,
             });
         }
         self.drive(Event::LaneEnded { lane: id });
     }
 
-    fn damaged(&mut self, lane: LaneId, sequence: Sequence, runs: &[PageRun]) {
+    fn damaged(
+        &mut self,
+        lane: LaneId,
+        incarnation: Incarnation,
+        sequence: Sequence,
+        runs: &[PageRun],
+    ) {
         tracing::debug!(%lane, %sequence, pages = runs.len(), "pages failed their checksum and go back to the source");
-        let incarnation = self
-            .lanes
-            .iter()
-            .find(|slot| slot.id == lane)
-            .map_or(Incarnation::new(0), |slot| slot.incarnation);
         let raw: Vec<RawRun> = runs.iter().copied().map(RawRun::from).collect();
         self.send(GiveBack {
             lane,
@@ -948,7 +1014,7 @@ impl Control {
         self.hear_the_farewell();
         self.gate.end();
         for slot in &self.lanes {
-            slot.closer.shutdown();
+            slot.give_up(&self.gate);
         }
         self.early.clear();
         self.join_lanes();

@@ -1,5 +1,6 @@
 //! The gate between rounds: lanes at the fence wait here until the control thread opens it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use multifd_wire::Round;
@@ -42,13 +43,22 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits until `round` is open; false if the migration ended instead.
-    pub(super) fn wait_for(&self, round: Round) -> bool {
-        let shut = |state: &mut State| state.open < round && !state.ended;
+    /// Lets lanes that were given up while they wait see it.
+    pub(super) fn nudge(&self) {
+        // Under the lock: a lane has either not looked yet, or waits already.
+        let _state = lock(&self.state);
+        self.changed.notify_all();
+    }
+
+    /// Waits until `round` is open; false if the migration ended or the lane was given up instead.
+    pub(super) fn wait_for(&self, round: Round, given_up: &AtomicBool) -> bool {
+        let shut = |state: &mut State| {
+            state.open < round && !state.ended && !given_up.load(Ordering::Relaxed)
+        };
         let state = self
             .changed
             .wait_while(lock(&self.state), shut)
             .unwrap_or_else(PoisonError::into_inner);
-        !state.ended
+        !state.ended && state.open >= round
     }
 }

@@ -35,6 +35,9 @@ pub(super) struct Joined {
     pub(super) tx: Box<dyn SendHalf>,
     pub(super) closer: Closer,
     pub(super) description: String,
+    /// The acceptance, when the control thread has to send it: only it knows into which round a lane comes that is dialled
+    /// again, and the source may not send before that is settled.
+    pub(super) reply: Option<HelloReply>,
 }
 
 /// Which session is at home, and what its channels must show.
@@ -47,11 +50,12 @@ struct AtHome {
     ticket: Token,
     agreement: Agreement,
     lanes_max: u32,
-    joined: Vec<bool>,
+    /// The newest incarnation of each lane.
+    joined: Vec<Option<Incarnation>>,
 }
 
 /// Why a hello was refused, in the words that the peer gets.
-type Refusal = (Reason, &'static str);
+pub(super) type Refusal = (Reason, &'static str);
 
 impl Desk {
     /// A new session; there can be only one.
@@ -71,7 +75,7 @@ impl Desk {
             ticket,
             agreement,
             lanes_max,
-            joined: vec![false; lanes_max as usize],
+            joined: vec![None; lanes_max as usize],
         });
         Ok((ticket, resume_secret))
     }
@@ -98,12 +102,15 @@ impl Desk {
                     "more lanes than were granted"
                 },
             )),
-            Some(true) => Err((Reason::Misbehaved, "this lane has joined already")),
-            Some(_) if hello.incarnation != Incarnation::new(0) => {
+            // SPEC: JOIN-1, JOIN-3
+            Some(Some(newest)) if hello.incarnation <= *newest => {
+                Err((Reason::Misbehaved, "this lane has joined already"))
+            }
+            Some(None) if hello.incarnation != Incarnation::new(0) => {
                 Err((Reason::Misbehaved, "this lane was never here before"))
             }
             Some(joined) => {
-                *joined = true;
+                *joined = Some(hello.incarnation);
                 Ok(())
             }
         }
@@ -204,6 +211,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 tx,
                 closer,
                 description,
+                reply: (hello.incarnation != Incarnation::new(0)).then_some(reply),
             }),
             Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
         },
@@ -220,17 +228,43 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
 
 /// Sends the acceptance and passes the channel on. The control thread sends nothing on it before it has it.
 fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), ChannelError> {
-    let (tx, rx) = match &mut note {
-        Note::Opened(opened) => (&mut opened.tx, &mut opened.rx),
-        Note::LaneJoined(joined) => (&mut joined.tx, &mut joined.rx),
+    let (tx, rx, now) = match &mut note {
+        Note::Opened(opened) => (&mut opened.tx, &mut opened.rx, true),
+        Note::LaneJoined(joined) => (&mut joined.tx, &mut joined.rx, joined.reply.is_none()),
         _ => unreachable!("greeters make only these"),
     };
-    let sent = tx.send(&reply.encode(), &[]);
+    let sent = if now {
+        tx.send(&reply.encode(), &[])
+    } else {
+        Ok(())
+    };
     tx.set_deadline(None);
     rx.set_deadline(None);
     // Passed on even if the peer is gone already: a session or lane that was entered at the desk has to end like any other.
     let _ = shared.notes.send(note);
     sent
+}
+
+/// Says no to a channel whose hello a greeter had accepted: in a thread, since the peer may take its time to close.
+pub(super) fn turn_away(shared: &Arc<Shared>, joined: Joined, refusal: Refusal) {
+    let theirs = Arc::clone(shared);
+    let body = Box::new(move || {
+        let Joined {
+            mut tx,
+            mut rx,
+            reply,
+            ..
+        } = joined;
+        let deadline = Instant::now() + theirs.config.hello_deadline;
+        tx.set_deadline(Some(deadline));
+        rx.set_deadline(Some(deadline));
+        if let Some(HelloReply::Accepted { session, .. }) = reply {
+            let no = HelloReply::refused(refusal.0, refusal.1, session);
+            let _ = refuse(&theirs, &mut *tx, &mut *rx, &no);
+        }
+    });
+    // Without a thread the channel is dropped with `body`, which closes it.
+    let _ = shared.spawner.spawn("mfd-greet", body);
 }
 
 /// Says no, and reads until the peer has closed, so that the answer is not destroyed by our own close.

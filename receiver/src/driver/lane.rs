@@ -4,42 +4,68 @@
 //! What it must never do: read past its end mark before the gate opens, or land a run that was not admitted.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use multifd_transport::{ReceiveHalf, Span};
+use multifd_transport::{ChannelError, ReceiveHalf, Span};
 use multifd_wire::frame::{Pages, Zeros};
-use multifd_wire::{ChannelKind, Frame, HEADER_BYTES, Header, LaneId, Misbehaved, PageRun, Round};
+use multifd_wire::{
+    ChannelKind, Frame, HEADER_BYTES, Header, Incarnation, LaneId, Misbehaved, PageRun, Round,
+};
 
 use super::gate::Gate;
 use super::link::{read_head, skip_body};
 use super::{Note, Shared, thread_cpu};
 use crate::error::Fault;
 use crate::landing::Landing;
-use crate::lane::Lane;
+use crate::lane::{Lane, Mark};
 
 /// What a lane's thread works with.
 pub(super) struct LaneThread {
     pub(super) id: LaneId,
+    pub(super) incarnation: Incarnation,
+    pub(super) begins: Begins,
     pub(super) shared: Arc<Shared>,
     pub(super) landing: Arc<Landing>,
     pub(super) gate: Arc<Gate>,
     /// Every frame below this number was handled; read by the control thread for acknowledgements.
     pub(super) handled: Arc<AtomicU64>,
+    /// Set when nobody wants anything more of this channel, which is closed then.
+    pub(super) given_up: Arc<AtomicBool>,
     pub(super) notes: Sender<Note>,
+}
+
+/// Where a lane's thread begins to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begins {
+    /// In this round, which is the first of the session or of its resumption.
+    With(Round),
+    /// In this round, which is under way.
+    Within(Round),
+    /// In this round, when the gate to it opens.
+    Behind(Round),
 }
 
 impl LaneThread {
     /// Reads until the channel ends or the gate sends it home; says why.
     pub(super) fn run(self, mut rx: Box<dyn ReceiveHalf>) -> Fault {
+        let lane = match self.begins {
+            Begins::With(round) => Lane::new(round),
+            Begins::Within(round) | Begins::Behind(round) => Lane::rejoined(round),
+        };
         let mut work = Work {
             table: Vec::with_capacity(8192),
             runs: Vec::new(),
             bad: Vec::new(),
-            lane: Lane::new(Round::new(0)),
+            lane,
         };
         let mut cpu = Duration::ZERO;
+        if let Begins::Behind(round) = self.begins
+            && !self.gate.wait_for(round, &self.given_up)
+        {
+            return Fault::Channel(ChannelError::ShutDown);
+        }
         loop {
             match self.frame(&mut *rx, &mut work) {
                 Ok(Step::Next) => {}
@@ -48,6 +74,7 @@ impl LaneThread {
                     let round = work.lane.round();
                     let arrived = Note::LaneArrived {
                         lane: self.id,
+                        incarnation: self.incarnation,
                         round,
                         last,
                     };
@@ -56,8 +83,10 @@ impl LaneThread {
                             what: "a round after the last".into(),
                         };
                     };
-                    if self.notes.send(arrived).is_err() || !self.gate.wait_for(next) {
-                        return Fault::Cancelled;
+                    if self.notes.send(arrived).is_err()
+                        || !self.gate.wait_for(next, &self.given_up)
+                    {
+                        return Fault::Channel(ChannelError::ShutDown);
                     }
                     if let Err(error) = work.lane.gate_opened(next) {
                         return error.into();
@@ -72,14 +101,11 @@ impl LaneThread {
     }
 
     fn frame(&self, rx: &mut dyn ReceiveHalf, work: &mut Work) -> Result<Step, Fault> {
-        // Between frames a lane may be idle for as long as the source has nothing for it; the control channel tells whether
-        // the source lives. Inside a frame the octets have to come.
-        rx.set_stall(None);
+        rx.set_stall(Some(self.shared.config.stall));
         let lane = &mut work.lane;
         let header = read_head(rx, &mut work.table, ChannelKind::Data, |header| {
             lane.header(header)
         })?;
-        rx.set_stall(Some(self.shared.config.stall));
         let frame = Frame::decode(&header, &work.table)?;
         let mut step = Step::Next;
         match frame {
@@ -88,10 +114,11 @@ impl LaneThread {
             }
             Frame::Zeros(zeros) => self.zeros(&zeros, lane, &mut work.runs)?,
             Frame::RoundEnd(mark) => {
-                lane.round_end(&mark)?;
-                step = Step::Fence {
-                    last: mark.final_round,
-                };
+                if lane.round_end(&mark)? == Mark::Fence {
+                    step = Step::Fence {
+                        last: mark.final_round,
+                    };
+                }
             }
             Frame::Skipped(_) => skip_body(rx, header.body_bytes())?,
             // Device state is a feature, and this version agrees to none.
@@ -142,6 +169,7 @@ impl LaneThread {
             // Before the frame counts as handled: the give-back must overtake its acknowledgement (SPEC: BACK-2).
             let _ = self.notes.send(Note::Damaged {
                 lane: self.id,
+                incarnation: self.incarnation,
                 sequence: header.sequence(),
                 runs: bad.clone(),
             });

@@ -47,7 +47,7 @@ pub(super) fn read_head(
     turn: impl FnOnce(&Header) -> Result<(), Misbehaved>,
 ) -> Result<Header, Fault> {
     let mut octets = [0u8; HEADER_BYTES];
-    rx.receive(&mut octets)?;
+    receive_first(rx, &mut octets)?;
     let header = Header::decode(&octets)?;
     turn(&header)?;
     let (kind, from) = (header.kind(), Role::Source);
@@ -57,6 +57,17 @@ pub(super) fn read_head(
     table.resize(header.table_bytes(), 0);
     rx.receive(table)?;
     Ok(header)
+}
+
+/// Reads what a frame begins with. Between frames a channel may be idle for as long as the source has nothing for it: the
+/// control channel tells whether the source lives. But once a first octet is here, the others have to come.
+fn receive_first(rx: &mut dyn ReceiveHalf, octets: &mut [u8]) -> Result<(), ChannelError> {
+    loop {
+        match rx.receive(octets) {
+            Err(ChannelError::Stalled { bytes_done: 0, .. }) if rx.buffered() == 0 => {}
+            result => return result,
+        }
+    }
 }
 
 /// What the source says on the control channel, in owned form.

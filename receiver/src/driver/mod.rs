@@ -187,15 +187,18 @@ enum Note {
     ControlLost(Error),
     LaneArrived {
         lane: multifd_wire::LaneId,
+        incarnation: multifd_wire::Incarnation,
         round: multifd_wire::Round,
         last: bool,
     },
     LaneEnded {
         lane: multifd_wire::LaneId,
+        incarnation: multifd_wire::Incarnation,
         fault: Fault,
     },
     Damaged {
         lane: multifd_wire::LaneId,
+        incarnation: multifd_wire::Incarnation,
         sequence: multifd_wire::Sequence,
         runs: Vec<multifd_wire::PageRun>,
     },

@@ -563,21 +563,101 @@ fn an_end_mark_that_contradicts_switchover_ends_it() {
 }
 
 #[test]
-fn a_lost_lane_is_waited_for_no_longer_and_the_last_one_ends_it() {
+fn a_lost_lane_is_waited_for_no_longer_and_without_any_one_is_waited_for() {
     for (state, _) in states() {
         let mut session = state_after(state);
         let _ = session.handle(ended(1), NOW);
-        let goes_on = session.handle(ended(0), NOW);
-        let needs_lanes = !["loading", "prepared", "owning", "over", "set-up"].contains(&state);
+        let effects = session.handle(ended(0), NOW);
+        let in_setup = ["set-up, tables", "set-up, machine and a lane"].contains(&state);
         assert_eq!(
             matches!(session.state, State::Over),
-            needs_lanes || state == "over",
-            "{state}: {goes_on:?}"
+            in_setup || state == "over",
+            "{state}: {effects:?}"
         );
+        // The fence of a round without lanes does not fall by itself.
+        let closes = count(&effects, |e| matches!(e, Effect::CloseRound { .. }));
+        assert_eq!(closes, 0, "{state}");
     }
     let mut session = state_after("rounds, lane 0 at the fence");
     let words: Vec<String> = session.handle(ended(1), NOW).iter().map(word).collect();
     assert_eq!(words, ["close 0"]);
+}
+
+#[test]
+fn without_any_lane_it_ends_at_once_if_nothing_is_kept_and_otherwise_at_the_deadline() {
+    let config = |suspend| Config::builder().suspend(suspend).build().unwrap();
+    let lost = |suspend| {
+        let mut session = Session::new(config(suspend), Duration::ZERO);
+        for event in happy_path().into_iter().take(4) {
+            let _ = session.handle(event, MS);
+        }
+        let _ = session.handle(ended(1), NOW);
+        let words = session.handle(ended(0), NOW).iter().map(word).collect();
+        (session, words)
+    };
+    let (_, words): (_, Vec<String>) = lost(Duration::ZERO);
+    let over = [
+        "ABORT 18",
+        "discard",
+        "finish: failed, receiver.channel.all-lanes-lost",
+    ];
+    assert_eq!(words, over);
+    let (mut session, words): (_, Vec<String>) = lost(2 * STALL);
+    assert!(words.is_empty());
+    session.heard(2 * STALL);
+    assert_eq!(session.next_deadline(), NOW + 2 * STALL);
+    let words: Vec<String> = session
+        .handle(Event::Tick, NOW + 2 * STALL)
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(words, over);
+}
+
+#[test]
+fn a_lane_that_joins_again_is_waited_for_at_the_fence() {
+    let mut session = state_after("rounds, lane 0 at the fence");
+    assert_eq!(session.entry(LaneId::new(1)), Entry::Refused, "it lives");
+    let _ = session.handle(ended(0), NOW);
+    assert_eq!(
+        session.entry(LaneId::new(0)),
+        Entry::Round(Round::new(0)),
+        "lost in round 0"
+    );
+    assert!(session.handle(joined(0), NOW).is_empty());
+    assert!(session.handle(arrived(1, 0, false), NOW).is_empty());
+    let words: Vec<String> = session
+        .handle(arrived(0, 0, false), NOW)
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(words, ["close 0"]);
+    // With the gate shut it comes in behind the fence.
+    let mut session = state_after("fenced");
+    let _ = session.handle(ended(0), NOW);
+    assert_eq!(
+        session.entry(LaneId::new(0)),
+        Entry::BehindFence(Round::new(2))
+    );
+    let _ = session.handle(joined(0), NOW);
+    let _ = session.handle(switchover(2), NOW);
+    assert!(session.handle(arrived(1, 2, true), NOW).is_empty());
+    assert_eq!(session.handle(arrived(0, 2, true), NOW).len(), 1);
+}
+
+#[test]
+fn signs_of_life_alone_are_not_enough() {
+    for (state, _) in states() {
+        let mut session = state_after(state);
+        let late = Config::default().progress_deadline + MS;
+        session.heard(late);
+        let ends = finishes(&session.handle(Event::Tick, late)) == 1;
+        assert_eq!(
+            ends,
+            !["loading", "owning", "over"].contains(&state),
+            "{state}"
+        );
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The control thread of the source: feeds events to the session machine and carries out its effects.
 
+mod lanes;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -20,8 +22,9 @@ use multifd_wire::{
     Round, SessionId, Text,
 };
 
-use super::lane::{LaneCommand, serve};
+use super::lane::LaneCommand;
 use super::link::{ControlSender, Inbound, open, read_control};
+use super::redial::{Attempt, Redial, lane_life};
 use super::work::{RoundWork, tracked};
 use super::{Dial, Finished, LaneState, Note, Shared, lock, thread_cpu};
 use crate::error::{Error, Fault};
@@ -48,6 +51,13 @@ struct Slot {
     dying_since: Option<Duration>,
     encoded: Option<Round>,
     thread: Option<JoinHandle<()>>,
+    /// While it is lost and to be dialled again.
+    redial: Option<Redial>,
+    /// How often it was lost.
+    losses: u32,
+    watch: lanes::Watch,
+    /// Why this side gave it up, until its thread has ended.
+    doomed: Option<Fault>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,11 +66,22 @@ enum Life {
     Alive,
     /// The channel failed; what the destination has of it is not known yet.
     Dying,
+    /// Settled. It may be dialled again.
     Dead,
+    /// It was lost, and a new connection is being made.
+    Redialling,
+}
+
+/// The thread of one connection of a lane, and what leads to it.
+struct Spawned {
+    state: Arc<LaneState>,
+    commands: Sender<LaneCommand>,
+    thread: JoinHandle<()>,
 }
 
 /// The round that is under way.
 struct Open {
+    work: Arc<RoundWork>,
     round: Round,
     last: bool,
     told: bool,
@@ -89,6 +110,13 @@ pub(super) struct Control {
     destination_ready: Option<Ready>,
     lanes: Vec<Slot>,
     open: Option<Open>,
+    /// How many rounds the destination is known to have closed.
+    rounds_closed: u32,
+    /// The first round with the guest paused.
+    paused_from: Option<Round>,
+    /// Since when no lane lives.
+    alone_since: Option<Duration>,
+    watch_due: Duration,
     timeline: Timeline,
     outcome: Option<Outcome>,
     keep_alive_due: Duration,
@@ -132,6 +160,10 @@ impl Control {
             destination_ready: None,
             lanes: Vec::new(),
             open: None,
+            rounds_closed: 0,
+            paused_from: None,
+            alone_since: None,
+            watch_due: Duration::ZERO,
             timeline: Timeline::default(),
             outcome: None,
             keep_alive_due: Duration::ZERO,
@@ -217,6 +249,7 @@ impl Control {
             .session
             .next_deadline()
             .min(self.keep_alive_due)
+            .min(self.lanes_due())
             .min(settle.unwrap_or(Duration::MAX));
         match self
             .inbox
@@ -247,6 +280,7 @@ impl Control {
                 Fault::Timeout { what },
             )));
         }
+        self.tend_lanes(now);
         self.drive(Event::Tick);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
     }
@@ -300,9 +334,11 @@ impl Control {
                 Ok(None)
             }
             Effect::Pause => self.pause().map(Some),
-            Effect::AnnounceSwitchover { round } => self
-                .try_send(Switchover { final_round: round })
-                .map(|()| None),
+            Effect::AnnounceSwitchover { round } => {
+                self.paused_from.get_or_insert(round);
+                self.try_send(Switchover { final_round: round })
+                    .map(|()| None)
+            }
             Effect::Save => self.save().map(Some),
             Effect::SendFinal { round } => self.send_final(round).map(Some),
             Effect::Commit => {
@@ -399,7 +435,36 @@ impl Control {
     }
 
     fn start_lane(&mut self, id: LaneId, incarnation: Incarnation) -> Result<(), Error> {
-        let fail = |fault: Fault| Error::new(Phase::Setup, fault).at(ChannelRef::Lane(id));
+        let Spawned {
+            state,
+            commands,
+            thread,
+        } = self.spawn_lane(id, incarnation, Attempt::First)?;
+        self.lanes.push(Slot {
+            state,
+            incarnation,
+            commands: Some(commands),
+            closer: None,
+            life: Life::Dialling,
+            dying_since: None,
+            encoded: None,
+            thread: Some(thread),
+            redial: None,
+            losses: 0,
+            watch: lanes::Watch::default(),
+            doomed: None,
+        });
+        Ok(())
+    }
+
+    /// Starts the thread of one connection of a lane.
+    fn spawn_lane(
+        &self,
+        id: LaneId,
+        incarnation: Incarnation,
+        attempt: Attempt,
+    ) -> Result<Spawned, Error> {
+        let fail = |fault: Fault| Error::new(self.session.phase(), fault).at(ChannelRef::Lane(id));
         let (Some(grant), Some(agreement)) = (self.grant, self.agreement) else {
             return Err(fail(Fault::OutOfTurn {
                 what: "a lane before the grant".into(),
@@ -407,6 +472,7 @@ impl Control {
         };
         let state = Arc::new(LaneState {
             id,
+            incarnation,
             given_up: std::sync::atomic::AtomicBool::new(false),
             lane: std::sync::Mutex::new(Some(crate::lane::Lane::new(id, incarnation))),
         });
@@ -419,8 +485,12 @@ impl Control {
             Arc::clone(&state),
         );
         let body = Box::new(move || {
-            let fault = lane_life(&shared, &*dial, &hello, &lane, &orders, &notes).err();
-            let _ = notes.send(Note::LaneEnded { lane: id, fault });
+            let fault = lane_life(&shared, &*dial, attempt, &hello, &lane, &orders, &notes).err();
+            let _ = notes.send(Note::LaneEnded {
+                lane: id,
+                incarnation,
+                fault,
+            });
         });
         let thread = self
             .spawner
@@ -431,17 +501,11 @@ impl Control {
                     source,
                 })
             })?;
-        self.lanes.push(Slot {
+        Ok(Spawned {
             state,
-            incarnation,
-            commands: Some(commands),
-            closer: None,
-            life: Life::Dialling,
-            dying_since: None,
-            encoded: None,
-            thread: Some(thread),
-        });
-        Ok(())
+            commands,
+            thread,
+        })
     }
 
     fn open_round(&mut self, round: Round, last: bool) {
@@ -460,10 +524,12 @@ impl Control {
                     work: Arc::clone(&work),
                     round,
                     last,
+                    behind: Vec::new(),
                 });
             }
         }
         self.open = Some(Open {
+            work,
             round,
             last,
             told: false,
@@ -571,14 +637,23 @@ impl Control {
             }
             Note::LaneUp {
                 lane,
+                incarnation,
                 closer,
                 description,
             } => {
                 tracing::info!(channel = %description, %lane, "lane open");
-                match self.slot(lane) {
+                let newest = self
+                    .slot(lane)
+                    .filter(|slot| slot.incarnation == incarnation);
+                match newest {
                     Some(slot) if slot.life == Life::Dialling => {
                         slot.closer = Some(closer);
                         slot.life = Life::Alive;
+                    }
+                    Some(slot) if slot.life == Life::Redialling => {
+                        slot.closer = Some(closer);
+                        slot.life = Life::Alive;
+                        self.rejoined(lane);
                     }
                     // The destination gave it up before this note was read.
                     _ => closer.shutdown(),
@@ -588,13 +663,30 @@ impl Control {
                     self.drive(Event::Failed(error));
                 }
             }
-            Note::LaneEncoded { lane, round } => {
-                if let Some(slot) = self.slot(lane) {
+            Note::LaneEncoded {
+                lane,
+                incarnation,
+                round,
+            } => {
+                if let Some(slot) = self.slot(lane)
+                    && slot.incarnation == incarnation
+                {
                     slot.encoded = Some(round);
                 }
                 self.check_encoded();
             }
-            Note::LaneEnded { lane, fault } => self.lane_ended(lane, fault),
+            Note::LaneEnded {
+                lane,
+                incarnation,
+                fault,
+            } => {
+                if self
+                    .slot(lane)
+                    .is_some_and(|slot| slot.incarnation == incarnation)
+                {
+                    self.lane_ended(lane, fault);
+                }
+            }
             Note::Cancel => self.drive(Event::Cancel),
         }
     }
@@ -641,6 +733,9 @@ impl Control {
                     let (expected, found) = (open.round, closed.round);
                     return Err(fail(phase, Misbehaved::Round { expected, found }));
                 }
+                self.rounds_closed = self
+                    .rounds_closed
+                    .max(closed.round.value().saturating_add(1));
                 self.timeline.round_closed(&closed, self.shared.now());
                 self.drive(Event::Closed {
                     round: closed.round,
@@ -724,6 +819,9 @@ impl Control {
             .counters
             .octets_acked
             .fetch_add(settled.octets, Relaxed);
+        if settled.frames > 0 {
+            self.session.progressed(self.shared.now());
+        }
         Ok(())
     }
 
@@ -754,8 +852,17 @@ impl Control {
         incarnation: Incarnation,
         reason: Reason,
     ) -> Result<(), Misbehaved> {
+        // About a connection before this one: it was settled before the lane was dialled again.
+        if self
+            .slot(lane)
+            .is_some_and(|slot| incarnation < slot.incarnation)
+        {
+            return Ok(());
+        }
         let slot = self.known(lane, incarnation)?;
         match slot.life {
+            // It was let in, and lost before this side knew; the attempt fails by itself.
+            Life::Redialling => {}
             // Both sides know: what the destination has of it was acknowledged before this frame, the rest comes back.
             Life::Dying => self.bury(lane),
             Life::Dead => {}
@@ -765,6 +872,7 @@ impl Control {
                     closer.shutdown();
                 }
                 slot.commands = None;
+                slot.doomed = None;
                 slot.life = Life::Dying;
                 // Its thread ends now and says so; the destination has said its part already.
                 slot.encoded = None;
@@ -773,6 +881,7 @@ impl Control {
                     let _ = thread.join();
                 }
                 // SPEC: LANE-2
+                self.timeline.lane_lost();
                 self.send(LaneDown {
                     lane,
                     incarnation,
@@ -788,10 +897,15 @@ impl Control {
         let (phase, now) = (self.session.phase(), self.shared.now());
         // Once the destination has everything no lane is needed any more.
         let committed = self.session.is_committed();
+        let dials_again = self.dials_again();
         let Some(slot) = self.slot(id) else { return };
-        let Some(fault) = fault else { return };
+        let doomed = slot.doomed.take();
+        let Some(fault) = doomed.or(fault) else {
+            return;
+        };
         match slot.life {
             Life::Dying | Life::Dead => {}
+            Life::Redialling => self.redial_failed(id, &fault),
             // A migration begins with all its lanes or not at all: what is wrong is found in the first second.
             Life::Dialling => self.drive(Event::Failed(
                 Error::new(phase, fault).at(ChannelRef::Lane(id)),
@@ -807,7 +921,10 @@ impl Control {
                 let incarnation = slot.incarnation;
                 self.timeline.lane_lost();
                 self.count_lanes();
-                if !committed && self.lanes.iter().all(|slot| slot.life != Life::Alive) {
+                if !committed
+                    && !dials_again
+                    && self.lanes.iter().all(|slot| slot.life != Life::Alive)
+                {
                     let all = Fault::AllLanesLost {
                         last: fault.to_string(),
                     };
@@ -821,6 +938,7 @@ impl Control {
                     incarnation,
                     reason: Reason::ChannelsLost,
                 });
+                self.check_alone(now);
             }
         }
     }
@@ -831,20 +949,10 @@ impl Control {
         slot.life = Life::Dead;
         slot.dying_since = None;
         let state = Arc::clone(&slot.state);
-        let runs = lock(&state.lane)
-            .take()
-            .map(crate::lane::Lane::die)
-            .unwrap_or_default();
-        let pages: u64 = runs.iter().map(|run| u64::from(run.count())).sum();
-        for run in runs {
-            self.shared.dirty.give_back(tracked(run));
-        }
-        self.shared
-            .counters
-            .pages_given_back
-            .fetch_add(pages, Relaxed);
+        self.give_back_ledger(&state);
         self.count_lanes();
         if !self.session.is_committed()
+            && !self.dials_again()
             && self
                 .lanes
                 .iter()
@@ -859,10 +967,31 @@ impl Control {
             self.drive(Event::Failed(error.at(ChannelRef::Lane(id))));
             return;
         }
+        self.schedule_redial(id);
+        if self.outcome.is_some() {
+            return;
+        }
         self.drive(Event::LaneLost {
             pages: self.shared.dirty.dirty_pages(),
         });
         self.check_encoded();
+    }
+
+    /// Everything of a lane's connection that is not acknowledged comes back.
+    fn give_back_ledger(&self, state: &LaneState) {
+        let Some(lane) = lock(&state.lane).take() else {
+            return;
+        };
+        let counters = &self.shared.counters;
+        counters
+            .octets_lost
+            .fetch_add(lane.unacked_octets(), Relaxed);
+        let mut pages = 0;
+        for run in lane.die() {
+            pages += u64::from(run.count());
+            self.shared.dirty.give_back(tracked(run));
+        }
+        counters.pages_given_back.fetch_add(pages, Relaxed);
     }
 
     /// Tells the machine once that the present round is encoded: by every living lane, with no lane's fate unsettled.
@@ -873,9 +1002,11 @@ impl Control {
         let done = |slot: &Slot| match slot.life {
             Life::Alive => slot.encoded == Some(open.round),
             Life::Dying | Life::Dialling => false,
-            Life::Dead => true,
+            Life::Dead | Life::Redialling => true,
         };
-        if !self.lanes.iter().all(done) {
+        // Without any lane the round stays open: the next one ends it.
+        let one = self.lanes.iter().any(|slot| slot.life == Life::Alive);
+        if !one || !self.lanes.iter().all(done) {
             return;
         }
         open.told = true;
@@ -964,14 +1095,8 @@ impl Control {
             }
         }
         self.join_lanes();
-        for slot in &mut self.lanes {
-            for run in lock(&slot.state.lane)
-                .take()
-                .map(crate::lane::Lane::die)
-                .unwrap_or_default()
-            {
-                self.shared.dirty.give_back(tracked(run));
-            }
+        for slot in &self.lanes {
+            self.give_back_ledger(&slot.state);
         }
         if self.tracking {
             for source in &mut self.sources {
@@ -1045,34 +1170,6 @@ impl Control {
             }
         }
     }
-}
-
-/// The life of one lane's thread: dial, hello, serve.
-fn lane_life(
-    shared: &Shared,
-    dial: &dyn Dial,
-    hello: &Hello,
-    state: &LaneState,
-    orders: &Receiver<LaneCommand>,
-    notes: &Sender<Note>,
-) -> Result<(), Fault> {
-    let deadline = Instant::now() + shared.config.hello_deadline;
-    let channel = dial
-        .dial(ChannelRef::Lane(state.id), deadline)
-        .map_err(|e| Fault::Dial(e.to_string()))?;
-    shared.check_stop()?;
-    let opened = open(channel, hello, deadline)?;
-    let (mut tx, rx) = (opened.tx, opened.rx);
-    tx.set_stall(Some(shared.config.stall));
-    let _ = notes.send(Note::LaneUp {
-        lane: state.id,
-        closer: opened.closer,
-        description: opened.description,
-    });
-    let result = serve(shared, state, tx, orders, notes);
-    // Kept until here: closing the receiving half earlier would reset the connection.
-    drop(rx);
-    result
 }
 
 fn micros(time: Duration) -> u64 {

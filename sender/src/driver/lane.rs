@@ -39,6 +39,9 @@ pub(super) enum LaneCommand {
         work: Arc<RoundWork>,
         round: Round,
         last: bool,
+        /// Earlier rounds that this lane was not part of and that the destination may not have closed yet, and whether the
+        /// guest was paused in them: they are ended first, empty (SPEC: ROUND-6).
+        behind: Vec<(Round, bool)>,
     },
 }
 
@@ -51,7 +54,16 @@ pub(super) fn serve(
     notes: &Sender<Note>,
 ) -> Result<(), Fault> {
     let mut feeder = Feeder::new(shared, state, tx);
-    for LaneCommand::Round { work, round, last } in commands {
+    for LaneCommand::Round {
+        work,
+        round,
+        last,
+        behind,
+    } in commands
+    {
+        for (round, last) in behind {
+            feeder.end_empty(round, last)?;
+        }
         feeder.round(&work, round, last, notes)?;
         shared.counters.add_cpu(thread_cpu(&mut feeder.cpu));
     }
@@ -79,6 +91,15 @@ impl<'s> Feeder<'s> {
             checksums: Vec::new(),
             cpu: Duration::ZERO,
         }
+    }
+
+    /// Ends a round in which this lane has no part.
+    fn end_empty(&mut self, round: Round, last: bool) -> Result<(), Fault> {
+        self.with_lane(|lane| lane.begin_round(round, last))?;
+        let (mark, sequence) = self.with_lane(crate::lane::Lane::end_round)?;
+        self.head.clear();
+        Frame::from(mark).encode(sequence, Body::None, &mut self.head)?;
+        Ok(self.tx.send(&self.head, &[])?)
     }
 
     fn round(
@@ -111,6 +132,7 @@ impl<'s> Feeder<'s> {
         // only that what this lane sends of the round was taken from memory before).
         let _ = notes.send(Note::LaneEncoded {
             lane: self.state.id,
+            incarnation: self.state.incarnation,
             round,
         });
         self.tx.set_more(false);

@@ -12,6 +12,7 @@
 mod control;
 mod lane;
 mod link;
+mod redial;
 mod work;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,7 +24,7 @@ use crossbeam_channel::Sender;
 use multifd_tracking::{DirtySet, Source};
 use multifd_transport::{Address, Channel, GuestMemory, Spawner, StdSpawner, TcpOptions};
 use multifd_wire::{
-    ChannelRef, Digest, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
+    ChannelRef, Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
 };
 
 use crate::config::Config;
@@ -281,6 +282,7 @@ impl SharedDigest {
 #[derive(Debug)]
 struct LaneState {
     id: LaneId,
+    incarnation: Incarnation,
     /// The control thread waits for the lane's thread to end.
     given_up: AtomicBool,
     lane: Mutex<Option<crate::lane::Lane>>,
@@ -293,15 +295,18 @@ enum Note {
     ControlLost(Error),
     LaneUp {
         lane: LaneId,
+        incarnation: Incarnation,
         closer: multifd_transport::Closer,
         description: String,
     },
     LaneEncoded {
         lane: LaneId,
+        incarnation: Incarnation,
         round: Round,
     },
     LaneEnded {
         lane: LaneId,
+        incarnation: Incarnation,
         fault: Option<Fault>,
     },
     Cancel,

@@ -1,0 +1,171 @@
+//! Links between a source and a destination of the same process that a test can cut, keep down and bring back.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use multifd_receiver as rx;
+use multifd_sender as tx;
+use multifd_transport::memory::pair;
+use multifd_transport::{Channel, Closer, ReceiveHalf, SendHalf};
+use multifd_wire::{ChannelRef, LaneId};
+
+/// Octets that an in-memory channel holds.
+const CHANNEL_BYTES: usize = 256 << 10;
+
+/// All links to one destination. Cloning gives another handle to the same ones.
+#[derive(Clone)]
+pub struct Links {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    destination: Mutex<rx::Handle>,
+    open: Mutex<Vec<(ChannelRef, Closer)>>,
+    down: AtomicBool,
+    dialled: AtomicU64,
+}
+
+impl Links {
+    /// Links to this destination, all up.
+    #[must_use]
+    pub fn to(destination: rx::Handle) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                destination: Mutex::new(destination),
+                open: Mutex::default(),
+                down: AtomicBool::new(false),
+                dialled: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// What the source dials with.
+    #[must_use]
+    pub fn dial(&self) -> Box<dyn tx::Dial> {
+        Box::new(self.clone())
+    }
+
+    /// Another destination answers from now on, as after a restart.
+    pub fn lead_to(&self, destination: rx::Handle) {
+        *self
+            .shared
+            .destination
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = destination;
+    }
+
+    /// Cuts every connection that this channel has or had.
+    pub fn cut(&self, channel: ChannelRef) {
+        self.cut_those(|open| open == channel);
+    }
+
+    /// Cuts a lane.
+    pub fn cut_lane(&self, lane: u32) {
+        self.cut(ChannelRef::Lane(LaneId::new(lane)));
+    }
+
+    /// Cuts all lanes.
+    pub fn cut_lanes(&self) {
+        self.cut_those(|open| open != ChannelRef::Control);
+    }
+
+    /// Cuts everything.
+    pub fn cut_all(&self) {
+        self.cut_those(|_| true);
+    }
+
+    fn cut_those(&self, which: impl Fn(ChannelRef) -> bool) {
+        let mut open = self.open();
+        open.retain(|(channel, closer)| {
+            let cut = which(*channel);
+            if cut {
+                closer.shutdown();
+            }
+            !cut
+        });
+    }
+
+    /// Whether new connections are refused.
+    pub fn set_down(&self, down: bool) {
+        self.shared.down.store(down, Ordering::SeqCst);
+    }
+
+    /// Cuts everything and refuses new connections until [`set_down`](Self::set_down).
+    pub fn take_down(&self) {
+        self.set_down(true);
+        self.cut_all();
+    }
+
+    /// Connections that were made.
+    #[must_use]
+    pub fn dialled(&self) -> u64 {
+        self.shared.dialled.load(Ordering::SeqCst)
+    }
+
+    fn open(&self) -> std::sync::MutexGuard<'_, Vec<(ChannelRef, Closer)>> {
+        self.shared
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl tx::Dial for Links {
+    fn dial(
+        &self,
+        channel: ChannelRef,
+        _: Instant,
+    ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
+        if self.shared.down.load(Ordering::SeqCst) {
+            return Err("the link is down".into());
+        }
+        let (ours, theirs) = pair(CHANNEL_BYTES);
+        let ours = Split::new(ours);
+        self.open().push((channel, ours.closer.clone()));
+        self.shared.dialled.fetch_add(1, Ordering::SeqCst);
+        let destination = self
+            .shared
+            .destination
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        destination.offer(theirs)?;
+        // The link may have gone down meanwhile, and the cut not have seen this connection.
+        if self.shared.down.load(Ordering::SeqCst) {
+            self.cut_all();
+        }
+        Ok(Box::new(ours))
+    }
+}
+
+/// A channel that was split early, so that its closer is known.
+struct Split {
+    tx: Box<dyn SendHalf>,
+    rx: Box<dyn ReceiveHalf>,
+    closer: Closer,
+    name: String,
+}
+
+impl Split {
+    fn new(channel: Box<dyn Channel>) -> Self {
+        let name = channel.describe();
+        let (tx, rx, closer) = channel.split();
+        Self {
+            tx,
+            rx,
+            closer,
+            name,
+        }
+    }
+}
+
+impl Channel for Split {
+    fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer) {
+        (self.tx, self.rx, self.closer)
+    }
+
+    fn describe(&self) -> String {
+        self.name.clone()
+    }
+}
