@@ -70,7 +70,8 @@ fn all_lanes_may_die_at_once_and_stay_away_for_a_while() {
 
 #[test]
 fn lanes_that_never_come_back_end_it_at_the_deadline_and_the_guest_runs_on() {
-    let pair = slow(2);
+    let config = comes_back().channels(2).bandwidth(Some(8 << 20));
+    let pair = Pair::with(16 << 20, config, waits().suspend(2 * RECONNECT));
     pair.sent(2 << 20);
     let began = Instant::now();
     pair.links.set_down(true);
