@@ -64,12 +64,12 @@ kernel_version() {
     apt-cache depends "$LAB_KERNEL" 2>/dev/null | sed -n 's/^ *Depends: linux-image-//p' | head -n 1
 }
 
-# hash_of FILE...: of names and contents, the names relative to the lab.
-hash_of() { (cd "$LAB_DIR" && sha256sum "$@" | sha256sum | cut -c 1-12); }
+# hash_of PATH...: of the names and contents of files, and of the files in directories. Paths are relative to the lab.
+hash_of() { (cd "$LAB_DIR" && find "$@" -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c 1-12); }
 
 # Two stages, so that a change of our module does not fetch the kernel again. Each is a directory named after what it was made of.
-kernel_stage() { printf '%s/%s-%s\n' "$LAB_CACHE" "$1" "$(hash_of build kernel/Kbuild)"; }
-image_stage() { printf '%s/image-%s\n' "$1" "$(hash_of build common.sh init mkinitrd lab-modules module/* programs/*)"; }
+kernel_stage() { printf '%s/%s-%s\n' "$LAB_CACHE" "$1" "$(hash_of kernel)"; }
+image_stage() { printf '%s/image-%s\n' "$1" "$(hash_of build init mkinitrd lab-modules module programs)"; }
 
 # The image to run: of the newest kernel known, or, without the distribution's lists, of the newest built.
 current_image() {
@@ -78,7 +78,7 @@ current_image() {
     if [[ -n $version ]]; then
         stage=$(kernel_stage "$version")
     else
-        stage=$(find "$LAB_CACHE" -maxdepth 1 -name "*-$(hash_of build kernel/Kbuild)" 2>/dev/null | sort -V | tail -n 1)
+        stage=$(find "$LAB_CACHE" -maxdepth 1 -name "*-$(hash_of kernel)" 2>/dev/null | sort -V | tail -n 1)
     fi
     [[ -n $stage ]] && image_stage "$stage"
 }

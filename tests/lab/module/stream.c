@@ -149,15 +149,17 @@ static int stage_next(struct labdev *dev, struct labdev_stream *stream)
 	return 0;
 }
 
-/* The fault `reg` (1 + offset in the stream), if the stream reaches it with `bytes` more. */
-static bool stream_fails(struct labdev_stream *stream, enum labdev_register reg, size_t bytes)
+/* How many of `bytes` may pass before the fault `reg` (1 + offset in the stream) strikes; at 0 it does, and is over. */
+static size_t before_fault(struct labdev_stream *stream, enum labdev_register reg, size_t bytes)
 {
 	u64 at = stream->dev->reg[reg];
 
 	if (!at || stream->total + bytes < at)
-		return false;
+		return bytes;
+	if (stream->total < at - 1)
+		return at - 1 - stream->total;
 	stream->dev->reg[reg] = 0;
-	return true;
+	return 0;
 }
 
 static ssize_t save_read(struct file *file, char __user *to, size_t bytes, loff_t *pos)
@@ -169,10 +171,13 @@ static ssize_t save_read(struct file *file, char __user *to, size_t bytes, loff_
 
 	if (pos)
 		return -ESPIPE;
+	if (!bytes)
+		return 0;
 	mutex_lock(&dev->lock);
+	bytes = before_fault(stream, LABDEV_FAULT_SAVE, bytes);
 	if (stream->left)
 		error = -ENODEV;
-	else if (stream_fails(stream, LABDEV_FAULT_SAVE, bytes))
+	else if (!bytes)
 		error = -EIO;
 	while (!error && done < bytes) {
 		size_t part;
@@ -280,10 +285,13 @@ static ssize_t load_write(struct file *file, const char __user *from, size_t byt
 
 	if (pos)
 		return -ESPIPE;
+	if (!bytes)
+		return 0;
 	mutex_lock(&dev->lock);
+	bytes = before_fault(stream, LABDEV_FAULT_LOAD, bytes);
 	if (stream->left)
 		error = -ENODEV;
-	else if (stream_fails(stream, LABDEV_FAULT_LOAD, bytes))
+	else if (!bytes)
 		error = -EIO;
 	while (!error && done < bytes) {
 		const struct record *record = (const void *)stream->staged;
@@ -447,7 +455,10 @@ static struct file *set_state(struct vfio_device *vdev, enum vfio_device_mig_sta
 	int error = 0;
 
 	mutex_lock(&dev->lock);
-	while (dev->state != target) {
+	/* No arc leads out of ERROR; only a reset does. */
+	if (dev->state == VFIO_DEVICE_STATE_ERROR)
+		error = -EINVAL;
+	while (!error && dev->state != target) {
 		enum vfio_device_mig_state next;
 
 		error = vfio_mig_get_next_state(vdev, dev->state, target, &next);

@@ -43,6 +43,7 @@ static bool exactly(const uint64_t *bitmap, uint64_t first_page, uint64_t pages)
 
 static void dma_and_its_log(struct host *host, int fd)
 {
+	uint64_t errors;
 	int result;
 
 	fill_window(fd, 100, 7, 77);
@@ -73,7 +74,9 @@ static void dma_and_its_log(struct host *host, int fd)
 	claim(log_begin(fd, MEMORY_IOVA, MEMORY_BYTES) == -EIO, "so does starting");
 
 	fill_window(fd, PAGES, 1, 1);
-	claim(set(fd, LABDEV_DMA_START, 1) < 0 && get(fd, LABDEV_DMA_ERRORS) == 1, "DMA to where nothing is mapped fails and is counted");
+	errors = get(fd, LABDEV_DMA_ERRORS);
+	result = set(fd, LABDEV_DMA_START, 1);
+	claim(result < 0 && get(fd, LABDEV_DMA_ERRORS) == errors + 1, "DMA to where nothing is mapped fails and is counted: %d", result);
 }
 
 static void type1_dirty_pages(struct host *host, int fd)
@@ -216,7 +219,7 @@ static void live_migration(struct host *host, int a, int b)
 	claim(get(b, LABDEV_DMA_PAGES) > before, "it carries on where the source stopped: %llu pages then, %llu now", (unsigned long long)before,
 	      (unsigned long long)get(b, LABDEV_DMA_PAGES));
 	claim(get(a, LABDEV_TRACE) == 0xfffffffffffff673ULL, "the source's states in order: %016llx", (unsigned long long)get(a, LABDEV_TRACE));
-	claim(get(b, LABDEV_TRACE) == 0xffffffffffff1452ULL, "the destination's states in order: %016llx", (unsigned long long)get(b, LABDEV_TRACE));
+	claim(get(b, LABDEV_TRACE) == 0xffffffffff514152ULL, "the destination's states in order: %016llx", (unsigned long long)get(b, LABDEV_TRACE));
 	claim(!go_to(a, VFIO_DEVICE_STATE_RUNNING, NULL), "the source can run again: nothing was lost there");
 	close(save);
 	close(load);
@@ -228,9 +231,9 @@ static void live_migration(struct host *host, int a, int b)
 /* ---- faults ---- */
 
 static const int saving_path[] = { VFIO_DEVICE_STATE_PRE_COPY, VFIO_DEVICE_STATE_PRE_COPY_P2P, VFIO_DEVICE_STATE_STOP_COPY };
-static const int loading_path[] = { VFIO_DEVICE_STATE_STOP, VFIO_DEVICE_STATE_RESUMING };
+static const int loading_path[] = { VFIO_DEVICE_STATE_RUNNING_P2P, VFIO_DEVICE_STATE_STOP, VFIO_DEVICE_STATE_RESUMING };
 
-static void fault_at(int fd, const int *path, int steps, int at)
+static void fault_at(int fd, const int *path, int at)
 {
 	int target = path[at], result, stream;
 
@@ -247,7 +250,6 @@ static void fault_at(int fd, const int *path, int steps, int at)
 	claim(go_to(fd, VFIO_DEVICE_STATE_RUNNING, NULL) < 0, "which no state change mends");
 	ioctl(fd, VFIO_DEVICE_RESET);
 	claim(state_of(fd) == VFIO_DEVICE_STATE_RUNNING, "and a reset does");
-	(void)steps;
 }
 
 static void faults(int a, int b)
@@ -257,14 +259,14 @@ static void faults(int a, int b)
 	int save, load, result;
 
 	for (int at = 0; at < 3; at++)
-		fault_at(a, saving_path, 3, at);
-	for (int at = 0; at < 2; at++)
-		fault_at(b, loading_path, 2, at);
+		fault_at(a, saving_path, at);
+	for (int at = 0; at < 3; at++)
+		fault_at(b, loading_path, at);
 
 	set(a, LABDEV_FAULT_SAVE, 1 + 100000);
 	NEED(!go_to(a, VFIO_DEVICE_STATE_PRE_COPY, &save), "PRE_COPY");
 	result = pump(save, -1, &moved);
-	claim(result == -EIO && moved <= 100000, "reading fails where told to: after %llu bytes", (unsigned long long)moved);
+	claim(result == -EIO && moved == 100000, "reading fails where told to: after %llu bytes", (unsigned long long)moved);
 	set(a, LABDEV_BREAK, 1);
 	claim(state_of(a) == VFIO_DEVICE_STATE_ERROR && precopy_info(save, &info) == -ENODEV, "a device that breaks takes its stream with it");
 	close(save);
@@ -326,7 +328,8 @@ static int behind_iommu(void)
 	cdev_attach(fd, alloc.out_hwpt_id);
 	track.hwpt_id = alloc.out_hwpt_id;
 	result = hwpt_dirty(host.iommu, track.hwpt_id, 0);
-	claim(result == -EINVAL, "before tracking starts no bitmap is given: %d", result);
+	/* Kernel 6.12 drops the error of the page table's driver here: success, and an empty bitmap. Later ones may not. */
+	claim(result == -EINVAL || (!result && !bits(dirty)), "before tracking starts there is no error to rely on, and no page: %d", result);
 	result = call(host.iommu, IOMMU_HWPT_SET_DIRTY_TRACKING, &track);
 	claim(!result, "tracking starts: %d", result);
 	fill_window(fd, 1000, 9, 3);
