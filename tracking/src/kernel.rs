@@ -11,7 +11,7 @@
 
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -149,6 +149,18 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     /// The kernel's `errno`.
     fn map_ring(&self, vcpu: BorrowedFd<'_>, entries: u32) -> io::Result<Box<dyn RingMemory>>;
+
+    /// Reads from a descriptor that a request returned, as `read(2)`: octets read, 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// The kernel's `errno`.
+    fn read(&self, fd: BorrowedFd<'_>, octets: &mut [u8]) -> io::Result<usize>;
+
+    /// Writes to a descriptor that a request returned, as `write(2)`: octets written.
+    ///
+    /// # Errors
+    /// The kernel's `errno`.
+    fn write(&self, fd: BorrowedFd<'_>, octets: &[u8]) -> io::Result<usize>;
 }
 
 /// One entry of a dirty ring: `struct kvm_dirty_gfn` of `linux/kvm.h`, 16 octets.
@@ -223,6 +235,33 @@ impl Kernel for Linux {
             entries: entries as usize,
         }))
     }
+
+    fn read(&self, fd: BorrowedFd<'_>, octets: &mut [u8]) -> io::Result<usize> {
+        // SAFETY: the kernel writes at most `octets.len()` octets at that address, which are borrowed exclusively.
+        let count = unsafe { libc::read(fd.as_raw_fd(), octets.as_mut_ptr().cast(), octets.len()) };
+        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn write(&self, fd: BorrowedFd<'_>, octets: &[u8]) -> io::Result<usize> {
+        // SAFETY: the kernel reads at most `octets.len()` octets at that address, which are borrowed.
+        let count = unsafe { libc::write(fd.as_raw_fd(), octets.as_ptr().cast(), octets.len()) };
+        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// Takes over a descriptor that a request has just returned in its structure.
+///
+/// Only for numbers that the kernel (or a fake one) put there in this call: it made the descriptor for the caller, and
+/// nobody else knows it.
+///
+/// # Errors
+/// `EBADF` for a negative number.
+pub(crate) fn adopt(returned: i32) -> io::Result<OwnedFd> {
+    if returned < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the descriptor is open and owned by nobody: see above, which the callers keep.
+    Ok(unsafe { OwnedFd::from_raw_fd(returned) })
 }
 
 /// Another descriptor of the same file, for a type that names its descriptor only as a number.

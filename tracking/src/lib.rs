@@ -25,6 +25,7 @@ mod levels;
 mod round;
 mod set;
 mod source;
+pub mod vfio;
 
 pub use collected::{Collected, RearmFailed, Rearmed};
 pub use error::Error;

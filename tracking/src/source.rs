@@ -7,7 +7,7 @@
 //! The order that loses nothing: start every source, then [`DirtySet::mark_all`], then take round 0. A write before
 //! `start` is covered by round 0, a write after it is reported.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::{DirtySet, Error};
@@ -62,6 +62,8 @@ pub struct Figures {
     pub unmaps: u64,
     /// Kernel calls that failed.
     pub errors: u64,
+    /// The `errno` of the last kernel call that failed; 0 if none did, or if the failure had none.
+    pub last_errno: i32,
 }
 
 impl std::ops::Sub for Figures {
@@ -81,6 +83,7 @@ impl std::ops::Sub for Figures {
             all_dirty: self.all_dirty - before.all_dirty,
             unmaps: self.unmaps - before.unmaps,
             errors: self.errors - before.errors,
+            last_errno: self.last_errno,
         }
     }
 }
@@ -136,6 +139,7 @@ pub(crate) struct Counters {
     pub(crate) all_dirty: AtomicU64,
     pub(crate) unmaps: AtomicU64,
     pub(crate) errors: AtomicU64,
+    pub(crate) last_errno: AtomicI32,
 }
 
 impl Counters {
@@ -152,6 +156,13 @@ impl Counters {
         self.pages.fetch_add(collection.pages, Ordering::Relaxed);
         self.reported
             .fetch_add(collection.reported, Ordering::Relaxed);
+    }
+
+    /// Counts a kernel call that failed.
+    pub(crate) fn failed(&self, error: &std::io::Error) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
+        self.last_errno
+            .store(error.raw_os_error().unwrap_or(0), Ordering::Relaxed);
     }
 
     /// All pages counted so far.
@@ -176,6 +187,7 @@ impl Counters {
             all_dirty: read(&self.all_dirty),
             unmaps: read(&self.unmaps),
             errors: read(&self.errors),
+            last_errno: self.last_errno.load(Ordering::Relaxed),
         }
     }
 }

@@ -6,16 +6,23 @@
 //!
 //! A request that breaks the interface's rules panics and says which one: such a request is a bug of the caller.
 
+mod device_state;
+mod iommufd;
 mod kvm;
+mod type1;
+mod vfio;
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use iommufd::FakeIommufd;
 pub use kvm::{FakeSlot, FakeVm, Wrote};
+pub use type1::FakeContainer;
+pub use vfio::{FakeDevice, FakeDeviceConfig};
 
 use crate::kernel::{Kernel, Parts, Payload, Request, RingMemory};
 
@@ -28,6 +35,12 @@ pub struct FakeFd {
 impl AsRawFd for FakeFd {
     fn as_raw_fd(&self) -> RawFd {
         self.pipe.as_raw_fd()
+    }
+}
+
+impl From<FakeFd> for OwnedFd {
+    fn from(fd: FakeFd) -> Self {
+        fd.pipe.into()
     }
 }
 
@@ -51,6 +64,22 @@ pub trait FakeObject: Send {
     /// `EINVAL` unless it is one.
     fn map_ring(&mut self, _entries: u32) -> io::Result<Box<dyn RingMemory>> {
         Err(io::Error::from_raw_os_error(libc::EINVAL))
+    }
+
+    /// What a reader gets, if the object is a stream.
+    ///
+    /// # Errors
+    /// `EINVAL` unless it is one.
+    fn read(&mut self, _octets: &mut [u8]) -> io::Result<usize> {
+        refused(libc::EINVAL)
+    }
+
+    /// Takes what a writer wrote, if the object is a stream.
+    ///
+    /// # Errors
+    /// `EINVAL` unless it is one.
+    fn write(&mut self, _octets: &[u8]) -> io::Result<usize> {
+        refused(libc::EINVAL)
     }
 }
 
@@ -87,7 +116,7 @@ impl FakeKernel {
         fd
     }
 
-    /// Lets the next request of that name fail with `errno`, after those for which this was asked before.
+    /// Lets the next request of that name (or `read` or `write`) fail with `errno`, after those for which this was asked before.
     pub fn fail_next(&self, request: &'static str, errno: i32) {
         self.locked()
             .failures
@@ -123,6 +152,18 @@ impl FakeKernel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Notes a call, and fails it if that was asked for.
+    fn fail(&self, name: &'static str) -> io::Result<()> {
+        let mut state = self.locked();
+        state.calls.push(name);
+        let failure = state
+            .failures
+            .get_mut(name)
+            .and_then(VecDeque::pop_front)
+            .flatten();
+        failure.map_or(Ok(()), refused)
+    }
+
     fn object(&self, fd: BorrowedFd<'_>) -> io::Result<Arc<Mutex<dyn FakeObject>>> {
         let identity = identity(fd)?;
         self.locked()
@@ -136,18 +177,7 @@ impl FakeKernel {
 impl Kernel for FakeKernel {
     fn ioctl(&self, fd: BorrowedFd<'_>, request: Request, payload: Payload<'_>) -> io::Result<i32> {
         let object = self.object(fd)?;
-        let failure = {
-            let mut state = self.locked();
-            state.calls.push(request.name());
-            state
-                .failures
-                .get_mut(request.name())
-                .and_then(VecDeque::pop_front)
-                .flatten()
-        };
-        if let Some(errno) = failure {
-            return Err(io::Error::from_raw_os_error(errno));
-        }
+        self.fail(request.name())?;
         let parts = payload.into_parts();
         object
             .lock()
@@ -160,6 +190,22 @@ impl Kernel for FakeKernel {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .map_ring(entries)
+    }
+
+    fn read(&self, fd: BorrowedFd<'_>, octets: &mut [u8]) -> io::Result<usize> {
+        self.fail("read")?;
+        self.object(fd)?
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .read(octets)
+    }
+
+    fn write(&self, fd: BorrowedFd<'_>, octets: &[u8]) -> io::Result<usize> {
+        self.fail("write")?;
+        self.object(fd)?
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write(octets)
     }
 }
 
