@@ -1,4 +1,4 @@
-//! Addresses of channels as text: `tcp:HOST:PORT`, `HOST:PORT`, `[v6]:PORT`, `unix:/path`.
+//! Addresses of channels as text: `tcp:HOST:PORT`, `HOST:PORT`, `[v6]:PORT`, `tls:HOST:PORT`, `rdma:HOST:PORT`, `unix:/path`.
 //!
 //! Rule: what is printed can be parsed and gives the same address.
 
@@ -12,6 +12,10 @@ use std::str::FromStr;
 pub enum Address {
     /// TCP.
     Tcp(HostPort),
+    /// TLS over TCP; needs the feature `tls` to be used.
+    Tls(HostPort),
+    /// RDMA, where the host and port belong to the connection manager; needs the feature `rdma` to be used.
+    Rdma(HostPort),
     /// A Unix stream socket at a path.
     Unix(PathBuf),
 }
@@ -26,7 +30,7 @@ pub struct HostPort {
 /// Why a text is not an address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is not an address: {reason}. Accepted are tcp:HOST:PORT, HOST:PORT, [IPv6]:PORT and unix:/PATH"
+    "{text:?} is not an address: {reason}. Accepted are tcp:HOST:PORT, HOST:PORT, [IPv6]:PORT and unix:/PATH, and with tls: or rdma: before HOST:PORT"
 )]
 pub struct AddressError {
     text: String,
@@ -99,9 +103,14 @@ impl FromStr for Address {
             check_path(path).map_err(refuse)?;
             return Ok(Self::Unix(path.into()));
         }
-        parse_host_port(text.strip_prefix("tcp:").unwrap_or(text))
-            .map(Self::Tcp)
-            .map_err(refuse)
+        let (rest, kind) = if let Some(rest) = text.strip_prefix("tls:") {
+            (rest, Self::Tls as fn(HostPort) -> Self)
+        } else if let Some(rest) = text.strip_prefix("rdma:") {
+            (rest, Self::Rdma as _)
+        } else {
+            (text.strip_prefix("tcp:").unwrap_or(text), Self::Tcp as _)
+        };
+        parse_host_port(rest).map(kind).map_err(refuse)
     }
 }
 
@@ -163,6 +172,8 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(target) => write!(f, "tcp:{target}"),
+            Self::Tls(target) => write!(f, "tls:{target}"),
+            Self::Rdma(target) => write!(f, "rdma:{target}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
@@ -225,6 +236,16 @@ mod tests {
                 "tcp:[fe80::1%eth0]:80",
             ),
             (
+                "tls:example.org:4444",
+                Address::Tls("example.org:4444".parse().unwrap()),
+                "tls:example.org:4444",
+            ),
+            (
+                "rdma:[::1]:80",
+                Address::Rdma("[::1]:80".parse().unwrap()),
+                "rdma:[::1]:80",
+            ),
+            (
                 "unix:/run/multifd.sock",
                 Address::Unix("/run/multifd.sock".into()),
                 "unix:/run/multifd.sock",
@@ -255,7 +276,10 @@ mod tests {
             ("host:80 ", "the port is not a number"),
             ("host:65536", "the port is above 65535"),
             ("::1:80", "an IPv6 address without brackets"),
-            ("rdma:host:80", "of an unknown kind"),
+            ("quic:host:80", "of an unknown kind"),
+            ("tls:rdma:host:80", "of an unknown kind"),
+            ("rdma:host", "the port is missing"),
+            ("tls::80", "the host is missing"),
             ("[::1]80", "needs ']:'"),
             ("[::1:80", "needs ']:'"),
             ("[host]:80", "not an IPv6 address"),
@@ -295,7 +319,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_panics_and_what_is_accepted_prints_as_itself(text in ".{0,40}|(tcp:|unix:)?[a-z0-9.:%/\\[\\]]{0,30}") {
+        fn no_text_panics_and_what_is_accepted_prints_as_itself(text in ".{0,40}|(tcp:|tls:|rdma:|unix:)?[a-z0-9.:%/\\[\\]]{0,30}") {
             if let Ok(address) = text.parse::<Address>() {
                 prop_assert_eq!(address.to_string().parse(), Ok(address));
             }

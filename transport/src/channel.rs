@@ -8,11 +8,22 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::error::ChannelError;
+use crate::error::{ChannelError, EstablishError};
 use crate::memory::Span;
 
 /// A connection to a peer, both directions, before it is split.
 pub trait Channel: Send {
+    /// Finishes what accepting began, for kinds that exchange something before they are a channel (TLS, RDMA): to be called once,
+    /// before [`split`](Self::split), on a channel that [`Listener::try_accept`](crate::Listener::try_accept) gave. It may wait for
+    /// the peer, so it is for a thread that may stand still. Other kinds, and channels from elsewhere, are complete already.
+    ///
+    /// # Errors
+    /// [`EstablishError`]; the channel is then good for nothing but being dropped.
+    fn establish(&mut self, deadline: Instant) -> Result<(), EstablishError> {
+        let _ = deadline;
+        Ok(())
+    }
+
     /// Splits the channel so that one thread can send while another receives.
     fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer);
 

@@ -53,6 +53,9 @@ pub enum ChannelError {
     /// The kernel gave the connection up: keep-alive or user timeout ran out, or the route is gone.
     #[error("the connection was lost: {0}")]
     Lost(#[source] Arc<io::Error>),
+    /// What protects the channel failed: an octet was changed on the way, or the peer refused us after the handshake.
+    #[error("TLS: {0}")]
+    Tls(Arc<str>),
     /// Any other error of the operating system.
     #[error("input or output failed: {0}")]
     Io(#[source] Arc<io::Error>),
@@ -70,6 +73,7 @@ impl ChannelError {
             Self::Stalled { .. } => "channel-stalled",
             Self::ShutDown => "channel-shut-down",
             Self::Lost(_) => "channel-lost",
+            Self::Tls(_) => "channel-tls",
             Self::Io(_) => "channel-io",
         }
     }
@@ -82,7 +86,7 @@ impl ChannelError {
             | Self::Reset { bytes_done }
             | Self::Deadline { bytes_done }
             | Self::Stalled { bytes_done, .. } => bytes_done,
-            Self::Closed | Self::ShutDown | Self::Lost(_) | Self::Io(_) => 0,
+            Self::Closed | Self::ShutDown | Self::Lost(_) | Self::Tls(_) | Self::Io(_) => 0,
         }
     }
 
@@ -149,6 +153,22 @@ pub enum ConnectError {
         /// The addresses that had failed by then; may be empty.
         attempts: Vec<ConnectAttempt>,
     },
+    /// A connection stood, but what has to follow before it is a channel failed: the handshake of TLS or of RDMA.
+    #[error("connected to {target}, but {source}")]
+    Establish {
+        /// The address as given.
+        target: String,
+        /// Why it is no channel.
+        source: EstablishError,
+    },
+    /// This kind of channel cannot be used here, whoever listens.
+    #[error("cannot connect to {target}: {source}")]
+    Unavailable {
+        /// The address as given.
+        target: String,
+        /// What is missing.
+        source: Unavailable,
+    },
     /// The connection stood, but an option that was asked for could not be set on it.
     #[error("cannot set {option} on the connection to {target}: {source}")]
     Option {
@@ -169,6 +189,8 @@ impl ConnectError {
             Self::Resolve { .. } => "connect-resolve",
             Self::Refused { .. } => "connect-refused",
             Self::Deadline { .. } => "connect-deadline",
+            Self::Establish { source, .. } => source.code(),
+            Self::Unavailable { .. } => "connect-unavailable",
             Self::Option { .. } => "connect-option",
         }
     }
@@ -184,6 +206,71 @@ pub struct ConnectAttempt {
     pub source: io::Error,
 }
 
+/// Why a connection that stood did not become a channel (see [`Channel::establish`](crate::Channel::establish)).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EstablishError {
+    /// The peer did not prove who it is: the text says what is wrong with its certificate.
+    #[error("its certificate is not accepted here: {0}")]
+    Certificate(String),
+    /// The peer refused us: the text says why, as far as it told.
+    #[error("it refused: {0}")]
+    Refused(String),
+    /// The peer does not speak what it should.
+    #[error("it does not speak {protocol} as it should: {text}")]
+    Protocol {
+        /// `TLS` or `RDMA`.
+        protocol: &'static str,
+        /// What was wrong.
+        text: String,
+    },
+    /// It was not finished by the deadline.
+    #[error("it did not finish the handshake by the deadline")]
+    Deadline,
+    /// The connection ended first.
+    #[error("the connection ended in the handshake: {0}")]
+    Channel(#[source] ChannelError),
+}
+
+impl EstablishError {
+    /// A short name that never changes.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Certificate(_) => "establish-certificate",
+            Self::Refused(_) => "establish-refused",
+            Self::Protocol { .. } => "establish-protocol",
+            Self::Deadline => "establish-deadline",
+            Self::Channel(_) => "establish-channel",
+        }
+    }
+}
+
+/// What a kind of channel lacks on this side.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unavailable {
+    /// The kind was left out when the program was built.
+    #[error("this program was built without {kind} (feature `{feature}`)")]
+    NotBuilt {
+        /// The kind.
+        kind: &'static str,
+        /// The cargo feature of this crate.
+        feature: &'static str,
+    },
+    /// The kind needs settings that were not given.
+    #[error("{kind} needs {what}")]
+    NotConfigured {
+        /// The kind.
+        kind: &'static str,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// The host lacks a library or a device; the text names it and says what to do.
+    #[error("{0}")]
+    Host(String),
+}
+
 /// Why a listener could not be made, or gave no connection.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -195,6 +282,22 @@ pub enum ListenError {
         address: String,
         /// The operating system's error.
         source: io::Error,
+    },
+    /// This kind of channel cannot be used here.
+    #[error("cannot listen on {address}: {source}")]
+    Unavailable {
+        /// The address as given.
+        address: String,
+        /// What is missing.
+        source: Unavailable,
+    },
+    /// Somebody connected, but what has to follow before that is a channel failed; the connection was closed.
+    #[error("{peer} connected, but {source}")]
+    Establish {
+        /// The peer's address.
+        peer: String,
+        /// Why it is no channel.
+        source: EstablishError,
     },
     /// Nobody connected by the deadline.
     #[error("nobody connected by the deadline")]
@@ -226,6 +329,8 @@ impl ListenError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Bind { .. } => "listen-bind",
+            Self::Unavailable { .. } => "listen-unavailable",
+            Self::Establish { source, .. } => source.code(),
             Self::Deadline => "listen-deadline",
             Self::ShutDown => "listen-shut-down",
             Self::Exhausted(_) => "listen-exhausted",
@@ -280,6 +385,7 @@ mod tests {
             ),
             (ChannelError::ShutDown, "channel-shut-down"),
             (ChannelError::Lost(io()), "channel-lost"),
+            (ChannelError::Tls("x".into()), "channel-tls"),
             (ChannelError::Io(io()), "channel-io"),
         ];
         let codes: HashSet<_> = errors.iter().map(|(error, _)| error.code()).collect();

@@ -55,17 +55,6 @@
 //! - An error says how much was moved. A half that lost its place in the stream repeats its error for ever; one that only ran out
 //!   of time before anything moved goes on working ([`ChannelError::may_retry`]).
 //!
-//! # How TLS will fit
-//!
-//! A TLS channel is one more [`Channel`] around a connected socket. `send` must turn octets into records, and a record is sealed
-//! in private memory: the one copy that TLS needs is from the guest span into the record's buffer ([`Span::copy_to`]), where the
-//! cipher then works in place. It is also the moment at which the guest can change the octets no more, so that checksum and record
-//! agree. `receive_into` opens a record in place and copies it out with [`Span::copy_from`]; what a record holds beyond the spans
-//! stays in its buffer, which plays the part of the read-ahead and keeps its all-or-nothing rule. Limits and shutdown work on the
-//! socket below as they do here. The handshake runs in connecting and accepting, under the caller's deadline, so that a channel that
-//! exists is one that may be trusted; its failures will be variants of [`ConnectError`] and [`ListenError`]. Where the kernel offers
-//! TLS for sockets, the same kind can hand the keys over and then be a plain stream socket again.
-//!
 //! # How RDMA will fit
 //!
 //! An RDMA channel is one more [`Channel`] whose connecting and accepting take the [`GuestMemory`], because it needs registered
@@ -101,35 +90,24 @@ mod error;
 mod in_memory;
 mod listener;
 pub mod memory;
+mod options;
 mod patience;
 mod read_ahead;
 mod spawn;
 mod stream;
 mod sys;
 pub mod tcp;
+#[cfg(feature = "tls")]
+pub mod tls;
 pub mod unix;
-
-use std::time::Instant;
 
 pub use address::{Address, AddressError, HOST_BYTES_MAX, HostPort, UNIX_PATH_BYTES_MAX};
 pub use channel::{Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf};
-pub use error::{ChannelError, ConnectAttempt, ConnectError, ListenError};
+pub use error::{
+    ChannelError, ConnectAttempt, ConnectError, EstablishError, ListenError, Unavailable,
+};
 pub use listener::Listener;
 pub use memory::{GuestMemory, Span};
+pub use options::{ChannelOptions, connect, connect_with};
 pub use spawn::{Spawner, StdSpawner};
 pub use tcp::{KeepAlive, TcpOptions};
-
-/// Connects to an address of whatever kind; `options` are for TCP.
-///
-/// # Errors
-/// [`ConnectError`].
-pub fn connect(
-    address: &Address,
-    options: &TcpOptions,
-    deadline: Instant,
-) -> Result<Box<dyn Channel>, ConnectError> {
-    match address {
-        Address::Tcp(target) => tcp::connect(target, options, deadline),
-        Address::Unix(path) => unix::connect(path, deadline),
-    }
-}

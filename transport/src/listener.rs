@@ -17,7 +17,10 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::address::{Address, HostPort};
 use crate::channel::{Channel, Closer};
-use crate::error::{ConnectError, ListenError};
+use crate::error::{ConnectError, ListenError, Unavailable};
+#[cfg(not(feature = "tls"))]
+use crate::options::NO_TLS;
+use crate::options::{ChannelOptions, NO_RDMA};
 use crate::sys::{self, Ready};
 use crate::tcp::{self, OptionRefused, TcpOptions};
 use crate::unix;
@@ -26,13 +29,16 @@ use crate::unix;
 /// dial at once; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 1024;
 
+/// How long a peer may take for its handshake when [`Listener::accept`] was given no deadline.
+const ESTABLISH_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// How long the lookup of a host name to listen on may take.
 const RESOLVE_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// A socket that accepts channels.
 pub struct Listener {
     inner: Arc<Inner>,
-    options: TcpOptions,
+    options: ChannelOptions,
     address: Address,
     /// Removes the path of a Unix socket when the listener is dropped.
     _path: Option<OwnPath>,
@@ -50,21 +56,35 @@ impl Listener {
     /// [`local_address`](Self::local_address). A Unix socket's path must not exist, except as a socket on which nobody listens any
     /// more, which is replaced; the path is removed when the listener is dropped.
     ///
+    /// TLS and RDMA need more than this: see [`bind_with`](Self::bind_with).
+    ///
     /// # Errors
-    /// [`ListenError::Bind`], [`ListenError::Option`].
+    /// [`ListenError::Bind`], [`ListenError::Option`], [`ListenError::Unavailable`].
     pub fn bind(address: &Address, options: &TcpOptions) -> Result<Self, ListenError> {
+        Self::bind_with(address, &options.clone().into())
+    }
+
+    /// As [`bind`](Self::bind), for every kind.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub fn bind_with(address: &Address, options: &ChannelOptions) -> Result<Self, ListenError> {
+        available(address, options).map_err(|source| ListenError::Unavailable {
+            address: address.to_string(),
+            source,
+        })?;
         let failed = |source| ListenError::Bind {
             address: address.to_string(),
             source,
         };
         let (socket, bound, path) = match address {
-            Address::Tcp(target) => {
-                let socket = bind_tcp(target, options, address)?;
-                let bound = socket
-                    .local_addr()
-                    .map_err(failed)?
-                    .as_socket()
-                    .map_or_else(|| address.clone(), Address::from);
+            Address::Tcp(target) | Address::Tls(target) | Address::Rdma(target) => {
+                let socket = bind_tcp(target, &options.tcp, address)?;
+                let bound = socket.local_addr().map_err(failed)?.as_socket();
+                let bound = match (address, bound.map(Address::from)) {
+                    (Address::Tls(_), Some(Address::Tcp(bound))) => Address::Tls(bound),
+                    (_, bound) => bound.unwrap_or_else(|| address.clone()),
+                };
                 (socket, bound, None)
             }
             Address::Unix(path) => {
@@ -91,18 +111,23 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for the next connection, without end if `deadline` is `None`. Returns it and the peer's address as text.
+    /// Waits for the next connection, without end if `deadline` is `None`, and [establishes](Channel::establish) it. Returns it
+    /// and the peer's address as text. For one peer at a time: who serves strangers takes [`try_accept`](Self::try_accept).
     ///
     /// # Errors
-    /// [`ListenError`]. After [`ListenError::Deadline`], [`ListenError::Exhausted`] and [`ListenError::Option`] accepting may go on;
-    /// after `Exhausted` better not at once.
+    /// [`ListenError`]. After [`ListenError::Deadline`], [`ListenError::Exhausted`], [`ListenError::Option`] and
+    /// [`ListenError::Establish`] accepting may go on; after `Exhausted` better not at once.
     pub fn accept(
         &self,
         deadline: Option<Instant>,
     ) -> Result<(Box<dyn Channel>, String), ListenError> {
         loop {
-            if let Some(accepted) = self.try_accept()? {
-                return Ok(accepted);
+            if let Some((mut channel, peer)) = self.try_accept()? {
+                let until = deadline.unwrap_or_else(|| Instant::now() + ESTABLISH_MAX);
+                return match channel.establish(until) {
+                    Ok(()) => Ok((channel, peer)),
+                    Err(source) => Err(ListenError::Establish { peer, source }),
+                };
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
@@ -112,7 +137,8 @@ impl Listener {
         }
     }
 
-    /// The next connection if one waits; `None` if none does. For poll loops: ask until it is `None`.
+    /// The next connection if one waits; `None` if none does. For poll loops: ask until it is `None`. The channel is not
+    /// [established](Channel::establish) yet, which may take a while and is for another thread.
     ///
     /// # Errors
     /// As [`accept`](Self::accept), without the deadline.
@@ -160,15 +186,43 @@ impl Listener {
             return Ok(Some((channel, self.address.to_string())));
         }
         let peer = tcp::print(peer);
-        self.options
+        let options = &self.options.tcp;
+        options
             .apply(&socket)
-            .and_then(|()| self.options.fit(&socket))
+            .and_then(|()| options.fit(&socket))
             .map_err(|refused| option_error(refused, &peer))?;
-        match tcp::channel(socket) {
+        match self.over_tcp(socket) {
             Ok(channel) => Ok(Some((channel, peer))),
             // Reset between being accepted and being asked for its address: as if it had died in the queue.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => self.try_accept(),
             Err(error) => Err(ListenError::Io(error)),
+        }
+    }
+
+    fn over_tcp(&self, socket: Socket) -> io::Result<Box<dyn Channel>> {
+        #[cfg(feature = "tls")]
+        if let (Address::Tls(_), Some(server)) = (&self.address, &self.options.tls_server) {
+            let name = tcp::name("tls", &socket)?;
+            return crate::tls::accepted(socket, &name, server);
+        }
+        tcp::channel(socket)
+    }
+}
+
+/// Whether this side has what the kind needs.
+fn available(address: &Address, options: &ChannelOptions) -> Result<(), Unavailable> {
+    match address {
+        #[cfg(feature = "tls")]
+        Address::Tls(_) if options.tls_server.is_none() => Err(Unavailable::NotConfigured {
+            kind: "TLS",
+            what: "this side's certificate and key",
+        }),
+        #[cfg(not(feature = "tls"))]
+        Address::Tls(_) => Err(NO_TLS),
+        Address::Rdma(_) => Err(NO_RDMA),
+        _ => {
+            let _ = options;
+            Ok(())
         }
     }
 }

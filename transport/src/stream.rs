@@ -51,12 +51,7 @@ impl StreamChannel {
 
 impl Channel for StreamChannel {
     fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer) {
-        let link = Arc::new(Link {
-            socket: self.socket,
-            shut: AtomicBool::new(false),
-            lost: OnceLock::new(),
-            name: self.name,
-        });
+        let link = Arc::new(Link::new(self.socket, self.name));
         let weak = Arc::downgrade(&link);
         let closer = Closer::new(move || {
             if let Some(link) = weak.upgrade() {
@@ -73,25 +68,34 @@ impl Channel for StreamChannel {
     }
 }
 
-/// What both halves share. The socket is closed when the last half is gone.
-struct Link {
-    socket: Socket,
+/// What both halves share, TLS's too. The socket is closed when the last half is gone.
+pub(crate) struct Link {
+    pub(crate) socket: Socket,
     shut: AtomicBool,
     /// How the connection was lost, if a half was told. The kernel tells only one of them; to the other it looks like a clean
     /// close.
     lost: OnceLock<ChannelError>,
-    name: Arc<str>,
+    pub(crate) name: Arc<str>,
 }
 
 impl Link {
-    fn shutdown(&self) {
+    pub(crate) fn new(socket: Socket, name: Arc<str>) -> Self {
+        Self {
+            socket,
+            shut: AtomicBool::new(false),
+            lost: OnceLock::new(),
+            name,
+        }
+    }
+
+    pub(crate) fn shutdown(&self) {
         // The flag first: whoever is woken by the shutdown must find it set.
         self.shut.store(true, Ordering::SeqCst);
         // A socket that is no longer connected has nobody to wake; its halves see the flag.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    fn is_shut(&self) -> bool {
+    pub(crate) fn is_shut(&self) -> bool {
         self.shut.load(Ordering::SeqCst)
     }
 
@@ -107,7 +111,12 @@ impl Link {
     }
 
     /// What an error of the kernel means for an operation.
-    fn error(&self, error: io::Error, bytes_done: u64, bytes_wanted: u64) -> ChannelError {
+    pub(crate) fn error(
+        &self,
+        error: io::Error,
+        bytes_done: u64,
+        bytes_wanted: u64,
+    ) -> ChannelError {
         if self.is_shut() {
             return ChannelError::ShutDown;
         }
@@ -123,12 +132,17 @@ impl Link {
             ) => ChannelError::Lost(Arc::new(error)),
             _ => return ChannelError::Io(Arc::new(error)),
         };
+        self.lose(lost)
+    }
+
+    /// Keeps how the connection was lost for the other half; the first to be told decides.
+    pub(crate) fn lose(&self, lost: ChannelError) -> ChannelError {
         self.lost.get_or_init(|| lost.clone());
         lost
     }
 
     /// What it means for an operation that the peer's side is closed.
-    fn end(&self, bytes_done: u64, bytes_wanted: u64) -> ChannelError {
+    pub(crate) fn end(&self, bytes_done: u64, bytes_wanted: u64) -> ChannelError {
         if self.is_shut() {
             return ChannelError::ShutDown;
         }
@@ -140,7 +154,7 @@ impl Link {
     }
 
     /// Refuses an operation on a half that is finished.
-    fn check(&self, failed: Option<&ChannelError>) -> Result<(), ChannelError> {
+    pub(crate) fn check(&self, failed: Option<&ChannelError>) -> Result<(), ChannelError> {
         if self.is_shut() {
             return Err(ChannelError::ShutDown);
         }

@@ -162,6 +162,16 @@ pub fn connect(
     options: &TcpOptions,
     deadline: Instant,
 ) -> Result<Box<dyn Channel>, ConnectError> {
+    connect_with(target, options, deadline, channel)
+}
+
+/// As [`connect`], for whatever is made of the connected socket.
+pub(crate) fn connect_with<T>(
+    target: &HostPort,
+    options: &TcpOptions,
+    deadline: Instant,
+    make: impl Fn(Socket) -> io::Result<T>,
+) -> Result<T, ConnectError> {
     let addresses = resolve(target, deadline)?;
     let mut attempts = Vec::new();
     for (index, address) in addresses.iter().enumerate() {
@@ -173,7 +183,12 @@ pub fn connect(
             });
         }
         let share = left / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
-        match connect_one(*address, options, share.max(Duration::from_millis(1))) {
+        match connect_one(
+            *address,
+            options,
+            share.max(Duration::from_millis(1)),
+            &make,
+        ) {
             Ok(channel) => return Ok(channel),
             Err(Failed::Option(refused)) => {
                 let OptionRefused { option, source } = refused;
@@ -208,18 +223,19 @@ enum Failed {
     Connect(io::Error),
 }
 
-fn connect_one(
+fn connect_one<T>(
     address: SocketAddr,
     options: &TcpOptions,
     at_most: Duration,
-) -> Result<Box<dyn Channel>, Failed> {
+    make: &impl Fn(Socket) -> io::Result<T>,
+) -> Result<T, Failed> {
     let socket = socket(address).map_err(Failed::Connect)?;
     options.apply(&socket).map_err(Failed::Option)?;
     socket
         .connect_timeout(&address.into(), at_most)
         .map_err(Failed::Connect)?;
     options.fit(&socket).map_err(Failed::Option)?;
-    channel(socket).map_err(Failed::Connect)
+    make(socket).map_err(Failed::Connect)
 }
 
 /// A TCP socket of the right family, neither connected nor bound.
@@ -233,12 +249,14 @@ pub(crate) fn socket(address: SocketAddr) -> io::Result<Socket> {
 
 /// The channel for a connected socket.
 pub(crate) fn channel(socket: Socket) -> io::Result<Box<dyn Channel>> {
-    let name = format!(
-        "tcp {} → {}",
-        print(&socket.local_addr()?),
-        print(&socket.peer_addr()?)
-    );
+    let name = name("tcp", &socket)?;
     Ok(Box::new(StreamChannel::new(socket, &name)?))
+}
+
+/// The name of a channel of this kind over this socket.
+pub(crate) fn name(kind: &str, socket: &Socket) -> io::Result<String> {
+    let (ours, theirs) = (socket.local_addr()?, socket.peer_addr()?);
+    Ok(format!("{kind} {} → {}", print(&ours), print(&theirs)))
 }
 
 /// An internet address as text.

@@ -1,0 +1,90 @@
+//! What kinds of channel need besides an address, for connecting and listening by address alone.
+
+use std::time::Instant;
+
+use crate::address::Address;
+use crate::channel::Channel;
+use crate::error::{ConnectError, Unavailable};
+use crate::tcp::{self, TcpOptions};
+#[cfg(feature = "tls")]
+use crate::tls::{TlsClient, TlsServer};
+use crate::unix;
+
+/// Settings of all kinds; those of a kind that is not used may be left out.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct ChannelOptions {
+    /// For TCP, and for the TCP connection below TLS.
+    pub tcp: TcpOptions,
+    /// For connecting by TLS.
+    #[cfg(feature = "tls")]
+    pub tls_client: Option<TlsClient>,
+    /// For accepting by TLS.
+    #[cfg(feature = "tls")]
+    pub tls_server: Option<TlsServer>,
+}
+
+impl From<TcpOptions> for ChannelOptions {
+    fn from(tcp: TcpOptions) -> Self {
+        Self {
+            tcp,
+            ..Self::default()
+        }
+    }
+}
+
+/// Connects to an address of whatever kind; `options` are for TCP. TLS and RDMA need more: see [`connect_with`].
+///
+/// # Errors
+/// [`ConnectError`].
+pub fn connect(
+    address: &Address,
+    options: &TcpOptions,
+    deadline: Instant,
+) -> Result<Box<dyn Channel>, ConnectError> {
+    connect_with(address, &options.clone().into(), deadline)
+}
+
+/// Connects to an address of whatever kind. The channel is complete: handshakes are done.
+///
+/// # Errors
+/// [`ConnectError`]; [`ConnectError::Unavailable`] if this side lacks what the kind needs, which is found out before anything is
+/// sent.
+pub fn connect_with(
+    address: &Address,
+    options: &ChannelOptions,
+    deadline: Instant,
+) -> Result<Box<dyn Channel>, ConnectError> {
+    let unavailable = |source| ConnectError::Unavailable {
+        target: address.to_string(),
+        source,
+    };
+    match address {
+        Address::Tcp(target) => tcp::connect(target, &options.tcp, deadline),
+        Address::Unix(path) => unix::connect(path, deadline),
+        #[cfg(feature = "tls")]
+        Address::Tls(target) => match &options.tls_client {
+            Some(client) => crate::tls::connect(target, client, &options.tcp, deadline),
+            None => Err(unavailable(Unavailable::NotConfigured {
+                kind: "TLS",
+                what: "the certificate of the authority that signed the peer's (CA)",
+            })),
+        },
+        #[cfg(not(feature = "tls"))]
+        Address::Tls(_) => Err(unavailable(NO_TLS)),
+        Address::Rdma(_) => Err(unavailable(NO_RDMA)),
+    }
+}
+
+/// The answer of a build without TLS.
+#[cfg(not(feature = "tls"))]
+pub(crate) const NO_TLS: Unavailable = Unavailable::NotBuilt {
+    kind: "TLS",
+    feature: "tls",
+};
+
+/// The answer of a build without RDMA.
+pub(crate) const NO_RDMA: Unavailable = Unavailable::NotBuilt {
+    kind: "RDMA",
+    feature: "rdma",
+};

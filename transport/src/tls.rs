@@ -1,0 +1,73 @@
+//! The TLS kind: TCP with TLS 1.3 above it, so that nobody on the way reads or changes what is sent (SPEC: SEC-3).
+//!
+//! Rule: a channel that exists is one that may be trusted. The handshake is part of connecting and of
+//! [`establish`](crate::Channel::establish); the peer's certificate is checked against the authority (CA) that this side was given, never
+//! against the host's list, and the accepting side's name against the address that was dialled. An end that the peer did not
+//! announce is an error and never looks like the clean end of a stream.
+//!
+//! ```text
+//!   guest memory ─ copy ─► chunk of 64 KiB ─ seal ─► records of 16 KiB ─► socket
+//!   guest memory ◄─ copy ─ plaintext ◄─ open ─ records ◄─ chunk of 64 KiB ◄─ socket
+//! ```
+//! Both halves share one connection's state behind a lock, which is held while records are made or opened, never while waiting. The copy
+//! out of guest memory is the moment after which the guest can no longer change the octets: what is sealed is what is sent.
+
+mod channel;
+mod config;
+mod handshake;
+mod receive;
+mod send;
+
+use std::time::Instant;
+
+use rustls::Connection;
+use rustls::pki_types::ServerName;
+
+use self::channel::TlsChannel;
+use crate::address::HostPort;
+use crate::channel::Channel;
+use crate::error::{ConnectError, EstablishError};
+use crate::tcp::{self, TcpOptions};
+
+pub(crate) use self::channel::accepted;
+pub use self::config::{TlsClient, TlsConfigError, TlsPem, TlsServer};
+
+/// Connects and does the handshake; `target`'s host is the name that the peer's certificate must be for, unless
+/// [`TlsClient::with_server_name`] gave another.
+///
+/// # Errors
+/// [`ConnectError`]; [`ConnectError::Establish`] for whatever TLS refuses. If this side's own certificate is what the peer refuses,
+/// that may also show as [`ChannelError::Tls`](crate::ChannelError::Tls) at the first receive, since a TLS 1.3 handshake is over for
+/// the dialling side before the peer has looked at it.
+pub fn connect(
+    target: &HostPort,
+    client: &TlsClient,
+    options: &TcpOptions,
+    deadline: Instant,
+) -> Result<Box<dyn Channel>, ConnectError> {
+    let failed = |source| ConnectError::Establish {
+        target: target.to_string(),
+        source,
+    };
+    let protocol = |text: String| {
+        failed(EstablishError::Protocol {
+            protocol: "TLS",
+            text,
+        })
+    };
+    let name = match &client.server_name {
+        Some(name) => name.clone(),
+        None => ServerName::try_from(target.host().to_owned())
+            .map_err(|error| protocol(format!("{} names no server: {error}", target.host())))?,
+    };
+    let (socket, named) = tcp::connect_with(target, options, deadline, |socket| {
+        let named = tcp::name("tls", &socket)?;
+        socket.set_nonblocking(true)?;
+        Ok((socket, named))
+    })?;
+    let connection = rustls::ClientConnection::new(client.config.clone(), name)
+        .map_err(|error| protocol(error.to_string()))?;
+    let mut channel = TlsChannel::new(Connection::Client(connection), socket, &named);
+    channel.establish(deadline).map_err(failed)?;
+    Ok(Box::new(channel))
+}
