@@ -26,7 +26,7 @@ pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError, WhenNotConverging};
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
-pub use driver::{Dial, Dialer, Finished, Handle, Migration, Parts};
+pub use driver::{Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer};
 pub use error::{Error, Fault};
 pub use progress::Snapshot;
 pub use report::{OutcomeKind, Report};

@@ -73,7 +73,79 @@ impl From<std::net::SocketAddr> for Address {
     }
 }
 
+/// The kinds that an address can be of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AddressKind {
+    /// TCP.
+    Tcp,
+    /// TLS over TCP.
+    Tls,
+    /// RDMA.
+    Rdma,
+    /// A Unix socket.
+    Unix,
+}
+
+impl AddressKind {
+    /// All of them, the default first.
+    pub const ALL: [Self; 4] = [Self::Tcp, Self::Tls, Self::Rdma, Self::Unix];
+
+    /// What stands before the colon.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::Rdma => "rdma",
+            Self::Unix => "unix",
+        }
+    }
+}
+
+impl fmt::Display for AddressKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 impl Address {
+    /// The address's kind.
+    #[must_use]
+    pub fn kind(&self) -> AddressKind {
+        match self {
+            Self::Tcp(_) => AddressKind::Tcp,
+            Self::Tls(_) => AddressKind::Tls,
+            Self::Rdma(_) => AddressKind::Rdma,
+            Self::Unix(_) => AddressKind::Unix,
+        }
+    }
+
+    /// Parses an address of which the kind may be left out: it is then `kind`.
+    ///
+    /// # Errors
+    /// [`AddressError`].
+    pub fn parse_with(text: &str, kind: AddressKind) -> Result<Self, AddressError> {
+        Self::parse_as(text, kind).map_err(|reason| AddressError {
+            text: text.to_owned(),
+            reason,
+        })
+    }
+
+    fn parse_as(text: &str, kind: AddressKind) -> Result<Self, &'static str> {
+        let prefixed = AddressKind::ALL.into_iter().find_map(|kind| {
+            let rest = text.strip_prefix(kind.name())?.strip_prefix(':')?;
+            Some((kind, rest))
+        });
+        let (kind, rest) = prefixed.unwrap_or((kind, text));
+        match kind {
+            AddressKind::Tcp => parse_host_port(rest).map(Self::Tcp),
+            AddressKind::Tls => parse_host_port(rest).map(Self::Tls),
+            AddressKind::Rdma => parse_host_port(rest).map(Self::Rdma),
+            AddressKind::Unix => check_path(rest).map(|()| Self::Unix(rest.into())),
+        }
+    }
+
     /// A Unix socket's address.
     ///
     /// # Errors
@@ -95,22 +167,7 @@ impl FromStr for Address {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let refuse = |reason| AddressError {
-            text: text.to_owned(),
-            reason,
-        };
-        if let Some(path) = text.strip_prefix("unix:") {
-            check_path(path).map_err(refuse)?;
-            return Ok(Self::Unix(path.into()));
-        }
-        let (rest, kind) = if let Some(rest) = text.strip_prefix("tls:") {
-            (rest, Self::Tls as fn(HostPort) -> Self)
-        } else if let Some(rest) = text.strip_prefix("rdma:") {
-            (rest, Self::Rdma as _)
-        } else {
-            (text.strip_prefix("tcp:").unwrap_or(text), Self::Tcp as _)
-        };
-        parse_host_port(rest).map(kind).map_err(refuse)
+        Self::parse_with(text, AddressKind::Tcp)
     }
 }
 
@@ -297,6 +354,23 @@ mod tests {
                 error.contains("tcp:HOST:PORT, HOST:PORT, [IPv6]:PORT and unix:/PATH"),
                 "{error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_kind_that_is_left_out_is_the_one_given() {
+        for kind in AddressKind::ALL {
+            let bare = if kind == AddressKind::Unix {
+                "/run/x"
+            } else {
+                "host:1"
+            };
+            let address = Address::parse_with(bare, kind).unwrap();
+            assert_eq!(address.kind(), kind);
+            assert_eq!(address.to_string(), format!("{kind}:{bare}"));
+            // One that is there counts.
+            let other = Address::parse_with("tls:host:1", kind).unwrap();
+            assert_eq!(other.kind(), AddressKind::Tls);
         }
     }
 

@@ -31,16 +31,16 @@
 //!
 //! # Kinds
 //!
-//! | property | in memory | Unix socket | TCP |
-//! |---|---|---|---|
-//! | made by | [`memory::pair`] | [`unix::pair`], [`unix::connect`], [`Listener`] | [`tcp::connect`], [`Listener`] |
-//! | reaches | this process | this host | any host |
-//! | descriptor to poll | none | yes | yes |
-//! | copies of a body, both sides together, in this process | 2 (into and out of the buffer) | 0 (the kernel makes 2) | 0 (the kernel makes 2, the network card none) |
-//! | holds on the way | `capacity` | the socket's send buffer | both sockets' buffers |
-//! | peer's death is found out | at once | at once | by its kernel's reset; by keep-alive and user timeout if its host is gone |
-//! | [`ChannelError::Reset`], [`Lost`](ChannelError::Lost) | never | `Reset` | both |
-//! | dropping only the [`ReceiveHalf`] | the peer's sends fail | the peer's sends stall | the peer's sends stall |
+//! | property | in memory | Unix socket | TCP | TLS (feature `tls`) |
+//! |---|---|---|---|---|
+//! | made by | [`memory::pair`] | [`unix::pair`], [`unix::connect`], [`Listener`] | [`tcp::connect`], [`Listener`] | [`connect_with`], [`Listener`] |
+//! | reaches | this process | this host | any host | any host, over networks that are not trusted |
+//! | descriptor to poll | none | yes | yes | yes; [`buffered`](ReceiveHalf::buffered) octets do not show there |
+//! | copies of a body, both sides together, in this process | 2 (into and out of the buffer) | 0 (the kernel makes 2) | 0 (the kernel makes 2, the network card none) | 6, and the ciphers |
+//! | holds on the way | `capacity` | the socket's send buffer | both sockets' buffers | both sockets' buffers, and 144 KiB |
+//! | peer's death is found out | at once | at once | by its kernel's reset; by keep-alive and user timeout if its host is gone | as TCP |
+//! | [`ChannelError::Reset`], [`Lost`](ChannelError::Lost) | never | `Reset` | both | both; every end that was not announced is a `Reset` |
+//! | dropping only the [`ReceiveHalf`] | the peer's sends fail | the peer's sends stall | the peer's sends stall | the peer's sends stall |
 //!
 //! All kinds pass the suite in `conformance` (feature of that name), which a new kind is developed against.
 //!
@@ -101,7 +101,9 @@ pub mod tcp;
 pub mod tls;
 pub mod unix;
 
-pub use address::{Address, AddressError, HOST_BYTES_MAX, HostPort, UNIX_PATH_BYTES_MAX};
+pub use address::{
+    Address, AddressError, AddressKind, HOST_BYTES_MAX, HostPort, UNIX_PATH_BYTES_MAX,
+};
 pub use channel::{Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf};
 pub use error::{
     ChannelError, ConnectAttempt, ConnectError, EstablishError, ListenError, Unavailable,

@@ -262,6 +262,39 @@ fn an_octet_changed_on_the_way_is_an_error_and_never_content() {
 }
 
 #[test]
+fn what_comes_with_the_end_of_the_handshake_is_not_lost() {
+    // The dialling side speaks as soon as its handshake is over, before the other side has read the end of it.
+    let listener = listen(&OURS.side(Age::Valid));
+    let said = thread::scope(|scope| {
+        let address = listener.local_address();
+        let speaking = scope.spawn(|| {
+            let channel = dial(address, &OURS.side(Age::Valid)).expect("a connection");
+            let (mut send, receive, closer) = channel.split();
+            send.send(b"first words", &[]).expect("send");
+            (send, receive, closer)
+        });
+        let (mut channel, _) = loop {
+            if let Some(accepted) = listener.try_accept().expect("a connection") {
+                break accepted;
+            }
+        };
+        // Half of the handshake, until the other side's last part of it and its first words lie in the socket together.
+        let early = channel.establish(Instant::now() + Duration::from_millis(1));
+        if early.is_err() {
+            thread::sleep(Duration::from_millis(300));
+            channel.establish(soon()).expect("the rest of it");
+        }
+        let (_send, mut receive, _) = channel.split();
+        receive.set_deadline(Some(soon()));
+        let mut words = [0; 11];
+        receive.receive(&mut words).expect("the first words");
+        drop(speaking.join().expect("no panic"));
+        words
+    });
+    assert_eq!(&said, b"first words");
+}
+
+#[test]
 fn an_end_that_was_not_announced_is_no_clean_end() {
     let (left, right) = tls_pair();
     let (mut send, _receive, closer) = left.split();

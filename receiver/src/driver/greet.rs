@@ -136,7 +136,7 @@ fn random_token() -> Result<Token, Refusal> {
 }
 
 /// Gives a new connection a greeter of its own.
-pub(super) fn offer(shared: &Arc<Shared>, channel: Box<dyn Channel>) -> Result<(), OfferError> {
+pub(super) fn offer(shared: &Arc<Shared>, mut channel: Box<dyn Channel>) -> Result<(), OfferError> {
     if shared.greeters.fetch_add(1, Ordering::AcqRel) >= GREETERS_MAX {
         shared.greeters.fetch_sub(1, Ordering::AcqRel);
         return Err(OfferError::Busy);
@@ -144,7 +144,11 @@ pub(super) fn offer(shared: &Arc<Shared>, channel: Box<dyn Channel>) -> Result<(
     let theirs = Arc::clone(shared);
     let body = Box::new(move || {
         let peer = channel.describe();
-        if let Err(error) = greet(&theirs, channel) {
+        let deadline = Instant::now() + theirs.config.hello_deadline;
+        if let Err(error) = channel.establish(deadline) {
+            theirs.counters.refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(channel = %peer, %error, "connection closed: it did not become a channel");
+        } else if let Err(error) = greet(&theirs, channel) {
             theirs.counters.refused.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(channel = %peer, %error, "connection closed before it was accepted");
         }

@@ -10,6 +10,7 @@
 //! lane is under way, and [`NOTES_MAX`] notes.
 
 mod control;
+mod dial;
 mod lane;
 mod link;
 mod redial;
@@ -22,11 +23,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use multifd_tracking::{DirtySet, Source};
-use multifd_transport::{Address, Channel, GuestMemory, Spawner, StdSpawner, TcpOptions};
+use multifd_transport::{GuestMemory, Spawner, StdSpawner};
 use multifd_wire::{
-    ChannelRef, Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
+    Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
 };
 
+pub use self::dial::{Dial, Dialer, SpreadDialer};
 use crate::config::Config;
 use crate::error::{Error, Fault};
 use crate::pacer::Pacer;
@@ -37,42 +39,6 @@ use crate::vmm::Vmm;
 /// Notes to the control thread that may wait: enough that lanes and the control reader never stand still for it while it
 /// pauses the guest or writes to the control channel.
 const NOTES_MAX: usize = 1024;
-
-/// Makes connections to the destination. Called again whenever a channel is to be replaced.
-pub trait Dial: Send + Sync {
-    /// Connects; which channel it is for matters only to dialers that spread channels over several addresses.
-    ///
-    /// # Errors
-    /// Whatever went wrong; shown to the user.
-    fn dial(
-        &self,
-        channel: ChannelRef,
-        deadline: Instant,
-    ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>>;
-}
-
-/// Dials one address for every channel.
-#[derive(Debug, Clone)]
-pub struct Dialer {
-    /// Where the destination listens.
-    pub address: Address,
-    /// For TCP.
-    pub options: TcpOptions,
-}
-
-impl Dial for Dialer {
-    fn dial(
-        &self,
-        _: ChannelRef,
-        deadline: Instant,
-    ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(multifd_transport::connect(
-            &self.address,
-            &self.options,
-            deadline,
-        )?)
-    }
-}
 
 /// Everything that a migration works on.
 pub struct Parts {

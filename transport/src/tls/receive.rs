@@ -108,13 +108,20 @@ impl ReceiveHalf for TlsReceive {
 
 impl TlsReceive {
     pub(super) fn new(link: Arc<TlsLink>) -> Self {
+        // What came behind the handshake's last octets is opened already. An error repeats itself at the first receive.
+        let (held, ended) = link
+            .lock()
+            .process_new_packets()
+            .map_or((0, false), |state| {
+                (state.plaintext_bytes_to_read(), state.peer_has_closed())
+            });
         Self {
             link,
             chunk: vec![0; CHUNK_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
-            held: 0,
-            ended: false,
+            held,
+            ended,
             patience: Patience::default(),
             failed: None,
         }

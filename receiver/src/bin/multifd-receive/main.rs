@@ -15,7 +15,7 @@ use args::{Args, ReportKind};
 use clap::Parser as _;
 use machine::{GuestHandle, Machine};
 use multifd_receiver::{Config, Finished, OutcomeKind, Parts, Reception};
-use multifd_transport::{Listener, TcpOptions};
+use multifd_transport::{Address, ChannelOptions, Listener};
 use serde_json::json;
 
 /// Longest wait for the first heart-beat after `--run-for`. They come every few milliseconds, but a guest that is told to write
@@ -30,14 +30,17 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let config = match args.reception() {
-        Ok(config) => config,
+    let settings = args
+        .reception()
+        .and_then(|config| Ok((config, args.places()?)));
+    let (config, places) = match settings {
+        Ok(settings) => settings,
         Err(error) => {
             eprintln!("multifd-receive: {error:#}");
             return ExitCode::from(2);
         }
     };
-    match run(&args, config) {
+    match run(&args, config, &places) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             // A program that reads JSON gets its object all the same.
@@ -55,7 +58,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args, config: Config) -> anyhow::Result<u8> {
+fn run(
+    args: &Args,
+    config: Config,
+    (places, options): &(Vec<Address>, ChannelOptions),
+) -> anyhow::Result<u8> {
     // Before it says where it listens: from then on somebody may interrupt it.
     let interrupted = catch_signals()?;
     if args.until_stdin_closes {
@@ -65,18 +72,25 @@ fn run(args: &Args, config: Config) -> anyhow::Result<u8> {
             closed.store(true, Ordering::Relaxed);
         });
     }
-    let listener = Listener::bind(&args.listen, &TcpOptions::default())
-        .with_context(|| format!("cannot listen on {}", args.listen))?;
-    let address = listener.local_address().clone();
+    let listeners: Vec<_> = places
+        .iter()
+        .map(|place| {
+            Listener::bind_with(place, options).with_context(|| format!("cannot listen on {place}"))
+        })
+        .collect::<Result<_, _>>()?;
+    let addresses: Vec<_> = listeners
+        .iter()
+        .map(|listener| listener.local_address().clone())
+        .collect();
     let guest = GuestHandle::default();
     let machine = Machine::new(guest.clone());
     let reception = Reception::start(Parts {
         vmm: Box::new(machine),
-        listeners: vec![listener],
+        listeners,
         config,
         spawner: None,
     })?;
-    announce(args, &address)?;
+    announce(args, &addresses)?;
 
     let (handle, watch) = (reception.handle(), Arc::clone(&interrupted));
     let done = Arc::new(AtomicBool::new(false));
@@ -129,14 +143,15 @@ fn catch_signals() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 /// Tells where it listens, for people and for whoever started this program and asked for any free port.
-fn announce(args: &Args, address: &multifd_transport::Address) -> anyhow::Result<()> {
-    if args.report == ReportKind::Json {
-        eprintln!("listening on {address}");
-    } else {
-        println!("listening on {address}");
-        std::io::stdout().flush()?;
+fn announce(args: &Args, addresses: &[Address]) -> anyhow::Result<()> {
+    for address in addresses {
+        if args.report == ReportKind::Json {
+            eprintln!("listening on {address}");
+        } else {
+            println!("listening on {address}");
+        }
     }
-    Ok(())
+    Ok(std::io::stdout().flush()?)
 }
 
 /// What became of the guest after it arrived.

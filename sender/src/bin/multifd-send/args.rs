@@ -1,12 +1,14 @@
 //! The command line of `multifd-send`.
 #![allow(rustdoc::broken_intra_doc_links)] // comments on flags are the text of --help, as it is, and no links
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use multifd_guest::{Fill, Pattern, Tracking};
 use multifd_sender::{Config, WhenNotConverging};
-use multifd_transport::Address;
+use multifd_transport::tls::{TlsClient, TlsPem};
+use multifd_transport::{Address, AddressKind, ChannelOptions};
 
 /// Move a running guest to another process or host, over many channels at once.
 ///
@@ -16,22 +18,52 @@ use multifd_transport::Address;
 #[command(name = "multifd-send", version, about, long_about, after_help = EXAMPLES)]
 #[command(group(ArgGroup::new("destination").required(true).args(["connect", "loopback"])))]
 pub(crate) struct Args {
-    /// Where multifd-receive listens: HOST:PORT, [IPV6]:PORT, or unix:/path
+    /// Where multifd-receive listens: HOST:PORT, [IPV6]:PORT or unix:/path, with tcp:, tls: or rdma: before it for another kind of
+    /// channel than --transport's
     #[arg(long, value_name = "ADDRESS")]
-    pub(crate) connect: Option<Address>,
+    pub(crate) connect: Option<String>,
 
     /// Start a multifd-receive on this host, and move the guest there
     #[arg(long)]
     pub(crate) loopback: bool,
 
     /// Data channels, 1 to 256. About one per 10 Gb/s of link, and no more than cores, is a good number
+    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Channels")]
+    pub(crate) channels: u32,
+
+    /// The kind of channel for addresses that name none. With --loopback: also a list, such as tcp,rdma, of which data channels
+    /// take one after the other, and the control channel the first
     #[arg(
         long,
-        value_name = "N",
-        default_value_t = 4,
-        help_heading = "Migration"
+        value_name = "KIND",
+        value_enum,
+        value_delimiter = ',',
+        default_value = "tcp",
+        help_heading = "Channels"
     )]
-    pub(crate) channels: u32,
+    pub(crate) transport: Vec<Transport>,
+
+    /// Where data channels go, if not where --connect says; give it several times for several kinds or paths, which are then taken
+    /// in turn. All must be the same multifd-receive's
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        requires = "connect",
+        help_heading = "Channels"
+    )]
+    pub(crate) data: Vec<String>,
+
+    /// With --loopback: the host of tcp:, tls: and rdma: addresses. RDMA needs the address of an interface that has an RDMA device
+    #[arg(
+        long,
+        value_name = "HOST",
+        default_value = "127.0.0.1",
+        help_heading = "Channels"
+    )]
+    pub(crate) loopback_host: String,
+
+    #[command(flatten)]
+    pub(crate) tls: TlsFiles,
 
     /// Longest time that the guest may stand still (e.g. 300ms, 2s)
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = humantime::parse_duration, help_heading = "Migration")]
@@ -119,6 +151,12 @@ Examples:
   on the destination, then on the source:
     multifd-receive --listen 0.0.0.0:4444
     multifd-send --connect dest:4444 --channels 8
+  encrypted and authenticated, both sides with certificates of one authority (CA):
+    multifd-receive --listen tls:0.0.0.0:4444 --tls-ca ca.pem --tls-cert dest.pem --tls-key dest.key
+    multifd-send --connect tls:dest:4444 --tls-ca ca.pem --tls-cert source.pem --tls-key source.key
+  two kinds of channel in one migration, half of the data channels on each:
+    multifd-receive --listen 0.0.0.0:4444 --listen rdma:10.0.0.2:4445
+    multifd-send --connect dest:4444 --data dest:4444 --data rdma:10.0.0.2:4445 --channels 4
   a guest that is too busy (see the advice in the error):
     multifd-send --loopback --dirty-rate 2G --bandwidth 500M
   for programs:
@@ -138,6 +176,86 @@ Exit status:
   5  migrated, but the guest's own check found an error
 
 Log: RUST_LOG=info (or debug) writes to standard error.";
+
+/// Certificates and key for TLS.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "TLS")]
+pub(crate) struct TlsFiles {
+    /// Certificate of the authority (CA) that must have signed the destination's, in PEM form. Needed for tls: addresses
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
+
+    /// This side's own certificate, for a destination that asks for one; with the chain to the authority, if there is one
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+
+    /// The private key of --tls-cert
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+
+    /// The name that the destination's certificate must be for. Default: the host that is dialled
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tls_server_name: Option<String>,
+}
+
+impl TlsFiles {
+    /// What TLS needs to dial; nothing if no authority was given.
+    fn client(&self) -> anyhow::Result<Option<TlsClient>> {
+        let file = |path: &Option<PathBuf>| path.clone();
+        let (ca, cert, key) = (
+            file(&self.tls_ca),
+            file(&self.tls_cert),
+            file(&self.tls_key),
+        );
+        if ca.is_none() {
+            return Ok(None);
+        }
+        let client = TlsClient::new(&TlsPem::read(
+            ca.as_deref(),
+            cert.as_deref(),
+            key.as_deref(),
+        )?)?;
+        Ok(Some(match &self.tls_server_name {
+            Some(name) => client.with_server_name(name)?,
+            None => client,
+        }))
+    }
+}
+
+/// See `--transport`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Transport {
+    /// TCP: any network, not protected
+    Tcp,
+    /// TLS 1.3 over TCP: encrypted, and both sides know each other; see the flags under TLS
+    Tls,
+    /// RDMA (InfiniBand, RoCE, iWARP): needs an RDMA device on both hosts; not protected
+    Rdma,
+    /// A Unix socket: both programs on this host
+    Unix,
+}
+
+impl Transport {
+    pub(crate) fn kind(self) -> AddressKind {
+        match self {
+            Self::Tcp => AddressKind::Tcp,
+            Self::Tls => AddressKind::Tls,
+            Self::Rdma => AddressKind::Rdma,
+            Self::Unix => AddressKind::Unix,
+        }
+    }
+}
+
+/// Where channels go.
+#[derive(Debug)]
+pub(crate) struct Way {
+    /// The control channel's address, unless a receiver of our own is started.
+    pub(crate) control: Option<Address>,
+    /// The data channels' addresses, if they differ.
+    pub(crate) data: Vec<Address>,
+    /// What the kinds need.
+    pub(crate) options: ChannelOptions,
+}
 
 /// See `--if-not-converging`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -180,11 +298,47 @@ pub(crate) enum ReportKind {
 }
 
 impl Args {
-    /// Both parts of the settings, if they can be.
-    pub(crate) fn checked(&self) -> anyhow::Result<(Config, multifd_guest::Config)> {
+    /// All parts of the settings, if they can be.
+    pub(crate) fn checked(&self) -> anyhow::Result<(Config, multifd_guest::Config, Way)> {
         let guest = self.guest();
         guest.validate()?;
-        Ok((self.migration()?, guest))
+        Ok((self.migration()?, guest, self.way()?))
+    }
+
+    /// Where channels go, as far as it is known before a receiver of our own is started.
+    fn way(&self) -> anyhow::Result<Way> {
+        let kind = match &self.transport[..] {
+            [first] => first.kind(),
+            [first, ..] if self.loopback => first.kind(),
+            _ => anyhow::bail!(
+                "--transport with several kinds is for --loopback: use --connect for the control channel and --data for each kind of data channel"
+            ),
+        };
+        let address = |text: &String| Address::parse_with(text, kind);
+        let mut options = ChannelOptions::default();
+        options.tls_client = self.tls.client()?;
+        let way = Way {
+            control: self.connect.as_ref().map(address).transpose()?,
+            data: self.data.iter().map(address).collect::<Result<_, _>>()?,
+            options,
+        };
+        let by_tls = |address: &Address| address.kind() == AddressKind::Tls;
+        let uses_tls = way.control.iter().chain(&way.data).any(by_tls)
+            || (self.loopback && self.transport.contains(&Transport::Tls));
+        anyhow::ensure!(
+            way.options.tls_client.is_some() || !uses_tls,
+            "TLS needs --tls-ca, the certificate of the authority (CA) that signed the destination's"
+        );
+        anyhow::ensure!(
+            !self.loopback || !uses_tls || self.tls.tls_cert.is_some(),
+            "--loopback with TLS needs --tls-cert and --tls-key too: the receiver that it starts shows the same certificate, which must \
+             be for {}",
+            self.tls
+                .tls_server_name
+                .as_deref()
+                .unwrap_or(&self.loopback_host)
+        );
+        Ok(way)
     }
 
     /// The migration's settings.
@@ -267,6 +421,31 @@ mod tests {
         assert_eq!(parse_size("4096"), Ok(4096));
         assert_eq!(parse_size("2GiB"), Ok(2 << 30));
         assert!(parse_size("12X").unwrap_err().contains("write for example"));
+    }
+
+    #[test]
+    fn addresses_without_a_kind_are_of_the_kind_of_transport() {
+        let way = |arguments: &[&str]| {
+            let arguments = ["multifd-send"].iter().chain(arguments);
+            Args::parse_from(arguments).way()
+        };
+        let found = way(&[
+            "--connect",
+            "tcp:a:1",
+            "--transport",
+            "rdma",
+            "--data",
+            "b:2",
+        ])
+        .unwrap();
+        assert_eq!(found.control.unwrap().to_string(), "tcp:a:1");
+        assert_eq!(found.data[0].to_string(), "rdma:b:2");
+        let found = way(&["--connect", "/run/x", "--transport", "unix"]).unwrap();
+        assert_eq!(found.control.unwrap().to_string(), "unix:/run/x");
+        let refused = |arguments: &[&str]| way(arguments).unwrap_err().to_string();
+        assert!(refused(&["--connect", "tls:a:1"]).contains("--tls-ca"));
+        assert!(refused(&["--connect", "a:1", "--transport", "tcp,rdma"]).contains("--data"));
+        assert!(refused(&["--connect", "nonsense"]).contains("is not an address"));
     }
 
     #[test]

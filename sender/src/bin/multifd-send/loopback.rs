@@ -10,20 +10,51 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use multifd_transport::Address;
 
+use crate::args::{Args, Transport};
+
 /// A receiver process that was started for this migration. Ended when dropped.
 pub(crate) struct Receiver {
     child: Child,
-    /// Where it listens.
-    pub(crate) address: Address,
+    /// Where it listens, a place for each kind of channel that was asked for, in that order.
+    addresses: Vec<Address>,
     report: Option<JoinHandle<String>>,
 }
 
 impl Receiver {
-    /// Starts multifd-receive from beside this program, on a free port of the loopback interface.
-    pub(crate) fn start() -> anyhow::Result<Self> {
+    /// Starts multifd-receive from beside this program, at free ports of the loopback interface or of the host that was given.
+    pub(crate) fn start(args: &Args) -> anyhow::Result<Self> {
         let program = beside_us()?;
-        let mut child = Command::new(&program)
-            .args(["--listen", "127.0.0.1:0", "--report", "json"])
+        let mut command = Command::new(&program);
+        for kind in &args.transport {
+            command.arg("--listen").arg(match kind {
+                Transport::Unix => std::env::temp_dir()
+                    .join(format!("multifd-loopback-{}", std::process::id()))
+                    .to_str()
+                    .map(|path| format!("unix:{path}"))
+                    .context("the folder for temporary files is not UTF-8")?,
+                kind => {
+                    let host = &args.loopback_host;
+                    let host = if host.contains(':') {
+                        format!("[{host}]")
+                    } else {
+                        host.clone()
+                    };
+                    format!("{}:{host}:0", kind.kind())
+                }
+            });
+        }
+        let tls = [
+            ("--tls-ca", &args.tls.tls_ca),
+            ("--tls-cert", &args.tls.tls_cert),
+            ("--tls-key", &args.tls.tls_key),
+        ];
+        for (flag, path) in tls {
+            if let Some(path) = path {
+                command.arg(flag).arg(path);
+            }
+        }
+        let mut child = command
+            .args(["--report", "json"])
             // It ends with us, however we end: nobody else knows where it listens.
             .arg("--until-stdin-closes")
             .stdin(Stdio::piped())
@@ -34,16 +65,19 @@ impl Receiver {
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         let mut errors = BufReader::new(child.stderr.take().context("its standard error is ours")?);
-        let mut line = String::new();
-        errors.read_line(&mut line)?;
-        let Some(address) = line.trim().strip_prefix("listening on ") else {
-            let mut rest = String::new();
-            let _ = errors.read_to_string(&mut rest);
-            let _ = child.kill();
-            let _ = child.wait();
-            bail!("multifd-receive did not start: {}{}", line, rest);
-        };
-        let address = address.parse()?;
+        let mut addresses = Vec::new();
+        while addresses.len() < args.transport.len() {
+            let mut line = String::new();
+            errors.read_line(&mut line)?;
+            let Some(address) = line.trim().strip_prefix("listening on ") else {
+                let mut rest = String::new();
+                let _ = errors.read_to_string(&mut rest);
+                let _ = child.kill();
+                let _ = child.wait();
+                bail!("multifd-receive did not start: {}{}", line, rest);
+            };
+            addresses.push(address.parse()?);
+        }
         // Its log goes where ours goes.
         std::thread::spawn(move || std::io::copy(&mut errors, &mut std::io::stderr()));
         let mut output = child.stdout.take().context("its standard output is ours")?;
@@ -54,9 +88,15 @@ impl Receiver {
         });
         Ok(Self {
             child,
-            address,
+            addresses,
             report: Some(report),
         })
+    }
+
+    /// Where the control channel and the data channels go.
+    pub(crate) fn addresses(&self) -> (Address, Vec<Address>) {
+        // There is one for each kind, and at least one kind.
+        (self.addresses[0].clone(), self.addresses.clone())
     }
 
     /// Its process id.

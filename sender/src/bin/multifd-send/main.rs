@@ -13,13 +13,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use args::{Args, ReportKind};
+use args::{Args, ReportKind, Way};
 use clap::Parser as _;
 use display::Display;
 use machine::Machine;
 use multifd_guest::{Guest, Tracking};
-use multifd_sender::{Config, Dialer, Finished, Migration, OutcomeKind, Parts};
-use multifd_transport::TcpOptions;
+use multifd_sender::{Config, Finished, Migration, OutcomeKind, Parts, SpreadDialer};
 use summary::Summary;
 
 /// How long the receiver of `--loopback` may take to check its guest: a large guest takes a second per few GiB.
@@ -37,14 +36,14 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let (migration, guest) = match args.checked() {
+    let (migration, guest, way) = match args.checked() {
         Ok(checked) => checked,
         Err(error) => {
             eprintln!("multifd-send: {error:#}");
             return ExitCode::from(2);
         }
     };
-    match run(&args, migration, &guest) {
+    match run(&args, migration, &guest, way) {
         Ok(summary) => {
             summary.print(args.report);
             ExitCode::from(summary.exit_status())
@@ -64,19 +63,21 @@ fn run(
     args: &Args,
     config: Config,
     guest_config: &multifd_guest::Config,
+    way: Way,
 ) -> anyhow::Result<Summary> {
     // Before anything is started that would have to be taken down.
     let interrupted = catch_signals()?;
     let receiver = if args.loopback {
-        Some(loopback::Receiver::start()?)
+        Some(loopback::Receiver::start(args)?)
     } else {
         None
     };
-    let address = match (&receiver, &args.connect) {
-        (Some(receiver), _) => receiver.address.clone(),
-        (None, Some(address)) => address.clone(),
+    let (control, data) = match (&receiver, way.control) {
+        (Some(receiver), _) => receiver.addresses(),
+        (None, Some(address)) => (address, way.data),
         (None, None) => anyhow::bail!("give --connect ADDRESS, or --loopback"),
     };
+    let to = destinations(&control, &data);
     let tell = |text: String| {
         if !args.quiet {
             eprintln!("{text}");
@@ -104,24 +105,21 @@ fn run(
     }
     match &receiver {
         Some(receiver) => tell(format!(
-            "moving it to process {} on this host, {}, over {} channels",
+            "moving it to process {} on this host, {to}, over {} channels",
             receiver.id(),
-            address,
             args.channels
         )),
-        None => tell(format!(
-            "moving it to {address} over {} channels",
-            args.channels
-        )),
+        None => tell(format!("moving it to {to} over {} channels", args.channels)),
     }
     let sources = vec![guest.tracking_source()?];
     let parts = Parts {
         vmm: Box::new(Machine(Arc::clone(&guest))),
         memory: guest.memory().to_channels(),
         sources,
-        dial: Box::new(Dialer {
-            address,
-            options: TcpOptions::default(),
+        dial: Box::new(SpreadDialer {
+            control,
+            data,
+            options: way.options,
         }),
         config,
         spawner: None,
@@ -136,6 +134,18 @@ fn run(
         })
     });
     Ok(Summary::new(&finished, theirs, alive))
+}
+
+/// Where channels go, for people.
+fn destinations(
+    control: &multifd_transport::Address,
+    data: &[multifd_transport::Address],
+) -> String {
+    if data.iter().all(|address| address == control) {
+        return control.to_string();
+    }
+    let data: Vec<_> = data.iter().map(ToString::to_string).collect();
+    format!("{control} (data channels: {})", data.join(", "))
 }
 
 /// Set by the first SIGINT or SIGTERM.
