@@ -50,6 +50,9 @@ const WITHOUT_UNSAFE: &[&str] = &["wire", "sender", "receiver"];
 /// Crates whose files may allow `unsafe`, one by one and with a reason.
 const WITH_UNSAFE: &[&str] = &["transport", "tracking", "guest"];
 
+/// The one file elsewhere: it stands in for the C library below simulated programs (docs/decisions/0017).
+const INTERPOSER: &str = "tests/src/sim/interpose.rs";
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -219,7 +222,7 @@ fn unsafe_is_allowed_only_file_by_file_in_the_crates_that_may() {
             .and_then(|part| part.to_str())
             .unwrap_or_default();
         assert!(
-            WITH_UNSAFE.contains(&krate),
+            WITH_UNSAFE.contains(&krate) || inside == Path::new(INTERPOSER),
             "{} must not allow unsafe code",
             inside.display()
         );

@@ -1,0 +1,106 @@
+//! The simulator in its short form, and what it promises itself. For hours: `cargo run --release -p multifd-tests --bin multifd-sim`.
+
+#[path = "../src/sim/interpose.rs"]
+mod interpose;
+
+use std::time::{Duration, Instant};
+
+use multifd_tests::model::Random;
+use multifd_tests::sim::faults::Plan;
+use multifd_tests::sim::machine::{Machine, Pace};
+use multifd_tests::sim::network::{self, Quality};
+use multifd_tests::sim::world::World;
+use multifd_tests::sim::{self, Mode, schedule};
+use multifd_transport::conformance;
+use multifd_wire::{ChannelRef, LaneId};
+
+/// Other seeds than the long runs begin with: `git log` moves slowly, luck should not.
+const FROM: u64 = 1 << 40;
+
+/// Runs seeds until the time is up; at least `least`.
+fn seeds(mode: Mode, least: u64, at_most: Duration) -> Vec<sim::Verdict> {
+    let began = Instant::now();
+    (FROM..)
+        .take_while(|seed| *seed < FROM + least || began.elapsed() < at_most)
+        .map(|seed| {
+            let verdict = sim::run(seed, mode, false);
+            assert!(
+                verdict.violations.is_empty(),
+                "seed {seed}: {:#?}\n{}",
+                verdict.violations,
+                sim::replay_command(seed)
+            );
+            verdict
+        })
+        .collect()
+}
+
+#[test]
+fn no_seed_breaks_a_promise() {
+    let verdicts = seeds(Mode::Faults, 500, Duration::from_secs(20));
+    let faults = verdicts.iter().filter(|v| !v.faults.is_empty()).count();
+    assert!(
+        faults * 10 > verdicts.len() * 8,
+        "{faults} of {} with a fault",
+        verdicts.len()
+    );
+}
+
+#[test]
+fn without_faults_every_migration_ends_well_or_says_that_it_does_not_converge() {
+    for verdict in seeds(Mode::Calm, 100, Duration::from_secs(2)) {
+        assert!(
+            verdict.code.is_none_or(|code| code.contains("converg")),
+            "{verdict:?}"
+        );
+    }
+}
+
+#[test]
+fn flipped_bits_are_found_and_named() {
+    let verdicts = seeds(Mode::Flips, 100, Duration::from_secs(5));
+    let flips: u64 = verdicts.iter().map(|verdict| verdict.flips).sum();
+    assert!(flips > verdicts.len() as u64, "{flips} flips");
+}
+
+#[test]
+fn a_seed_always_takes_the_same_way() {
+    for seed in FROM..FROM + 100 {
+        let [one, other] = [(); 2].map(|()| sim::run(seed, Mode::Faults, false));
+        assert_eq!(one.figures, other.figures, "seed {seed}");
+        assert_eq!(one.faults, other.faults, "seed {seed}");
+    }
+}
+
+#[test]
+fn the_simulated_network_is_a_channel_like_any_other() {
+    let pair = || {
+        let pace = Pace {
+            period_ns: 1_000_000,
+            hot_pages: 1,
+        };
+        let machine = Machine::new(Random::new(1), &[8], pace);
+        let world = World::new(Random::new(1), Plan::none(), machine, 1, 1, false);
+        let quality = Quality {
+            capacity: 8 << 10,
+            ps_per_octet: 1_000,
+            latency_ns: 10_000,
+        };
+        let lane = ChannelRef::Lane(LaneId::new(0));
+        let (left, right, _) = network::connect(&world, lane, quality);
+        (left, right)
+    };
+    // One check has a thread that writes memory and never waits: it would keep the baton for ever.
+    let spins =
+        |check: &&conformance::Check| check.name == "frames_stay_framed_while_the_guest_writes";
+    assert_eq!(conformance::CHECKS.iter().filter(spins).count(), 1);
+    for check in conformance::CHECKS.iter().filter(|check| !spins(check)) {
+        let kind = conformance::Kind {
+            name: "simulated",
+            pair,
+        };
+        let ((), figures) =
+            schedule::simulate(7, 600_000_000_000, || conformance::run(check.name, kind));
+        assert!(figures.threads > 1, "{}: nobody was simulated", check.name);
+    }
+}
