@@ -44,6 +44,10 @@ impl Control {
 
     /// When something of this file is due next.
     pub(super) fn lanes_due(&self) -> Duration {
+        // As in `tend_lanes`: what nobody will do is not due, or the control thread would never wait again.
+        if !self.dials_again() {
+            return Duration::MAX;
+        }
         let redials = self
             .lanes
             .iter()
