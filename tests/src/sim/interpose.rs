@@ -184,8 +184,10 @@ pub unsafe extern "C" fn syscall(
 
 fn futex(word: usize, operation: c_int, value: u32, time: *const libc::timespec) -> c_long {
     let error = |number: c_int| {
-        // SAFETY: the address of this thread's own error number is always valid.
-        unsafe { *libc::__errno_location() = number };
+        // SAFETY: asks for an address and has no conditions.
+        let to = unsafe { libc::__errno_location() };
+        // SAFETY: the address of this thread's own error number is valid as long as the thread lives.
+        unsafe { to.write(number) };
         -1
     };
     match operation & !(libc::FUTEX_PRIVATE_FLAG | libc::FUTEX_CLOCK_REALTIME) {

@@ -28,6 +28,9 @@ use crate::model::Random;
 /// What a look at the clock costs, in ns: time passes, even for somebody who only looks at it.
 const LOOK_NS: u64 = 40;
 
+/// A thread that looks at the clock so often without ever waiting does not wait for anything: it spins.
+const LOOKS_MAX: u32 = 50_000;
+
 /// Simulated threads that may exist in one simulation: far more than a migration has (a leak of threads is found by it).
 const THREADS_MAX: usize = 512;
 
@@ -93,6 +96,7 @@ struct Scheduler {
     timers: BinaryHeap<Reverse<(u64, u64, u32, u64)>>,
     timer_count: u64,
     switches: u64,
+    looks: u32,
     fingerprint: u64,
     seed: u64,
 }
@@ -134,6 +138,7 @@ pub fn simulate<T>(seed: u64, limit_ns: u64, body: impl FnOnce() -> T) -> (T, Fi
         timers: BinaryHeap::new(),
         timer_count: 0,
         switches: 0,
+        looks: 0,
         fingerprint: 0,
         seed,
     });
@@ -206,6 +211,10 @@ pub fn is_simulated() -> bool {
 pub fn now() -> u64 {
     with(|s| {
         s.now += LOOK_NS;
+        s.looks += 1;
+        if s.looks > LOOKS_MAX {
+            s.stuck("a thread spins");
+        }
         s.now
     })
 }
@@ -394,6 +403,7 @@ impl Scheduler {
             self.ready.swap_remove(at)
         };
         self.threads[id as usize].state = State::Running;
+        self.looks = 0;
         self.fingerprint = (self.fingerprint ^ (u64::from(id) << 48 ^ self.now))
             .wrapping_mul(0x9E37_79B9_7F4A_7C15)
             .rotate_left(23);
