@@ -94,6 +94,8 @@ pub(crate) trait Engine: fmt::Debug + Send + Sync {
 enum Phase {
     /// Waits for a state.
     Empty,
+    /// Has the state that was loaded, and has never run it; another may take its place.
+    Loaded,
     /// Has a state; all threads rest.
     Paused,
     /// Was told to run.
@@ -131,7 +133,7 @@ impl Guest {
                 advice: "load a state before running an empty guest",
             }),
             Phase::Running => Ok(()),
-            Phase::Paused => {
+            Phase::Paused | Phase::Loaded => {
                 self.crew.gate.ask_run();
                 *phase = Phase::Running;
                 Ok(())
@@ -182,7 +184,8 @@ impl Guest {
         Ok(state::encode(self.kind(), self.plan.config.vcpus, &records))
     }
 
-    /// Gives an empty guest the state that a source saved; it is paused afterwards.
+    /// Gives an empty guest the state that a source saved; it is paused afterwards. As long as it has not run, a newer state can
+    /// take its place: a source that lost its link comes back with one.
     ///
     /// Everything is decoded and checked before anything is loaded.
     ///
@@ -191,9 +194,9 @@ impl Guest {
     /// this host refuses, [`Error::Kernel`], [`Error::Misuse`] unless empty. The guest stays empty then.
     pub fn load_state(&self, octets: &[u8]) -> Result<()> {
         let mut phase = self.lock_phase();
-        if *phase != Phase::Empty {
+        if !matches!(*phase, Phase::Empty | Phase::Loaded) {
             return Err(Error::Misuse {
-                advice: "load a state into a guest made by create_empty, once",
+                advice: "load a state into a guest made by create_empty, before it runs",
             });
         }
         let reader = state::open(octets, self.kind(), self.plan.config.vcpus)?;
@@ -203,7 +206,7 @@ impl Guest {
             .iter()
             .zip(counters)
             .for_each(|(beat, counter)| beat.arrive(counter));
-        *phase = Phase::Paused;
+        *phase = Phase::Loaded;
         Ok(())
     }
 
@@ -369,7 +372,7 @@ fn choose(tracking: Tracking) -> Result<Kind> {
 
 fn refuse_unless_paused(phase: Phase) -> Result<()> {
     match phase {
-        Phase::Paused => Ok(()),
+        Phase::Paused | Phase::Loaded => Ok(()),
         Phase::Running => Err(Error::Misuse {
             advice: "pause the guest first",
         }),

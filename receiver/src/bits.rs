@@ -43,6 +43,17 @@ impl PageBits {
         }
     }
 
+    /// Tells the page number of each bit of a range that is set.
+    pub(crate) fn each(&self, pages: Range<u64>, mut is_set: impl FnMut(u64)) {
+        for (word, first, mask) in self.masks(pages) {
+            let mut bits = word.load(Relaxed) & mask;
+            while bits != 0 {
+                is_set(first + u64::from(bits.trailing_zeros()));
+                bits &= bits - 1;
+            }
+        }
+    }
+
     /// Each word that the range touches, with its first page and the mask of the range's pages in it.
     fn masks(&self, pages: Range<u64>) -> impl Iterator<Item = (&AtomicU64, u64, u64)> {
         let last = pages.end.div_ceil(64).max(pages.start / 64);
@@ -71,6 +82,9 @@ mod tests {
             let mut model = BTreeSet::new();
             for (set, first, count) in steps {
                 let range = first..first + count;
+                let mut all = Vec::new();
+                bits.each(0..500, |page| all.push(page));
+                prop_assert_eq!(all, model.iter().copied().collect::<Vec<_>>());
                 if set {
                     let fresh = range.clone().filter(|page| model.insert(*page)).count() as u64;
                     prop_assert_eq!(bits.set(range), fresh);

@@ -92,6 +92,15 @@ pub enum Fault {
         /// The digest over all pages as last sent.
         theirs: u64,
     },
+    /// A source that came back described another machine than before.
+    #[error("the source came back with {what} that differs from what it had")]
+    SetupChanged {
+        /// Which part of the set-up.
+        what: &'static str,
+    },
+    /// The source lost contact after it sent its commit, which had not arrived when it asked: it takes the guest back.
+    #[error("the source asked, and no commit had come: the guest is the source's, for good")]
+    AskedBeforeCommit,
     /// The operating system refused something: a thread, memory, random numbers.
     #[error("{step}: {source}")]
     System {
@@ -120,6 +129,8 @@ impl Fault {
             Self::Timeout { .. } => "receiver.timeout",
             Self::Cancelled => "receiver.cancelled",
             Self::DigestMismatch { .. } => "receiver.digest-mismatch",
+            Self::SetupChanged { .. } => "receiver.misbehaved.setup-changed",
+            Self::AskedBeforeCommit => "receiver.asked-before-commit",
             Self::System { .. } => "receiver.system",
         }
     }
@@ -140,6 +151,9 @@ impl Fault {
             Self::Timeout { .. } => Reason::Timeout,
             Self::Cancelled => Reason::Cancelled,
             Self::DigestMismatch { .. } => Reason::DigestMismatch,
+            // SPEC: RESUME-5
+            Self::SetupChanged { .. } => Reason::Misbehaved,
+            Self::AskedBeforeCommit => Reason::ChannelsLost,
             Self::System { .. } => Reason::Internal,
         }
     }
@@ -168,6 +182,12 @@ impl Error {
     pub(crate) fn in_phase(mut self, phase: Phase) -> Self {
         self.phase = phase;
         self
+    }
+
+    /// Whether the link of the control channel failed, and no more than that: then the source may come back over another.
+    #[must_use]
+    pub(crate) fn loses_control(&self) -> bool {
+        self.at == ChannelRef::Control && matches!(*self.fault, Fault::Channel(_))
     }
 
     /// When it happened.

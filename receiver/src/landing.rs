@@ -68,6 +68,35 @@ impl Landing {
         self.damaged_pages.load(Ordering::Acquire)
     }
 
+    /// The pages that are damaged, as runs of at most `pages_max` pages. Complete while no lane is at work.
+    pub(crate) fn damaged_runs(&self, pages_max: u32) -> Vec<PageRun> {
+        let mut runs: Vec<PageRun> = Vec::new();
+        if self.damaged_pages() == 0 {
+            return runs;
+        }
+        for region in self.layout.regions() {
+            let Ok(first) = self.layout.run(region.id, PageIndex::new(0), 1) else {
+                continue;
+            };
+            let start = self.layout.global_index(first).start;
+            let end = start + region.bytes / PAGE_BYTES_U64;
+            self.damaged.each(start..end, |index| {
+                let page = index - start;
+                let longer = runs.last().copied().filter(|last| {
+                    last.region() == region.id
+                        && last.first().value() + u64::from(last.count()) == page
+                        && last.count() < pages_max
+                });
+                let (place, count) = longer.map_or((page, 1), |last| {
+                    runs.pop();
+                    (last.first().value(), last.count() + 1)
+                });
+                runs.extend(self.layout.run(region.id, PageIndex::new(place), count));
+            });
+        }
+        runs
+    }
+
     /// Admits a frame's runs against the layout of this session (SPEC: RUN-1).
     pub(crate) fn admit(&self, raw: &[RawRun], into: &mut Vec<PageRun>) -> Result<(), Misbehaved> {
         into.clear();
@@ -241,8 +270,20 @@ mod tests {
         assert_eq!(l.damaged_pages(), 1);
         assert_eq!(land(&l, 3, &[4], &[crc(5)]), [run(&l, 3, 1)]);
         assert_eq!(l.damaged_pages(), 1, "damaged twice is still one page");
+        assert_eq!(l.damaged_runs(8), [run(&l, 3, 1)]);
         assert!(land(&l, 3, &[9], &[crc(9)]).is_empty());
         assert_eq!(l.damaged_pages(), 0);
+    }
+
+    #[test]
+    fn damaged_pages_are_listed_in_runs_of_bounded_length() {
+        let l = landing();
+        land(&l, 0, &[1; 5], &[0; 5]);
+        land(&l, 9, &[1, 1], &[0, crc(1)]);
+        let runs = [run(&l, 0, 2), run(&l, 2, 2), run(&l, 4, 1), run(&l, 9, 1)];
+        assert_eq!(l.damaged_runs(2), runs);
+        l.zeros(run(&l, 0, 16));
+        assert!(l.damaged_runs(2).is_empty());
     }
 
     #[test]

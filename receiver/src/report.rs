@@ -1,5 +1,7 @@
 //! What a migration did, as the destination saw it.
 
+use std::time::{Duration, Instant};
+
 use multifd_wire::{ChannelRef, PAGE_BYTES_U64};
 use serde::Serialize;
 
@@ -46,6 +48,12 @@ pub struct Report {
     pub pages_damaged: u64,
     /// Data channels that the source opened again after they were lost.
     pub channels_rejoined: u32,
+    /// How often all channels were lost and the migration was kept for the source to come back.
+    pub suspensions: u32,
+    /// How long it was kept so in all.
+    pub suspended_ms: f64,
+    /// How often the source asked how it ended.
+    pub asked: u32,
     /// Connections that were refused.
     pub refused: u64,
     /// CPU seconds of this side's migration threads.
@@ -89,7 +97,28 @@ pub(crate) struct Timeline {
     pub(crate) resume_ms: f64,
     pub(crate) rounds: u32,
     pub(crate) lanes_rejoined: u32,
+    pub(crate) asked: u32,
+    suspensions: u32,
+    suspended_since: Option<Instant>,
+    suspended: Duration,
     pub(crate) digest: Option<u64>,
+}
+
+impl Timeline {
+    /// All channels are lost.
+    pub(crate) fn suspended(&mut self) {
+        if self.suspended_since.is_none() {
+            self.suspensions += 1;
+            self.suspended_since = Some(Instant::now());
+        }
+    }
+
+    /// The rounds go on, or it is over.
+    pub(crate) fn resumed(&mut self) {
+        if let Some(since) = self.suspended_since.take() {
+            self.suspended += since.elapsed();
+        }
+    }
 }
 
 impl Report {
@@ -112,6 +141,9 @@ impl Report {
             zero_bytes: end.zero_pages * PAGE_BYTES_U64,
             pages_damaged: end.pages_damaged,
             channels_rejoined: timeline.lanes_rejoined,
+            suspensions: timeline.suspensions,
+            suspended_ms: timeline.suspended.as_secs_f64() * 1e3,
+            asked: timeline.asked,
             refused: end.refused,
             cpu_receiver_s: end.cpu.as_secs_f64(),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),

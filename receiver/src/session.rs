@@ -11,8 +11,11 @@
 //! [`Ready`] leads to PREPARED; only COMMIT on top of it gives [`Ownership`] (SPEC: COMMIT-1). In every state before, the
 //! guest can't run here. Which event is legal in which state is the one table in [`Session::handle`].
 
+mod resume;
+
 use std::time::Duration;
 
+use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Digest, LaneId, Phase, Reason, Round};
 
 use crate::config::Config;
@@ -78,6 +81,12 @@ pub enum Event {
     },
     /// The VMM runs the guest.
     Resumed,
+    /// The channels are lost: the link failed, or nothing was heard for too long. What was said on them is worth nothing now.
+    Lost(Error),
+    /// The source opened a new control channel for this session, and showed its secret.
+    Resuming,
+    /// The source asks how the session ended, and showed its secret.
+    Asked,
     /// Something failed: a channel, the VMM, the source said no.
     Failed(Error),
     /// Only the time has gone on.
@@ -89,6 +98,12 @@ pub enum Event {
 pub enum Effect {
     /// Let the VMM build the machine.
     Prepare,
+    /// Close every channel; memory and what is known of it stay.
+    Suspend,
+    /// Send LANDED, and give back every page that is damaged.
+    SendLanded,
+    /// Answer the question.
+    Answer(OutcomeState),
     /// Send READY.
     SendReady,
     /// Every living lane stands at the fence: acknowledge all, send ROUND_CLOSED, answer with [`Event::Closed`].
@@ -166,6 +181,10 @@ enum State {
         digest: Digest,
     },
     Prepared(Ready),
+    /// Without channels, until this time.
+    Suspended {
+        until: Duration,
+    },
     Owning,
     Over,
 }
@@ -174,6 +193,8 @@ enum State {
 struct Setup {
     lanes: Option<u32>,
     machine: bool,
+    /// It is made again, over new channels.
+    resumed: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -207,6 +228,8 @@ pub struct Session {
     lane_lost: bool,
     /// Since when no lane lives although one is needed: the source is dialling (SPEC: LANE-6).
     alone_since: Option<Duration>,
+    /// Whether it outlives its channels.
+    kept: bool,
     began: Duration,
     heard: Duration,
     /// When something last went on: pages landed, a decision came. Signs of life are none.
@@ -241,6 +264,7 @@ impl Session {
             closing: false,
             lane_lost: false,
             alone_since: None,
+            kept: false,
             began: now,
             heard: now,
             progress: now,
@@ -255,6 +279,7 @@ impl Session {
             State::Rounds if self.switchover.is_none() => Phase::Rounds,
             State::Rounds | State::Fenced { .. } | State::Loading { .. } => Phase::Switchover,
             State::Prepared(_) | State::Owning => Phase::Commit,
+            State::Suspended { .. } => Phase::Suspended,
             State::Over => Phase::Done,
         }
     }
@@ -305,10 +330,16 @@ impl Session {
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
         let follows = matches!(&event, Event::Switchover { round } if self.may_follow(*round));
+        let may_be_resumed = self.may_be_resumed();
         let admits =
             matches!(&event, Event::LaneJoined { lane } if self.entry(*lane) != Entry::Refused);
         match (&mut self.state, event) {
             (State::Over, _) => Vec::new(),
+            // The guest is ours: no loss changes that any more.
+            (State::Owning, Event::Lost(_)) => Vec::new(),
+            (_, Event::Lost(error)) => self.lost(error, now),
+            (_, Event::Resuming) if may_be_resumed => self.resuming(now),
+            (_, Event::Asked) => self.asked(),
             (_, Event::Failed(error)) => self.fail(error),
             (_, Event::Tick) => self.tick(now),
             (State::Setup(setup), Event::SetupEnd { lanes }) if setup.lanes.is_none() => {
@@ -396,6 +427,7 @@ impl Session {
         let State::Setup(Setup {
             lanes: Some(_),
             machine: true,
+            resumed,
         }) = self.state
         else {
             return Vec::new();
@@ -404,7 +436,12 @@ impl Session {
             return Vec::new();
         }
         self.state = State::Rounds;
-        vec![Effect::SendReady]
+        if resumed {
+            // SPEC: RESUME-6
+            vec![Effect::SendReady, Effect::SendLanded]
+        } else {
+            vec![Effect::SendReady]
+        }
     }
 
     fn joined(&mut self, lane: LaneId) -> Vec<Effect> {
@@ -460,6 +497,13 @@ impl Session {
         self.lane_lost = true;
         let nobody = self.lanes.iter().all(|fate| *fate == Fate::Ended);
         match self.state {
+            // The way back is made with all lanes, or again from the start.
+            State::Setup(Setup { resumed: true, .. }) => {
+                let last = format!("lane {lane} closed");
+                self.lost(Error::new(Phase::Setup, Fault::AllLanesLost { last }), now)
+            }
+            // Without channels there are no lanes.
+            State::Suspended { .. } => Vec::new(),
             // Once the memory is verified no lane is needed any more.
             State::Loading { .. } | State::Prepared(_) | State::Owning | State::Over => Vec::new(),
             State::Rounds | State::Fenced { .. } if nobody && !self.config.suspend.is_zero() => {
@@ -646,6 +690,7 @@ impl Session {
             ),
             // The guest is ours: no silence of the source changes that any more.
             State::Owning => (Duration::MAX, ""),
+            State::Suspended { until } => (until, "the source to come back"),
             State::Rounds | State::Fenced { .. } | State::Prepared(_) if idle.0 < silence.0 => idle,
             _ => silence,
         }
@@ -680,7 +725,13 @@ impl Session {
             };
             return self.fail(Error::new(Phase::Switchover, fault));
         }
-        self.fail(Error::new(self.phase(), Fault::Timeout { what }))
+        let error = Error::new(self.phase(), Fault::Timeout { what });
+        let silent = now >= self.heard + self.config.stall;
+        let in_resume = matches!(self.state, State::Setup(Setup { resumed: true, .. }));
+        if (silent || in_resume) && !matches!(self.state, State::Suspended { .. }) {
+            return self.lost(error, now);
+        }
+        self.fail(error)
     }
 
     fn fail(&mut self, error: Error) -> Vec<Effect> {

@@ -58,7 +58,8 @@ pub trait Vmm: Send {
     /// An error refuses the migration in its first second; the source's guest was not touched.
     fn prepare(&mut self, configs: Vec<Blob>, layout: &Layout) -> Result<GuestMemory, VmmError>;
 
-    /// Loads the state apart from memory. Memory is complete and verified by now.
+    /// Loads the state apart from memory. Memory is complete and verified by now. Called again, with a newer state over newer
+    /// memory, when the link was lost after it and before the commit: what was loaded before is void then.
     ///
     /// # Errors
     /// An error ends the migration; the guest runs on at the source.

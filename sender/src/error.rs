@@ -117,6 +117,47 @@ pub enum Fault {
         /// Repairs tried.
         rounds: u32,
     },
+    /// The link did not come back in time.
+    #[error(
+        "the destination could not be reached again within {within_ms} ms; the link was lost because: {why}"
+    )]
+    NotReconnected {
+        /// How long it was tried, in milliseconds.
+        within_ms: u128,
+        /// Why the link was lost.
+        why: String,
+    },
+    /// The destination answers, but does not know this migration: its process was restarted, or it had waited long enough.
+    #[error(
+        "the destination no longer has this migration ({reason}: {text}); it has to begin again from the start"
+    )]
+    DestinationLost {
+        /// Its reason code.
+        reason: Reason,
+        /// Its words.
+        text: String,
+    },
+    /// The commit was sent, and the destination did not say in time what came of it.
+    #[error(
+        "whether the guest runs at the destination is not known ({why}); look there before it is run anywhere"
+    )]
+    OutcomeUnknown {
+        /// Why nothing more was heard.
+        why: String,
+    },
+    /// The commit did not arrive, and the destination takes none any more.
+    #[error(
+        "the destination was not committed and never will be; the link was lost because: {why}"
+    )]
+    NotCommitted {
+        /// Why the link was lost.
+        why: String,
+    },
+    /// The destination owns the guest and could not run it.
+    #[error(
+        "the destination took the guest over and could not run it: it is loaded there and paused"
+    )]
+    FailedAfterCommit,
     /// The operating system refused something: a thread, memory, random numbers.
     #[error("{step}: {source}")]
     System {
@@ -192,6 +233,11 @@ impl Fault {
             Self::NotConverging { .. } => "sender.not-converging",
             Self::DigestMismatch { .. } => "sender.digest-mismatch",
             Self::Unrepairable { .. } => "sender.unrepairable",
+            Self::NotReconnected { .. } => "sender.channel.not-reconnected",
+            Self::DestinationLost { .. } => "sender.peer.session-lost",
+            Self::OutcomeUnknown { .. } => "sender.outcome-unknown",
+            Self::NotCommitted { .. } => "sender.not-committed",
+            Self::FailedAfterCommit => "sender.peer.failed-after-commit",
             Self::System { .. } => "sender.system",
         }
     }
@@ -214,6 +260,11 @@ impl Fault {
             Self::NotConverging { .. } => Reason::CannotConverge,
             Self::DigestMismatch { .. } => Reason::DigestMismatch,
             Self::Unrepairable { .. } => Reason::Corruption,
+            Self::NotReconnected { .. } => Reason::ChannelsLost,
+            Self::DestinationLost { reason, .. } => *reason,
+            Self::OutcomeUnknown { .. } => Reason::Timeout,
+            Self::NotCommitted { .. } => Reason::ChannelsLost,
+            Self::FailedAfterCommit => Reason::VmmRefused,
         }
     }
 }
@@ -241,6 +292,12 @@ impl Error {
     pub(crate) fn in_phase(mut self, phase: Phase) -> Self {
         self.phase = phase;
         self
+    }
+
+    /// Whether the link of the control channel failed, and no more than that: then the session may go on over another.
+    #[must_use]
+    pub(crate) fn loses_control(&self) -> bool {
+        self.at == ChannelRef::Control && matches!(*self.fault, Fault::Channel(_))
     }
 
     /// When it happened.

@@ -179,6 +179,27 @@ impl Lane {
     /// # Errors
     /// [`Misbehaved::Amount`]; the ledger is then unchanged.
     pub fn acked(&mut self, frames: u64) -> Result<Settled, Misbehaved> {
+        self.check_acked(frames)?;
+        let mut settled = Settled {
+            frames: frames - self.acked,
+            octets: 0,
+        };
+        while let Some(entry) = self.ledger.front()
+            && entry.sequence < frames
+        {
+            settled.octets += entry.octets;
+            self.ledger.pop_front();
+        }
+        self.acked = frames;
+        self.unacked_octets -= settled.octets;
+        Ok(settled)
+    }
+
+    /// Whether [`Lane::acked`] would take it.
+    ///
+    /// # Errors
+    /// As [`Lane::acked`].
+    pub fn check_acked(&self, frames: u64) -> Result<(), Misbehaved> {
         if frames < self.acked {
             return Err(Misbehaved::Amount {
                 field: "ack.frames (gone back)",
@@ -193,19 +214,7 @@ impl Lane {
                 found: frames,
             });
         }
-        let mut settled = Settled {
-            frames: frames - self.acked,
-            octets: 0,
-        };
-        while let Some(entry) = self.ledger.front()
-            && entry.sequence < frames
-        {
-            settled.octets += entry.octets;
-            self.ledger.pop_front();
-        }
-        self.acked = frames;
-        self.unacked_octets -= settled.octets;
-        Ok(settled)
+        Ok(())
     }
 
     /// The channel is gone: all runs that were not acknowledged, for the dirty set.

@@ -29,6 +29,10 @@ pub(crate) struct Counters {
     pub(crate) pages_given_back: AtomicU64,
     /// Octets of frames that were lost with their channel.
     pub(crate) octets_lost: AtomicU64,
+    /// Attempts to reach the destination again since the channels were lost; 0 while they are open.
+    pub(crate) attempts: AtomicU32,
+    /// Until when it is tried, in milliseconds; counts down.
+    pub(crate) gives_up_in_ms: AtomicU64,
     /// Octets a second over all lanes in the newest round that was long enough to measure.
     pub(crate) bandwidth: AtomicU64,
     cpu_ns: AtomicU64,
@@ -98,6 +102,11 @@ impl Counters {
             octets_acked: self.octets_acked.load(Relaxed),
             pages_given_back: self.pages_given_back.load(Relaxed),
             octets_lost: self.octets_lost.load(Relaxed),
+            reconnect: Some(Reconnect {
+                attempts: self.attempts.load(Relaxed),
+                gives_up_in: Duration::from_millis(self.gives_up_in_ms.load(Relaxed)),
+            })
+            .filter(|reconnect| reconnect.attempts > 0),
             bandwidth: self.bandwidth.load(Relaxed),
             cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
             forecast: match self.forecast_kind.load(Relaxed) {
@@ -118,6 +127,15 @@ impl Counters {
             },
         }
     }
+}
+
+/// All channels are lost, and the destination is dialled again. Before the commit the guest runs here meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reconnect {
+    /// Attempts so far.
+    pub attempts: u32,
+    /// How long it is still tried.
+    pub gives_up_in: Duration,
 }
 
 /// How far a migration is.
@@ -147,6 +165,8 @@ pub struct Snapshot {
     pub pages_given_back: u64,
     /// Octets of frames that were lost with their channel, so that their pages are sent again.
     pub octets_lost: u64,
+    /// While the link is lost: how it stands with coming back.
+    pub reconnect: Option<Reconnect>,
     /// Measured octets a second over all lanes; 0 before the first measurement.
     pub bandwidth: u64,
     /// CPU time of the migration's own threads so far.

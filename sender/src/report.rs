@@ -22,6 +22,8 @@ pub enum OutcomeKind {
     Failed,
     /// The user stopped it; the guest runs at the source.
     Cancelled,
+    /// The destination owns the guest and could not run it: it is paused there, and stays paused here.
+    Stranded,
     /// The commit was sent and nothing was heard since: the source stays paused.
     Unknown,
 }
@@ -57,6 +59,14 @@ pub struct Report {
     pub zero_bytes: u64,
     /// Guest memory that was sent with content, every version counted.
     pub content_bytes: u64,
+    /// How often all channels were lost and the migration was suspended.
+    pub suspensions: u32,
+    /// How long it was suspended in all; the guest ran here meanwhile.
+    pub suspended_ms: f64,
+    /// How long the guest stood still for switchovers that were broken off, because the channels were lost.
+    pub broken_off_pause_ms: f64,
+    /// How often the destination was asked how it ended.
+    pub asked: u32,
     /// Octets of frames that were lost with their channel, so that their pages were sent again.
     pub sent_again_bytes: u64,
     /// Pages that came back into the dirty set: damaged on the way or lost with a channel.
@@ -176,6 +186,11 @@ pub(crate) struct Timeline {
     rounds: Vec<(RoundReport, Duration)>,
     lanes_lost: u32,
     lanes_reopened: u32,
+    suspensions: u32,
+    suspended_since: Option<Instant>,
+    suspended: Duration,
+    broken_off: Duration,
+    asked: u32,
     committed: bool,
     destination_load: Duration,
     destination_cpu: Option<Duration>,
@@ -229,6 +244,8 @@ impl Timeline {
     }
 
     pub(crate) fn pausing(&mut self, predicted: Option<Duration>) {
+        (self.paused, self.saved, self.final_sent, self.prepared) = (None, None, None, None);
+        (self.running_again, self.last_collects) = (None, Duration::ZERO);
         self.pausing = Some(Instant::now());
         self.predicted = predicted;
     }
@@ -268,11 +285,35 @@ impl Timeline {
         self.lanes_lost += 1;
     }
 
+    /// All channels are lost. If the guest was paused it runs again by now.
+    pub(crate) fn suspended(&mut self) {
+        if self.suspended_since.is_none() {
+            self.suspensions += 1;
+            self.suspended_since = Some(Instant::now());
+        }
+        if let (Some(since), Some(again)) = (self.pausing, self.running_again) {
+            self.broken_off += again.saturating_duration_since(since);
+            (self.pausing, self.running_again) = (None, None);
+        }
+    }
+
+    /// The rounds go on.
+    pub(crate) fn resumed(&mut self) {
+        if let Some(since) = self.suspended_since.take() {
+            self.suspended += since.elapsed();
+        }
+    }
+
+    pub(crate) fn asked(&mut self) {
+        self.asked += 1;
+    }
+
     pub(crate) fn lane_rejoined(&mut self) {
         self.lanes_reopened += 1;
     }
 
     pub(crate) fn ended(&mut self) {
+        self.resumed();
         self.ended = Some(Instant::now());
     }
 
@@ -307,6 +348,7 @@ impl Report {
             Outcome::Migrated => (OutcomeKind::Migrated, None),
             Outcome::Failed(error) => (OutcomeKind::Failed, Some(error)),
             Outcome::Cancelled(error) => (OutcomeKind::Cancelled, Some(error)),
+            Outcome::Stranded(error) => (OutcomeKind::Stranded, Some(error)),
             Outcome::Unknown(error) => (OutcomeKind::Unknown, Some(error)),
         };
         let ended = timeline.ended.unwrap_or_else(Instant::now);
@@ -334,6 +376,10 @@ impl Report {
             sent_bytes: end.octets_sent,
             zero_bytes: end.zero_pages_sent * PAGE_BYTES_U64,
             content_bytes: end.pages_sent * PAGE_BYTES_U64,
+            suspensions: timeline.suspensions,
+            suspended_ms: ms(timeline.suspended),
+            broken_off_pause_ms: ms(timeline.broken_off),
+            asked: timeline.asked,
             sent_again_bytes: end.octets_lost,
             pages_given_back: end.pages_given_back,
             goodput_mib_s: mib_s(moved, moving),

@@ -9,18 +9,23 @@
 //!                                                  │ damaged, lost or late pages
 //!                                                  └──► Last(k+1)
 //! ```
-//! Every state before `Committed` can fail or be cancelled; the guest then belongs to the source, and the machine says so
+//! What follows when the channels are lost is in `session/resume.rs`. Every state before `Committed` can fail or be cancelled; the guest then belongs to the source, and the machine says so
 //! with an [`Effect::Reclaim`]. From `Committed` on no effect ever gives the guest back (SPEC: COMMIT-3). Which event is
 //! legal in which state is the one table in [`Session::handle`]; `the_table_of_states_and_events` prints it.
 
+mod resume;
+
 use std::time::Duration;
 
+use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Phase, Reason, Round};
 
 use crate::config::{Config, WhenNotConverging};
 use crate::error::{Error, Fault};
 use crate::forecast::{Conditions, Forecast, Observation, Writer, forecast};
 use crate::vmm::Reclaimed;
+
+pub use resume::SUSPENSIONS_MAX;
 
 /// Damaged or lost pages are sent again in a further last round; more than this many and the link can't be trusted.
 pub const REPAIR_ROUNDS_MAX: u32 = 16;
@@ -89,6 +94,19 @@ pub enum Event {
     },
     /// The guest runs at the destination.
     Running,
+    /// The channels are lost: the link failed, or nothing was heard for too long. What was said on them is worth nothing now.
+    Lost(Error),
+    /// A new control channel was accepted for this session.
+    Reconnected,
+    /// All lanes are open again and the destination said what landed; the rest is back in the dirty set.
+    Landed {
+        /// Rounds that it has closed.
+        rounds_closed: u32,
+    },
+    /// The destination does not know this session, or does not keep it.
+    Forgotten(Error),
+    /// The destination's answer to the question how it ended.
+    Answered(OutcomeState),
     /// Round trip of a keep-alive.
     RoundTrip(Duration),
     /// The user wants it to stop.
@@ -134,6 +152,20 @@ pub enum Effect {
     },
     /// Send COMMIT. The guest belongs to the destination from before the first octet of it.
     Commit,
+    /// Close every channel; what their lanes carried is kept in their ledgers.
+    Disconnect,
+    /// Dial the destination again, until this time, to resume the session.
+    Reconnect {
+        /// When to stop.
+        until: Duration,
+    },
+    /// Dial the destination again, until this time, to ask how the session ended.
+    Ask {
+        /// When to stop.
+        until: Duration,
+    },
+    /// Begin anew, as another session, with all of memory.
+    StartAfresh,
     /// Tell the peer why it ends.
     Abort {
         /// The code.
@@ -165,6 +197,8 @@ pub enum Outcome {
     Failed(Error),
     /// The user stopped it; the guest runs at the source.
     Cancelled(Error),
+    /// The guest is the destination's, where it could not be run: it is loaded there and paused; so it stays here.
+    Stranded(Error),
     /// The commit was sent, but whether the guest runs at the destination is not known; the source stays paused.
     Unknown(Error),
 }
@@ -198,6 +232,25 @@ enum State {
     Last(Last),
     Committed {
         since: Duration,
+    },
+    /// Without channels; the guest runs here.
+    Suspended {
+        until: Duration,
+    },
+    /// A new control channel is open; the set-up is made again.
+    Rejoining {
+        granted: bool,
+        until: Duration,
+        since: Duration,
+    },
+    /// Before the first round after a resume.
+    Reopening {
+        round: Round,
+        until: Duration,
+    },
+    /// The commit was sent and the channels were lost.
+    Asking {
+        until: Duration,
     },
     Over,
 }
@@ -239,6 +292,11 @@ pub struct Session {
     polished: u32,
     repairs: u32,
     predicted: Option<Duration>,
+    /// How long the destination keeps the session without channels, and this side tries to come back.
+    kept: Option<Duration>,
+    suspensions: u32,
+    /// Why the channels were lost.
+    doubt: Option<Error>,
 }
 
 impl Session {
@@ -261,6 +319,9 @@ impl Session {
             polished: 0,
             repairs: 0,
             predicted: None,
+            kept: None,
+            suspensions: 0,
+            doubt: None,
         }
     }
 
@@ -268,12 +329,13 @@ impl Session {
     #[must_use]
     pub fn phase(&self) -> Phase {
         match self.state {
-            State::Setup { .. } => Phase::Setup,
+            State::Setup { .. } | State::Rejoining { .. } | State::Reopening { .. } => Phase::Setup,
+            State::Suspended { .. } => Phase::Suspended,
             State::Sending { .. } | State::Deciding { .. } | State::Draining { .. } => {
                 Phase::Rounds
             }
             State::Pausing { .. } | State::Collecting { .. } | State::Last(_) => Phase::Switchover,
-            State::Committed { .. } => Phase::Commit,
+            State::Committed { .. } | State::Asking { .. } => Phase::Commit,
             State::Over => Phase::Done,
         }
     }
@@ -281,7 +343,7 @@ impl Session {
     /// Whether the commit was made: from then on the guest is the destination's.
     #[must_use]
     pub fn is_committed(&self) -> bool {
-        matches!(self.state, State::Committed { .. })
+        matches!(self.state, State::Committed { .. } | State::Asking { .. })
     }
 
     /// The downtime that was predicted when the switchover was decided.
@@ -335,7 +397,15 @@ impl Session {
         }
         match (self.state, event) {
             (State::Over, _) => Vec::new(),
+            (_, Event::Lost(error)) => self.lost(error, now),
+            // SPEC: COMMIT-5
+            (State::Committed { .. }, Event::Failed(error)) => self.doubt(error, now),
             (_, Event::Failed(error)) => self.fail(error),
+            // The user does not want to wait for the answer.
+            (State::Asking { .. }, Event::Cancel) => {
+                let error = self.gave_up("the answer");
+                self.fail(error)
+            }
             // Too late to stop: the guest is the destination's (SPEC: COMMIT-3).
             (State::Committed { .. }, Event::Cancel) => Vec::new(),
             (_, Event::Cancel) => self.fail(Error::new(self.phase(), Fault::Cancelled)),
@@ -344,6 +414,13 @@ impl Session {
                 self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
                 Vec::new()
             }
+            (
+                State::Suspended { .. }
+                | State::Rejoining { .. }
+                | State::Reopening { .. }
+                | State::Asking { .. },
+                event,
+            ) => self.handle_resume(event, now),
             (State::Setup { granted: false }, Event::Granted) => {
                 self.state = State::Setup { granted: true };
                 vec![Effect::SendSetup]
@@ -644,7 +721,7 @@ impl Session {
     /// The next instant at which waiting any longer is an error, and which one.
     fn deadline(&self) -> (Duration, &'static str) {
         let silence = (
-            self.heard + self.config.stall,
+            self.heard + self.silence_max(),
             "a sign of life from the destination",
         );
         let own = match self.state {
@@ -653,6 +730,13 @@ impl Session {
                 "the destination to get ready",
             ),
             State::Draining { until, .. } => (until, "the destination to close a round"),
+            State::Suspended { until } | State::Asking { until } => {
+                return (until, "the destination to answer again");
+            }
+            State::Rejoining { until, since, .. } => (
+                until.min(since + self.config.setup_deadline),
+                "the destination to take the migration up again",
+            ),
             State::Committed { since } => (
                 since + self.config.commit_deadline,
                 "the destination to say that the guest runs",
@@ -676,7 +760,24 @@ impl Session {
         if now < deadline {
             return Vec::new();
         }
-        self.fail(Error::new(self.phase(), Fault::Timeout { what }))
+        match self.state {
+            State::Suspended { .. } | State::Asking { .. } => {
+                let error = self.gave_up(what);
+                self.fail(error)
+            }
+            State::Rejoining { until, .. } if now >= until => {
+                let error = self.gave_up(what);
+                self.fail(error)
+            }
+            State::Rejoining { .. } | State::Committed { .. } => {
+                self.lost(Error::new(self.phase(), Fault::Timeout { what }), now)
+            }
+            // A destination that is silent may be there again later; one that lives and does nothing is no better then.
+            _ if now >= self.heard + self.silence_max() => {
+                self.lost(Error::new(self.phase(), Fault::Timeout { what }), now)
+            }
+            _ => self.fail(Error::new(self.phase(), Fault::Timeout { what })),
+        }
     }
 
     fn fail(&mut self, error: Error) -> Vec<Effect> {

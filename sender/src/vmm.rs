@@ -30,7 +30,8 @@ impl VmmError {
     }
 }
 
-/// Proof that the guest still belongs to the source: the commit was not sent, and never will be in this migration.
+/// Proof that the guest belongs to the source: no commit was sent for the pause that it ends, or the destination gave its word
+/// that it has read none and will take none any more (SPEC: ASK-3).
 ///
 /// Only the session makes it. It is consumed by [`Vmm::resume`].
 #[derive(Debug)]
@@ -40,6 +41,11 @@ pub struct Reclaimed(());
 impl Reclaimed {
     /// Only for the session's transition tables, which call it in states before the commit.
     pub(crate) fn new() -> Self {
+        Self(())
+    }
+
+    /// Only for the session's transition table, on the destination's answer that it is not committed and never will be.
+    pub(crate) fn not_committed() -> Self {
         Self(())
     }
 }
@@ -68,7 +74,8 @@ pub trait Vmm: Send {
     /// An error ends the migration; the guest is resumed.
     fn save(&mut self) -> Result<Vec<Blob>, VmmError>;
 
-    /// Runs the guest again at the source, after a migration that failed or was cancelled while it was paused.
+    /// Runs the guest again at the source, after a migration that failed, was cancelled or lost its link while it was paused. In
+    /// the last case the migration may go on, and [`Vmm::pause`] and [`Vmm::save`] are called again.
     ///
     /// # Errors
     /// Reported to the user beside the first error: the guest is then still paused at the source.

@@ -188,6 +188,19 @@ impl Taking {
         self.lanes.push(lane);
     }
 
+    /// The next connection, whatever it is for.
+    ///
+    /// # Panics
+    /// If none comes in time.
+    #[must_use]
+    pub fn accept(&self) -> Box<dyn Channel> {
+        let deadline = Instant::now() + PATIENCE;
+        self.listener
+            .accept(Some(deadline))
+            .expect("the source connects")
+            .0
+    }
+
     /// Says READY for so many lanes.
     pub fn ready(&self, lanes: u32) {
         self.control.send(Ready {

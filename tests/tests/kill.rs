@@ -51,12 +51,15 @@ fn sender(address: &str) -> Process {
         "120M",
         "--warm-up",
         "50ms",
+        // Who was killed does not come back, and is not waited for.
+        "--reconnect-deadline",
+        "0s",
     ];
     Process::start("multifd-send", &flags)
 }
 
 fn receiver() -> (Process, String) {
-    Process::receiver(&["--run-for", "200ms"])
+    Process::receiver(&["--run-for", "200ms", "--suspend", "0s"])
 }
 
 /// How long a migration takes that nobody disturbs.

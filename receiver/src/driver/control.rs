@@ -1,6 +1,7 @@
 //! The control thread of the destination: feeds events to the session machine and carries out its effects.
 
 mod rejoin;
+mod resume;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_transport::{Closer, GuestMemory, SendHalf};
 use multifd_wire::frame::{
-    Abort, Acks, GiveBack, GiveBackReason, Grant, KeepAlive, LaneDown, LaneMark, Prepared,
+    Abort, Acks, GiveBack, GiveBackReason, KeepAlive, LaneDown, LaneMark, OutcomeState, Prepared,
     Progress, RawLaneMark, RawRun, Ready, RoundClosed, Running,
 };
 use multifd_wire::limits::TEXT_BYTES_MAX;
@@ -24,7 +25,7 @@ use super::accept::Acceptor;
 use super::gate::Gate;
 use super::greet::{Joined, Opened};
 use super::lane::{Begins, LaneThread};
-use super::link::{ControlSender, Inbound, read_control};
+use super::link::{ControlSender, Inbound};
 use super::{Finished, Note, Shared, thread_cpu};
 use crate::blobs::Assembler;
 use crate::error::{Error, Fault};
@@ -157,8 +158,10 @@ pub(super) struct Control {
     control_lost: bool,
     reader: Option<JoinHandle<()>>,
     layout: Option<Layout>,
-    devices_seen: bool,
-    setup_ended: bool,
+    /// What of the set-up came on this control channel.
+    seen: Seen,
+    /// The configuration as it came first: a source that comes back has to have the same.
+    first_configs: Vec<Blob>,
     configs: Assembler,
     states: Assembler,
     early: Vec<Joined>,
@@ -177,7 +180,32 @@ pub(super) struct Control {
     ack_due: Duration,
     /// Frames that had come on data channels when it was last looked at.
     frames_seen: u64,
+    /// Counts the control channels.
+    epoch: u32,
+    /// Threads of channels that were given up; they end by themselves.
+    stragglers: Vec<JoinHandle<()>>,
+    /// How far the frames of lanes before the last resume were handled.
+    landed: BTreeMap<LaneId, LaneMark>,
+    /// Notes that came while something else was waited for.
+    later: VecDeque<Note>,
+    /// Loads that the VMM has not finished, and how many of them are void.
+    loads: u32,
+    void_loads: u32,
+    /// PREPARED was sent: from then on the source may have committed.
+    prepared: bool,
+    /// Who waits for an answer, and whether one got it.
+    asking: Option<Sender<OutcomeState>>,
+    answered: bool,
+    said_goodbye: bool,
     cpu: Duration,
+}
+
+/// What of the set-up came on a control channel.
+#[derive(Debug, Default)]
+struct Seen {
+    regions: bool,
+    devices: bool,
+    end: bool,
 }
 
 impl Control {
@@ -217,8 +245,8 @@ impl Control {
             control_lost: false,
             reader: None,
             layout: None,
-            devices_seen: false,
-            setup_ended: false,
+            seen: Seen::default(),
+            first_configs: Vec::new(),
             configs: Assembler::new(Kind::Config, blob_bytes_max),
             states: Assembler::new(Kind::VmState, blob_bytes_max),
             early: Vec::new(),
@@ -235,6 +263,16 @@ impl Control {
             keep_alive_due: Duration::ZERO,
             ack_due: Duration::ZERO,
             frames_seen: 0,
+            epoch: 0,
+            stragglers: Vec::new(),
+            landed: BTreeMap::new(),
+            later: VecDeque::new(),
+            loads: 0,
+            void_loads: 0,
+            prepared: false,
+            asking: None,
+            answered: false,
+            said_goodbye: false,
             cpu: Duration::ZERO,
         })
     }
@@ -275,6 +313,9 @@ impl Control {
 
     /// Waits for the next note or timer, and handles it.
     fn step(&mut self) {
+        if let Some(note) = self.later.pop_front() {
+            return self.note(note);
+        }
         let Some(session) = &self.session else {
             // Nobody has come yet: nothing is due.
             match self.inbox.recv_timeout(Duration::from_millis(200)) {
@@ -313,7 +354,7 @@ impl Control {
 
     fn send<'a>(&mut self, frame: impl Into<Frame<'a>>) {
         if let Err(error) = self.try_send(frame) {
-            self.drive(Event::Failed(error));
+            self.drive(failure(error));
         }
     }
 
@@ -346,7 +387,7 @@ impl Control {
                     Ok(next) => events.extend(next),
                     Err(error) => {
                         events.clear();
-                        events.push_back(Event::Failed(error));
+                        events.push_back(failure(error));
                         break;
                     }
                 }
@@ -358,6 +399,18 @@ impl Control {
         match effect {
             Effect::Prepare => self.prepare().map(|()| None),
             Effect::SendReady => self.send_ready().map(|()| None),
+            Effect::SendLanded => self.send_landed().map(|()| None),
+            Effect::Suspend => {
+                self.suspend();
+                Ok(None)
+            }
+            Effect::Answer(state) => {
+                if let Some(answer) = self.asking.take() {
+                    self.answered =
+                        answer.send(state).is_ok() && state != OutcomeState::CommittedNotRunning;
+                }
+                Ok(None)
+            }
             Effect::CloseRound { round } => self.close_round(round).map(Some),
             Effect::OpenGate { round } => {
                 self.gate.open(round);
@@ -365,6 +418,7 @@ impl Control {
             }
             Effect::Load { states } => self.load(states).map(|()| None),
             Effect::SendPrepared { digest } => {
+                self.prepared = true;
                 self.timeline.digest = Some(digest.value());
                 let wait_us = self.fenced_at.map_or(0, |at| micros(at.elapsed()));
                 let load_us = (self.timeline.load_ms * 1e3) as u64;
@@ -432,12 +486,18 @@ impl Control {
                 },
             ));
         };
-        let blobs = self
-            .configs
-            .take(self.configs.count())
-            .map_err(|e| Error::new(Phase::Setup, e))?;
-        self.ask_vmm(VmmTask::Prepare(blobs, layout));
-        self.setup_ended = true;
+        if self.landing.is_some() {
+            self.same_configs()?;
+        } else {
+            let blobs = self
+                .configs
+                .take(self.configs.count())
+                .map_err(|e| Error::new(Phase::Setup, e))?;
+            // Their octets are shared.
+            self.first_configs.clone_from(&blobs);
+            self.ask_vmm(VmmTask::Prepare(blobs, layout));
+        }
+        self.seen.end = true;
         for joined in std::mem::take(&mut self.early) {
             self.joined(joined);
         }
@@ -508,6 +568,7 @@ impl Control {
             .states
             .take(states)
             .map_err(|e| Error::new(Phase::Switchover, e).at(ChannelRef::Control))?;
+        self.loads += 1;
         self.ask_vmm(VmmTask::Load(blobs));
         Ok(())
     }
@@ -548,7 +609,7 @@ impl Control {
             }
         }
         if let Err(error) = self.send_acks(&handled) {
-            self.drive(Event::Failed(error));
+            self.drive(failure(error));
         }
     }
 
@@ -602,13 +663,17 @@ impl Control {
             Note::LaneJoined(joined) => {
                 tracing::info!(channel = %joined.description, lane = %joined.lane, "lane open");
                 // A lane may be faster than the SETUP_END that announces it.
-                if self.setup_ended {
+                if self.seen.end {
                     self.joined(joined)
                 } else {
                     self.early.push(joined)
                 }
             }
-            Note::Inbound(inbound) => {
+            Note::Inbound { epoch, .. } | Note::ControlLost { epoch, .. }
+                if epoch != self.epoch => {}
+            Note::Resuming(opened) => self.resuming(opened),
+            Note::Asked { answer } => self.asked(answer),
+            Note::Inbound { inbound, .. } => {
                 let now = self.now();
                 if let Some(session) = &mut self.session {
                     session.heard(now);
@@ -620,9 +685,10 @@ impl Control {
                     self.drive(Event::Failed(error.at(ChannelRef::Control)));
                 }
             }
-            Note::ControlLost(error) => {
+            Note::ControlLost { error, .. } => {
                 self.control_lost = true;
-                self.drive(Event::Failed(error.in_phase(phase)));
+                self.note_goodbye(&error);
+                self.drive(failure(error.in_phase(phase)));
             }
             Note::LaneArrived {
                 lane,
@@ -656,39 +722,14 @@ impl Control {
 
     fn opened(&mut self, opened: Opened) {
         tracing::info!(channel = %opened.description, session = ?opened.session, "control channel open");
-        let (now, notes, rx) = (self.now(), self.shared.notes.clone(), opened.rx);
-        self.session = Some(Session::new(self.shared.config.clone(), now));
-        self.shared.counters.set_phase(Phase::Setup);
-        self.keep_alive_due = now + self.shared.config.keep_alive;
-        self.ack_due = now + self.shared.config.ack_period;
-        self.began = Instant::now() - now;
-        let mut tx = opened.tx;
-        tx.set_stall(Some(self.shared.config.stall));
-        self.control = Some(ControlSender::new(tx));
-        self.closer = Some(opened.closer);
-        match self
-            .shared
-            .spawner
-            .spawn("mfd-reader", Box::new(move || read_control(rx, &notes)))
-        {
-            Ok(reader) => self.reader = Some(reader),
-            Err(source) => {
-                return self.drive(Event::Failed(Error::new(
-                    Phase::Setup,
-                    Fault::System {
-                        step: "start a thread",
-                        source,
-                    },
-                )));
-            }
+        let now = self.now();
+        let mut session = Session::new(self.shared.config.clone(), now);
+        if opened.kept {
+            session.keep();
         }
-        self.send(Grant {
-            ticket: opened.ticket,
-            resume_secret: opened.resume_secret,
-            lanes_max: self.shared.config.lanes_max,
-            suspend_ms: 0,
-            device_window_bytes: 0,
-        });
+        self.session = Some(session);
+        self.shared.counters.set_phase(Phase::Setup);
+        self.take_control(opened);
     }
 
     fn joined(&mut self, joined: Joined) {
@@ -716,7 +757,7 @@ impl Control {
             Inbound::Config(part, body) => {
                 in_setup(Kind::Config)?;
                 // SPEC: SETUP-1
-                if self.layout.is_some() {
+                if self.seen.regions {
                     return Err(fail(Misbehaved::Order { kind: Kind::Config }));
                 }
                 self.configs
@@ -725,16 +766,21 @@ impl Control {
             }
             Inbound::Regions(layout) => {
                 in_setup(Kind::Regions)?;
-                if self.layout.is_some() {
+                if self.seen.regions {
                     return Err(fail(Misbehaved::Order {
                         kind: Kind::Regions,
                     }));
                 }
-                self.regions(layout)?;
+                self.seen.regions = true;
+                if self.layout.is_some() {
+                    self.same_layout(&layout)?;
+                } else {
+                    self.regions(layout)?;
+                }
             }
             Inbound::Devices(count) => {
                 in_setup(Kind::Devices)?;
-                if self.layout.is_none() || self.devices_seen {
+                if !self.seen.regions || self.seen.devices {
                     return Err(fail(Misbehaved::Order {
                         kind: Kind::Devices,
                     }));
@@ -744,7 +790,7 @@ impl Control {
                         kind: Kind::Devices,
                     }));
                 }
-                self.devices_seen = true;
+                self.seen.devices = true;
             }
             Inbound::SetupEnd(end) => {
                 in_setup(Kind::SetupEnd)?;
@@ -850,7 +896,7 @@ impl Control {
                 }))
             }
         };
-        let Some(layout) = self.layout.as_ref().filter(|_| self.devices_seen) else {
+        let Some(layout) = self.layout.as_ref().filter(|_| self.seen.devices) else {
             return Err(fail(Misbehaved::Order {
                 kind: Kind::SetupEnd,
             }));
@@ -957,7 +1003,13 @@ impl Control {
                     .map_err(refused("build the machine"))
                     .and_then(|memory| self.machine_ready(memory))
             }
+            VmmDone::Loaded(..) if self.void_loads > 0 => {
+                self.loads = self.loads.saturating_sub(1);
+                self.void_loads -= 1;
+                return;
+            }
             VmmDone::Loaded(result, took) => {
+                self.loads = self.loads.saturating_sub(1);
                 self.timeline.load_ms = ms(took);
                 result
                     .map_err(refused("load the VM state"))
@@ -1012,12 +1064,15 @@ impl Control {
             let _ = control.half().finish();
         }
         self.hear_the_farewell();
+        self.linger(&outcome);
         self.gate.end();
         for slot in &self.lanes {
             slot.give_up(&self.gate);
         }
         self.early.clear();
         self.join_lanes();
+        self.join_stragglers();
+        self.later.clear();
         // Dropping it stops the accept thread and closes the listeners.
         self.acceptor = None;
         let vmm = self.vmm_home();
@@ -1050,7 +1105,12 @@ impl Control {
         let until = Instant::now() + FAREWELL;
         while self.reader.is_some() && !self.control_lost && Instant::now() < until {
             match self.inbox.recv_deadline(until) {
-                Ok(Note::ControlLost(_)) | Err(_) => self.control_lost = true,
+                Ok(Note::ControlLost { epoch, error }) if epoch == self.epoch => {
+                    self.note_goodbye(&error);
+                    self.control_lost = true;
+                }
+                Err(_) => self.control_lost = true,
+                Ok(note @ (Note::Asked { .. } | Note::Resuming(_))) => self.later.push_back(note),
                 Ok(_) => {}
             }
         }
@@ -1061,8 +1121,10 @@ impl Control {
         while let Some(reader) = &self.reader {
             if reader.is_finished() {
                 let _ = self.reader.take().map(JoinHandle::join);
-            } else {
-                let _ = self.inbox.recv_timeout(Duration::from_millis(1));
+            } else if let Ok(note @ (Note::Asked { .. } | Note::Resuming(_))) =
+                self.inbox.recv_timeout(Duration::from_millis(1))
+            {
+                self.later.push_back(note);
             }
         }
     }
@@ -1113,6 +1175,15 @@ fn vmm_life(
         }
     }
     vmm
+}
+
+/// What a failure means: a control channel whose link failed may be replaced.
+fn failure(error: Error) -> Event {
+    if error.loses_control() {
+        Event::Lost(error)
+    } else {
+        Event::Failed(error)
+    }
 }
 
 fn micros(time: Duration) -> u64 {

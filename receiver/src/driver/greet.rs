@@ -8,10 +8,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
+use multifd_wire::frame::Outcome;
 use multifd_wire::negotiate::{self, Agreement, Offer};
 use multifd_wire::{
-    Features, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId, Reason, SessionId,
-    Token, VersionRange,
+    Body, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId, Reason,
+    Sequence, SessionId, Token, VersionRange,
 };
 
 use super::{GREETERS_MAX, Note, OfferError, Shared, lock};
@@ -22,9 +23,13 @@ pub(super) struct Opened {
     pub(super) rx: Box<dyn ReceiveHalf>,
     pub(super) closer: Closer,
     pub(super) session: SessionId,
+    /// Whether the session may outlive its channels.
+    pub(super) kept: bool,
     pub(super) ticket: Token,
     pub(super) resume_secret: Token,
     pub(super) description: String,
+    /// The acceptance, when the control thread has to send it: only it knows whether the session can be resumed.
+    pub(super) reply: Option<HelloReply>,
 }
 
 /// A data channel whose hello was accepted.
@@ -48,6 +53,7 @@ pub(super) struct Desk(Mutex<Option<AtHome>>);
 struct AtHome {
     session: SessionId,
     ticket: Token,
+    resume_secret: Token,
     agreement: Agreement,
     lanes_max: u32,
     /// The newest incarnation of each lane.
@@ -73,6 +79,7 @@ impl Desk {
         *home = Some(AtHome {
             session: hello.session,
             ticket,
+            resume_secret,
             agreement,
             lanes_max,
             joined: vec![None; lanes_max as usize],
@@ -116,14 +123,43 @@ impl Desk {
         }
     }
 
-    fn offer_for(&self, intent: Intent) -> Offer {
+    /// Whether somebody may speak for the session that is here. SPEC: RESUME-1, ASK-1
+    fn knows(&self, hello: &Hello) -> Result<(), Refusal> {
+        let home = lock(&self.0);
+        let Some(home) = home.as_ref().filter(|home| home.session == hello.session) else {
+            return Err((Reason::WrongSession, "no such session here"));
+        };
+        if home.resume_secret != hello.token {
+            return Err((
+                Reason::BadTicket,
+                "the secret is not the one of this session",
+            ));
+        }
+        Ok(())
+    }
+
+    /// A session is resumed: the ticket of before is void (SPEC: GRANT-1). Returns the new one, and the secret.
+    fn resume(&self, hello: &Hello) -> Result<(Token, Token), Refusal> {
+        self.knows(hello)?;
+        let mut home = lock(&self.0);
+        let home = home
+            .as_mut()
+            .ok_or((Reason::WrongSession, "no such session here"))?;
+        if !home.agreement.features.contains(Features::RESUME) {
+            return Err((Reason::Feature, "this session is not kept"));
+        }
+        home.ticket = random_token()?;
+        Ok((home.ticket, home.resume_secret))
+    }
+
+    fn offer_for(&self, intent: Intent, features: Features) -> Offer {
         let ours = Offer {
             versions: VersionRange::OURS,
-            features: Features::NONE,
+            features,
             required: Features::NONE,
         };
         match (intent, &*lock(&self.0)) {
-            (Intent::Join, Some(home)) => Offer::exactly(home.agreement),
+            (Intent::Join | Intent::Resume, Some(home)) => Offer::exactly(home.agreement),
             _ => ours,
         }
     }
@@ -171,12 +207,18 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
     let deadline = Instant::now() + shared.config.hello_deadline;
     tx.set_deadline(Some(deadline));
     rx.set_deadline(Some(deadline));
+    // SPEC: FEAT-5
+    let features = if shared.config.suspend.is_zero() {
+        Features::NONE
+    } else {
+        Features::RESUME
+    };
     let mut octets = [0u8; HELLO_BYTES];
     rx.receive(&mut octets)?;
     let hello = match Hello::decode(&octets) {
         Ok(hello) => hello,
         Err(error) => {
-            let offer = shared.desk.offer_for(Intent::Start);
+            let offer = shared.desk.offer_for(Intent::Start, features);
             return refuse(
                 shared,
                 &mut *tx,
@@ -185,7 +227,14 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
             );
         }
     };
-    let reply = negotiate::answer(&hello, &shared.desk.offer_for(hello.intent));
+    // Who asks for what is not here is told so, whatever features it has in mind.
+    if matches!(hello.intent, Intent::Resume | Intent::Ask)
+        && let Err((reason, text)) = shared.desk.knows(&hello)
+    {
+        let reply = HelloReply::refused(reason, text, hello.session);
+        return refuse(shared, &mut *tx, &mut *rx, &reply);
+    }
+    let reply = negotiate::answer(&hello, &shared.desk.offer_for(hello.intent, features));
     let agreement = match negotiate::accept(&hello, &reply) {
         Ok(agreement) => agreement,
         Err(_) => return refuse(shared, &mut *tx, &mut *rx, &reply),
@@ -201,9 +250,11 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 rx,
                 closer,
                 session: hello.session,
+                kept: agreement.features.contains(Features::RESUME),
                 ticket,
                 resume_secret,
                 description,
+                reply: None,
             }),
             Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
         },
@@ -219,13 +270,21 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
             }),
             Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
         },
-        Intent::Resume | Intent::Ask => {
-            let refusal = (
-                Reason::Feature,
-                "this destination does not keep suspended migrations",
-            );
-            return refuse(shared, &mut *tx, &mut *rx, &no(refusal));
-        }
+        Intent::Resume => match shared.desk.resume(&hello) {
+            Ok((ticket, resume_secret)) => Note::Resuming(Opened {
+                tx,
+                rx,
+                closer,
+                session: hello.session,
+                kept: true,
+                ticket,
+                resume_secret,
+                description,
+                reply: Some(reply),
+            }),
+            Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
+        },
+        Intent::Ask => return answer(shared, &mut *tx, &mut *rx, &hello, &reply),
     };
     welcome(shared, note, &reply)
 }
@@ -234,6 +293,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
 fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), ChannelError> {
     let (tx, rx, now) = match &mut note {
         Note::Opened(opened) => (&mut opened.tx, &mut opened.rx, true),
+        Note::Resuming(opened) => (&mut opened.tx, &mut opened.rx, false),
         Note::LaneJoined(joined) => (&mut joined.tx, &mut joined.rx, joined.reply.is_none()),
         _ => unreachable!("greeters make only these"),
     };
@@ -249,16 +309,50 @@ fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), Ch
     sent
 }
 
+/// Answers the question how the session stands, which only the control thread knows.
+fn answer(
+    shared: &Shared,
+    tx: &mut dyn SendHalf,
+    rx: &mut dyn ReceiveHalf,
+    hello: &Hello,
+    reply: &HelloReply,
+) -> Result<(), ChannelError> {
+    let (asked, answers) = crossbeam_channel::bounded(1);
+    let _ = shared.notes.send(Note::Asked { answer: asked });
+    let Ok(state) = answers.recv_timeout(shared.config.hello_deadline) else {
+        let no = HelloReply::refused(
+            Reason::ShuttingDown,
+            "nobody is there to answer",
+            hello.session,
+        );
+        return refuse(shared, tx, rx, &no);
+    };
+    tracing::info!(?state, "the source asked how the migration stands");
+    let mut octets = reply.encode().to_vec();
+    if Frame::from(Outcome { state })
+        .encode(Sequence::FIRST, Body::None, &mut octets)
+        .is_err()
+    {
+        return Ok(());
+    }
+    tx.send(&octets, &[])?;
+    tx.finish()?;
+    match rx.drain(64 * 1024) {
+        Ok(_) | Err(ChannelError::Deadline { .. } | ChannelError::Reset { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Says no to a channel whose hello a greeter had accepted: in a thread, since the peer may take its time to close.
-pub(super) fn turn_away(shared: &Arc<Shared>, joined: Joined, refusal: Refusal) {
+pub(super) fn turn_away(
+    shared: &Arc<Shared>,
+    halves: (Box<dyn SendHalf>, Box<dyn ReceiveHalf>),
+    reply: Option<HelloReply>,
+    refusal: Refusal,
+) {
     let theirs = Arc::clone(shared);
     let body = Box::new(move || {
-        let Joined {
-            mut tx,
-            mut rx,
-            reply,
-            ..
-        } = joined;
+        let (mut tx, mut rx) = halves;
         let deadline = Instant::now() + theirs.config.hello_deadline;
         tx.set_deadline(Some(deadline));
         rx.set_deadline(Some(deadline));

@@ -99,16 +99,17 @@ pub(super) enum Inbound {
 }
 
 /// Reads the control channel until it ends, and passes every frame on. Never returns without a last word to the control thread.
-pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, notes: &Sender<Note>) {
+pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, epoch: u32, notes: &Sender<Note>) {
     let (mut expected, mut table) = (Sequence::FIRST, Vec::new());
     loop {
         let note = match next(&mut *rx, &mut expected, &mut table) {
-            Ok(inbound) => Note::Inbound(inbound),
-            Err(fault) => {
-                Note::ControlLost(Error::new(Phase::Hello, fault).at(ChannelRef::Control))
-            }
+            Ok(inbound) => Note::Inbound { epoch, inbound },
+            Err(fault) => Note::ControlLost {
+                epoch,
+                error: Error::new(Phase::Hello, fault).at(ChannelRef::Control),
+            },
         };
-        let ended = matches!(note, Note::ControlLost(_));
+        let ended = matches!(note, Note::ControlLost { .. });
         if notes.send(note).is_err() || ended {
             return;
         }

@@ -183,8 +183,21 @@ enum Note {
     Opened(greet::Opened),
     /// A data channel was let in.
     LaneJoined(greet::Joined),
-    Inbound(link::Inbound),
-    ControlLost(Error),
+    /// A source that knows the session's secret wants to go on with it.
+    Resuming(greet::Opened),
+    /// A source that knows the session's secret asks how it ended.
+    Asked {
+        answer: Sender<multifd_wire::frame::OutcomeState>,
+    },
+    /// `epoch` counts the control channels of this session: what an earlier one said is void.
+    Inbound {
+        epoch: u32,
+        inbound: link::Inbound,
+    },
+    ControlLost {
+        epoch: u32,
+        error: Error,
+    },
     LaneArrived {
         lane: multifd_wire::LaneId,
         incarnation: multifd_wire::Incarnation,

@@ -32,6 +32,11 @@ fn vmm_failure() -> Error {
     )
 }
 
+fn lost() -> Event {
+    let fault = Fault::Timeout { what: "anything" };
+    Event::Lost(Error::new(Phase::Rounds, fault))
+}
+
 fn arrived(lane: u32, round: u32, last: bool) -> Event {
     Event::LaneArrived {
         lane: LaneId::new(lane),
@@ -96,6 +101,7 @@ fn happy_path() -> Vec<Event> {
 
 fn after(events: impl IntoIterator<Item = Event>) -> Session {
     let mut session = Session::new(Config::default(), Duration::ZERO);
+    session.keep();
     for event in events {
         let _ = session.handle(event, MS);
     }
@@ -142,6 +148,20 @@ fn states() -> Vec<(&'static str, Vec<Event>)> {
         ),
         ("loading", path(12)),
         ("prepared", path(13)),
+        ("suspended in round 0", with(5, vec![lost()])),
+        ("suspended after PREPARED", with(13, vec![lost()])),
+        (
+            "resumed, tables",
+            with(
+                13,
+                vec![
+                    lost(),
+                    Event::Resuming,
+                    Event::SetupEnd { lanes: 2 },
+                    joined(0),
+                ],
+            ),
+        ),
         ("owning", path(14)),
         ("over", path(15)),
     ]
@@ -181,6 +201,9 @@ fn events() -> Vec<(&'static str, Event, Duration)> {
             },
         ),
         ("resumed", Event::Resumed),
+        ("lost", lost()),
+        ("resuming", Event::Resuming),
+        ("asked", Event::Asked),
         ("failed, channel", Event::Failed(lost_channel())),
         ("failed, VMM", Event::Failed(vmm_failure())),
         ("tick", Event::Tick),
@@ -193,8 +216,10 @@ fn events() -> Vec<(&'static str, Event, Duration)> {
 fn state_name(session: &Session) -> String {
     match &session.state {
         State::Setup(setup) => format!(
-            "set-up ({:?} lanes, machine {})",
-            setup.lanes, setup.machine
+            "set-up ({:?} lanes, machine {}{})",
+            setup.lanes,
+            setup.machine,
+            if setup.resumed { ", resumed" } else { "" }
         ),
         State::Rounds if session.closing => format!("round {}, closing", session.round),
         State::Rounds => format!("round {}", session.round),
@@ -206,6 +231,7 @@ fn state_name(session: &Session) -> String {
         State::Fenced { round, .. } => format!("fenced {round}, pages missing"),
         State::Loading { .. } => "loading".into(),
         State::Prepared(_) => "prepared".into(),
+        State::Suspended { .. } => "suspended".into(),
         State::Owning => "owning".into(),
         State::Over => "over".into(),
     }
@@ -214,6 +240,9 @@ fn state_name(session: &Session) -> String {
 fn word(effect: &Effect) -> String {
     match effect {
         Effect::Prepare => "prepare".into(),
+        Effect::Suspend => "suspend".into(),
+        Effect::SendLanded => "LANDED".into(),
+        Effect::Answer(state) => format!("answer {}", state.as_u32()),
         Effect::SendReady => "READY".into(),
         Effect::CloseRound { round } => format!("close {round}"),
         Effect::OpenGate { round } => format!("open {round}"),
@@ -385,12 +414,23 @@ fn every_state_has_a_deadline_until_the_guest_is_ours() {
             assert!(session.handle(Event::Tick, STALL * 100).is_empty());
             continue;
         }
-        assert!(deadline <= STALL + MS, "{state}: {deadline:?}");
+        let suspended = state.starts_with("suspended");
+        let most = if suspended {
+            Config::default().suspend
+        } else {
+            STALL
+        };
+        assert!(deadline <= most + NOW, "{state}: {deadline:?}");
         assert!(
             session.handle(Event::Tick, deadline - MS).is_empty(),
             "{state}: too early"
         );
-        let effects = session.handle(Event::Tick, deadline);
+        let mut effects = session.handle(Event::Tick, deadline);
+        if matches!(session.state, State::Suspended { .. }) {
+            // A silent source may come back, but not for ever.
+            let until = session.next_deadline();
+            effects = session.handle(Event::Tick, until);
+        }
         assert_eq!(finishes(&effects), usize::from(state != "over"), "{state}");
     }
 }
@@ -654,7 +694,7 @@ fn signs_of_life_alone_are_not_enough() {
         let ends = finishes(&session.handle(Event::Tick, late)) == 1;
         assert_eq!(
             ends,
-            !["loading", "owning", "over"].contains(&state),
+            !["loading", "owning", "over", "resumed, tables"].contains(&state),
             "{state}"
         );
     }
@@ -723,6 +763,7 @@ fn expected(session: &Session) -> Event {
             Some(newest) if newest == *round => final_of(newest.value(), DIGEST),
             _ => switchover(round.value()),
         },
+        State::Suspended { .. } => Event::Resuming,
         State::Loading { .. } => Event::Loaded,
         State::Prepared(_) => Event::Commit { digest: DIGEST },
         State::Owning | State::Over => Event::Resumed,
@@ -734,9 +775,14 @@ proptest! {
     #[test]
     fn no_order_of_events_starts_a_guest_that_is_not_ours(
         walk in proptest::collection::vec((0u8..4, any::<prop::sample::Index>(), 0u64..3000), 1..80),
+        is_kept in any::<bool>(),
     ) {
         let mut session = Session::new(Config::default(), Duration::ZERO);
+        if is_kept {
+            session.keep();
+        }
         let (mut now, mut prepared, mut resumed, mut ended) = (Duration::ZERO, None, false, 0);
+        let mut refused = false;
         for (mood, index, pause_ms) in walk {
             now += MS * u32::try_from(pause_ms / 10).unwrap();
             session.heard(now);
@@ -753,7 +799,14 @@ proptest! {
                         prop_assert!(prepared.is_none(), "prepared twice");
                         prepared = Some(digest);
                     }
+                    // What was prepared is void.
+                    Effect::Suspend => prepared = None,
+                    Effect::Answer(OutcomeState::NotCommitted) => {
+                        prop_assert!(!resumed);
+                        refused = true;
+                    }
                     Effect::Resume(_) => {
+                        prop_assert!(!refused, "run after it was said that it never will be");
                         prop_assert!(!resumed && prepared.is_some() && committed == prepared);
                         resumed = true;
                     }
@@ -767,6 +820,77 @@ proptest! {
             }
             prop_assert!(ended <= 1);
             prop_assert_eq!(ended == 1, matches!(session.state, State::Over));
+        }
+    }
+}
+
+#[test]
+fn a_session_that_is_not_kept_ends_with_its_channels() {
+    for (event, code) in [(lost(), "receiver.timeout")] {
+        let mut session = Session::new(Config::default(), Duration::ZERO);
+        for event in happy_path().into_iter().take(5) {
+            let _ = session.handle(event, MS);
+        }
+        assert!(!session.may_be_resumed());
+        let words: Vec<String> = session.handle(event, NOW).iter().map(word).collect();
+        assert_eq!(words.last().unwrap(), &format!("finish: failed, {code}"));
+    }
+}
+
+#[test]
+fn a_resumed_session_goes_on_with_the_first_round_that_is_not_closed() {
+    for (state, round) in [("suspended in round 0", 0), ("suspended after PREPARED", 2)] {
+        let mut session = state_after(state);
+        let mut words = Vec::new();
+        for event in [
+            Event::Resuming,
+            Event::SetupEnd { lanes: 1 },
+            joined(0),
+            arrived(0, round, false),
+            closed(0),
+        ] {
+            words.extend(session.handle(event, NOW).iter().map(word));
+        }
+        let [close, open] = [format!("close {round}"), format!("open {}", round + 1)];
+        assert_eq!(
+            words,
+            ["prepare", "READY", "LANDED", &close, &open],
+            "{state}"
+        );
+    }
+}
+
+#[test]
+fn what_is_suspended_is_freed_at_the_deadline_and_not_before() {
+    let mut session = state_after("suspended in round 0");
+    let until = session.next_deadline();
+    assert_eq!(until, MS + Config::default().suspend);
+    assert!(session.handle(Event::Tick, until - MS).is_empty());
+    let words: Vec<String> = session
+        .handle(Event::Tick, until)
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(words[1..], ["discard", "finish: failed, receiver.timeout"]);
+}
+
+#[test]
+fn whoever_was_told_not_committed_is_never_run_here() {
+    for (state, _) in states() {
+        let mut session = state_after(state);
+        let answers = session.handle(Event::Asked, NOW);
+        if count(&answers, |e| {
+            matches!(e, Effect::Answer(OutcomeState::NotCommitted))
+        }) == 0
+        {
+            assert!(["owning", "over"].contains(&state), "{state}");
+            continue;
+        }
+        for (name, event, at) in events() {
+            assert!(
+                session.handle(event, at).is_empty(),
+                "{state}, asked, {name}"
+            );
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The control thread of the source: feeds events to the session machine and carries out its effects.
 
 mod lanes;
+mod resume;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,12 +20,12 @@ use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
 use multifd_wire::negotiate::Agreement;
 use multifd_wire::{
     ChannelRef, Features, Frame, Hello, Incarnation, Kind, LaneId, Misbehaved, Phase, Reason,
-    Round, SessionId, Text,
+    Round, SessionId, Text, Token,
 };
 
 use super::lane::LaneCommand;
-use super::link::{ControlSender, Inbound, open, read_control};
-use super::redial::{Attempt, Redial, lane_life};
+use super::link::{ControlSender, Inbound, open};
+use super::redial::{Attempt, Purpose, Redial, lane_life};
 use super::work::{RoundWork, tracked};
 use super::{Dial, Finished, LaneState, Note, Shared, lock, thread_cpu};
 use crate::error::{Error, Fault};
@@ -58,6 +59,8 @@ struct Slot {
     watch: lanes::Watch,
     /// Why this side gave it up, until its thread has ended.
     doomed: Option<Fault>,
+    /// While a resume is under way: the connection that was lost, which LANDED settles.
+    before: Option<Arc<LaneState>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +120,20 @@ pub(super) struct Control {
     /// Since when no lane lives.
     alone_since: Option<Duration>,
     watch_due: Duration,
+    /// The newest round that was opened since the destination last said how many it has closed, or ever.
+    last_opened: Option<Round>,
+    /// Counts the control channels.
+    epoch: u32,
+    /// What a resume or a question has to show.
+    secret: Option<Token>,
+    /// While the destination is dialled again.
+    back: Option<resume::Back>,
+    /// Counts the attempts.
+    attempt: u32,
+    /// While a resume is under way.
+    resumed: Option<resume::Resumed>,
+    /// Threads of channels that were given up; they end by themselves.
+    stragglers: Vec<JoinHandle<()>>,
     timeline: Timeline,
     outcome: Option<Outcome>,
     keep_alive_due: Duration,
@@ -164,6 +181,13 @@ impl Control {
             paused_from: None,
             alone_since: None,
             watch_due: Duration::ZERO,
+            last_opened: None,
+            epoch: 0,
+            secret: None,
+            back: None,
+            attempt: 0,
+            resumed: None,
+            stragglers: Vec::new(),
             timeline: Timeline::default(),
             outcome: None,
             keep_alive_due: Duration::ZERO,
@@ -213,32 +237,17 @@ impl Control {
             .map_err(|e| hello_error(Fault::Dial(e.to_string())))?;
         let opened = open(
             channel,
-            &Hello::start(self.id, Features::NONE, Features::NONE),
+            &Hello::start(self.id, Features::NONE, self.wanted()),
             deadline,
         )
         .map_err(hello_error)?;
-        tracing::info!(channel = %opened.description, session = ?self.id, "control channel open");
-        let notes = self.notes.clone();
-        let rx = opened.rx;
-        let body = Box::new(move || read_control(rx, &notes));
-        self.reader = Some(self.spawner.spawn("mfd-reader", body).map_err(|source| {
-            hello_error(Fault::System {
-                step: "start a thread",
-                source,
-            })
-        })?);
-        let mut tx = opened.tx;
-        tx.set_stall(Some(self.shared.config.stall));
-        self.control = Some(ControlSender::new(tx));
-        self.control_closer = Some(opened.closer);
-        self.agreement = Some(opened.agreement);
+        self.take_control(opened)?;
         let now = self.shared.now();
         self.session = Session::new(
             self.shared.config.clone(),
             self.shared.layout.pages_total().value(),
             now,
         );
-        self.keep_alive_due = now + self.shared.config.keep_alive;
         Ok(())
     }
 
@@ -250,6 +259,7 @@ impl Control {
             .next_deadline()
             .min(self.keep_alive_due)
             .min(self.lanes_due())
+            .min(self.back_due())
             .min(settle.unwrap_or(Duration::MAX));
         match self
             .inbox
@@ -266,7 +276,13 @@ impl Control {
         }
         let now = self.shared.now();
         if now >= self.keep_alive_due {
-            self.keep_alive_due = now + self.shared.config.keep_alive;
+            let period = self.shared.config.keep_alive;
+            self.keep_alive_due = now
+                + if self.session.is_paused() {
+                    period.min(resume::PAUSED_KEEP_ALIVE)
+                } else {
+                    period
+                };
             let stamp_us = micros(now).max(1);
             self.send(KeepAlive {
                 stamp_us,
@@ -275,12 +291,13 @@ impl Control {
         }
         if self.settle_deadline().is_some_and(|due| now >= due) {
             let what = "the destination to say what it has of a lost lane";
-            self.drive(Event::Failed(Error::new(
+            self.drive(Event::Lost(Error::new(
                 self.session.phase(),
                 Fault::Timeout { what },
             )));
         }
         self.tend_lanes(now);
+        self.tend_back(now);
         self.drive(Event::Tick);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
     }
@@ -288,7 +305,7 @@ impl Control {
     /// Sends on the control channel; a failure becomes an event.
     fn send<'a>(&mut self, frame: impl Into<Frame<'a>>) {
         if let Err(error) = self.try_send(frame) {
-            self.drive(Event::Failed(error));
+            self.drive(failure(error));
         }
     }
 
@@ -313,7 +330,7 @@ impl Control {
                     Ok(next) => events.extend(next),
                     Err(error) => {
                         events.clear();
-                        events.push_back(Event::Failed(error));
+                        events.push_back(failure(error));
                         break;
                     }
                 }
@@ -368,6 +385,19 @@ impl Control {
                 self.abort(reason, phase, channel, &text);
                 Ok(None)
             }
+            Effect::Disconnect => {
+                self.disconnect();
+                Ok(None)
+            }
+            Effect::Reconnect { until } => {
+                self.go_back(Purpose::Resume, until);
+                Ok(None)
+            }
+            Effect::Ask { until } => {
+                self.go_back(Purpose::Ask, until);
+                Ok(None)
+            }
+            Effect::StartAfresh => self.start_afresh().map(|()| None),
             Effect::Finish(outcome) => {
                 self.outcome = Some(outcome);
                 Ok(None)
@@ -379,15 +409,19 @@ impl Control {
 
     fn send_setup(&mut self) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
-        let blobs = std::mem::take(&mut self.blobs);
+        // Kept: a resume sends them again. Their octets are shared.
+        let blobs = self.blobs.clone();
         let configs = self.send_blobs(&blobs, |blob| Frame::Config(ConfigFrame { blob }))?;
         let regions: Vec<RawRegion> = shared.layout.regions().map(RawRegion::from).collect();
         self.try_send(Regions { regions: &regions })?;
-        let lanes = shared.config.channels.min(
-            self.grant
-                .as_ref()
-                .map_or(u32::MAX, |grant| grant.lanes_max),
-        );
+        let granted = self
+            .grant
+            .as_ref()
+            .map_or(u32::MAX, |grant| grant.lanes_max);
+        let lanes = match self.resumed {
+            Some(_) => u32::try_from(self.lanes.len()).unwrap_or(u32::MAX),
+            None => shared.config.channels.min(granted),
+        };
         let memory_bytes = shared.layout.pages_total().value() * multifd_wire::PAGE_BYTES_U64;
         self.try_send(Frame::Devices(multifd_wire::frame::Devices {
             devices: &[],
@@ -399,6 +433,9 @@ impl Control {
             lanes,
             memory_bytes,
         })?;
+        if self.resumed.is_some() {
+            return self.dial_all_again();
+        }
         for id in 0..lanes {
             self.start_lane(LaneId::new(id), Incarnation::new(0))?;
         }
@@ -453,6 +490,7 @@ impl Control {
             losses: 0,
             watch: lanes::Watch::default(),
             doomed: None,
+            before: None,
         });
         Ok(())
     }
@@ -509,6 +547,7 @@ impl Control {
     }
 
     fn open_round(&mut self, round: Round, last: bool) {
+        self.last_opened = Some(round);
         let taken = self.shared.dirty.take_round();
         let pages = taken.pages();
         let counters = &self.shared.counters;
@@ -624,16 +663,19 @@ impl Control {
 
     fn note(&mut self, note: Note) {
         match note {
-            Note::Inbound(inbound) => {
+            Note::Inbound { epoch, .. } | Note::ControlLost { epoch, .. }
+                if epoch != self.epoch => {}
+            Note::Reached { attempt, result } => self.reached(attempt, result),
+            Note::Inbound { inbound, .. } => {
                 self.session.heard(self.shared.now());
                 if let Err(error) = self.inbound(inbound) {
                     self.drive(Event::Failed(error.at(ChannelRef::Control)));
                 }
             }
-            Note::ControlLost(error) => {
+            Note::ControlLost { error, .. } => {
                 self.control_lost = true;
                 let phase = self.session.phase();
-                self.drive(Event::Failed(error.in_phase(phase)));
+                self.drive(failure(error.in_phase(phase)));
             }
             Note::LaneUp {
                 lane,
@@ -697,6 +739,13 @@ impl Control {
         match inbound {
             Inbound::Granted(grant) => {
                 self.grant = Some(grant);
+                self.secret = Some(grant.resume_secret);
+                let resume = self
+                    .agreement
+                    .is_some_and(|agreement| agreement.features.contains(Features::RESUME));
+                let kept = Duration::from_millis(grant.suspend_ms.into());
+                // SPEC: FEAT-5
+                self.session.kept_for(resume.then_some(kept));
                 self.drive(Event::Granted);
             }
             Inbound::Ready(ready) => {
@@ -776,6 +825,30 @@ impl Control {
             Inbound::Abort { reason, text } => {
                 return Err(Error::new(phase, Fault::PeerAborted { reason, text }));
             }
+            Inbound::Landed {
+                rounds_closed,
+                marks,
+            } => {
+                let kind = Kind::Landed;
+                let resume = self
+                    .agreement
+                    .is_some_and(|agreement| agreement.features.contains(Features::RESUME));
+                if !resume {
+                    return Err(fail(phase, Misbehaved::Feature { kind }));
+                }
+                // SPEC: RESUME-6
+                if self.destination_ready.is_none() {
+                    return Err(fail(phase, Misbehaved::Order { kind }));
+                }
+                self.landed(rounds_closed, &marks)
+                    .map_err(|m| fail(phase, m))?;
+                self.begin_rounds()?;
+            }
+            // It answers a question, and none was asked on this channel.
+            Inbound::Outcome(_) => {
+                let kind = Kind::Outcome;
+                return Err(fail(phase, Misbehaved::Feature { kind }));
+            }
             Inbound::Other => {}
         }
         Ok(())
@@ -784,6 +857,9 @@ impl Control {
     /// Once the destination is ready *and* every lane has read its acceptance, which may be later than READY.
     fn begin_rounds(&mut self) -> Result<(), Error> {
         if self.lanes.iter().any(|slot| slot.life == Life::Dialling) {
+            return Ok(());
+        }
+        if self.resume_rounds() {
             return Ok(());
         }
         let Some(ready) = self.destination_ready.take() else {
@@ -796,8 +872,8 @@ impl Control {
     }
 
     fn start_tracking(&mut self) -> Result<(), Error> {
-        self.tracking = true;
-        for source in &mut self.sources {
+        let on = std::mem::replace(&mut self.tracking, true);
+        for source in self.sources.iter_mut().filter(|_| !on) {
             if let Err(error) = source.start(&self.shared.dirty) {
                 let text = format!("{}: {error}", source.name());
                 return Err(Error::new(Phase::Setup, Fault::Tracking(text)));
@@ -831,7 +907,16 @@ impl Control {
         incarnation: Incarnation,
         runs: &[RawRun],
     ) -> Result<(), Misbehaved> {
-        self.known(lane, incarnation)?;
+        // Of a connection that was lost as well: a page that was damaged on it is owed all the same.
+        if self
+            .slot(lane)
+            .is_none_or(|slot| incarnation > slot.incarnation)
+        {
+            return Err(Misbehaved::Lane {
+                channel: ChannelRef::Lane(lane),
+                incarnation: incarnation.value(),
+            });
+        }
         let mut pages = 0;
         for raw in runs {
             let run = self.shared.layout.admit(raw)?;
@@ -898,6 +983,7 @@ impl Control {
         // Once the destination has everything no lane is needed any more.
         let committed = self.session.is_committed();
         let dials_again = self.dials_again();
+        let rejoining = self.session.is_rejoining();
         let Some(slot) = self.slot(id) else { return };
         let doomed = slot.doomed.take();
         let Some(fault) = doomed.or(fault) else {
@@ -906,6 +992,11 @@ impl Control {
         match slot.life {
             Life::Dying | Life::Dead => {}
             Life::Redialling => self.redial_failed(id, &fault),
+            // The way back is made with all lanes at once, or again from the start.
+            Life::Dialling | Life::Alive if rejoining => {
+                let error = Error::new(phase, fault).at(ChannelRef::Lane(id));
+                self.drive(Event::Lost(error));
+            }
             // A migration begins with all its lanes or not at all: what is wrong is found in the first second.
             Life::Dialling => self.drive(Event::Failed(
                 Error::new(phase, fault).at(ChannelRef::Lane(id)),
@@ -1095,8 +1186,12 @@ impl Control {
             }
         }
         self.join_lanes();
+        self.join_stragglers();
         for slot in &self.lanes {
             self.give_back_ledger(&slot.state);
+            if let Some(before) = &slot.before {
+                self.give_back_ledger(before);
+            }
         }
         if self.tracking {
             for source in &mut self.sources {
@@ -1115,9 +1210,10 @@ impl Control {
         );
         let error = match outcome {
             Outcome::Migrated => None,
-            Outcome::Failed(error) | Outcome::Cancelled(error) | Outcome::Unknown(error) => {
-                Some(error)
-            }
+            Outcome::Failed(error)
+            | Outcome::Cancelled(error)
+            | Outcome::Stranded(error)
+            | Outcome::Unknown(error) => Some(error),
         };
         Finished {
             report,
@@ -1153,7 +1249,10 @@ impl Control {
         let until = Instant::now() + FAREWELL;
         while self.reader.is_some() && !self.control_lost && Instant::now() < until {
             match self.inbox.recv_deadline(until) {
-                Ok(Note::ControlLost(_)) | Err(_) => self.control_lost = true,
+                Ok(Note::ControlLost { epoch, .. }) if epoch == self.epoch => {
+                    self.control_lost = true;
+                }
+                Err(_) => self.control_lost = true,
                 Ok(Note::LaneUp { closer, .. }) => closer.shutdown(),
                 Ok(_) => {}
             }
@@ -1169,6 +1268,15 @@ impl Control {
                 let _ = self.inbox.recv_timeout(Duration::from_millis(1));
             }
         }
+    }
+}
+
+/// What a failure means: a control channel whose link failed may be replaced.
+fn failure(error: Error) -> Event {
+    if error.loses_control() {
+        Event::Lost(error)
+    } else {
+        Event::Failed(error)
     }
 }
 

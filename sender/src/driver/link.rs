@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use crossbeam_channel::Sender;
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
-use multifd_wire::frame::{Grant, LaneMark, Prepared, RawRun, Ready, RoundClosed, Running};
+use multifd_wire::frame::{
+    Grant, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed, Running,
+};
 use multifd_wire::limits::TABLE_BYTES_MAX;
 use multifd_wire::negotiate::{Agreement, accept};
 use multifd_wire::{
@@ -128,27 +130,47 @@ pub(super) enum Inbound {
         reason: Reason,
         text: String,
     },
+    Landed {
+        rounds_closed: u32,
+        marks: Vec<LaneMark>,
+    },
+    Outcome(OutcomeState),
     /// A frame that tells this version nothing it acts on: progress, and optional kinds of later versions.
     Other,
 }
 
 /// Reads the control channel until it ends, and passes every frame on. Never returns without a last word to the control thread.
-pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, notes: &Sender<Note>) {
+pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, epoch: u32, notes: &Sender<Note>) {
     let mut reader = Reader {
         expected: Sequence::new(0),
         table: Vec::new(),
     };
     loop {
         let note = match reader.next(&mut *rx) {
-            Ok(inbound) => Note::Inbound(inbound),
-            Err(fault) => {
-                Note::ControlLost(Error::new(Phase::Hello, fault).at(ChannelRef::Control))
-            }
+            Ok(inbound) => Note::Inbound { epoch, inbound },
+            Err(fault) => Note::ControlLost {
+                epoch,
+                error: Error::new(Phase::Hello, fault).at(ChannelRef::Control),
+            },
         };
-        let ended = matches!(note, Note::ControlLost(_));
+        let ended = matches!(note, Note::ControlLost { .. });
         if notes.send(note).is_err() || ended {
             return;
         }
+    }
+}
+
+/// Reads the one frame that answers a question (SPEC: ASK-1).
+pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fault> {
+    let mut reader = Reader {
+        expected: Sequence::new(0),
+        table: Vec::new(),
+    };
+    match reader.next(rx)? {
+        Inbound::Outcome(state) => Ok(state),
+        other => Err(Fault::OutOfTurn {
+            what: format!("{other:?} in the place of an answer"),
+        }),
     }
 }
 
@@ -217,8 +239,13 @@ fn owned(frame: Frame<'_>) -> Result<Inbound, Misbehaved> {
             reason: abort.reason,
             text: abort.text.to_owned(),
         },
+        Frame::Landed(landed) => Inbound::Landed {
+            rounds_closed: landed.rounds_closed,
+            marks: landed.iter().collect(),
+        },
+        Frame::Outcome(outcome) => Inbound::Outcome(outcome.state),
         Frame::Progress(_) | Frame::Skipped(_) => Inbound::Other,
-        // Devices and resumption are features, and this version asks for none (SPEC: FEAT-4, FEAT-5).
+        // Devices are a feature, and this version does not ask for it (SPEC: FEAT-4).
         other => return Err(Misbehaved::Feature { kind: other.kind() }),
     })
 }

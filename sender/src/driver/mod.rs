@@ -255,10 +255,21 @@ struct LaneState {
 }
 
 /// What the other threads tell the control thread.
-#[derive(Debug)]
 enum Note {
-    Inbound(link::Inbound),
-    ControlLost(Error),
+    /// `epoch` counts the control channels of this migration: what an earlier one said is void.
+    Inbound {
+        epoch: u32,
+        inbound: link::Inbound,
+    },
+    ControlLost {
+        epoch: u32,
+        error: Error,
+    },
+    /// An attempt to reach the destination again has ended.
+    Reached {
+        attempt: u32,
+        result: Result<redial::Reached, Fault>,
+    },
     LaneUp {
         lane: LaneId,
         incarnation: Incarnation,

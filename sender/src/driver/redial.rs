@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use multifd_transport::Channel;
+use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Hello};
 
 use super::lane::{LaneCommand, serve};
-use super::link::open;
+use super::link::{Open, open, read_outcome};
 use super::{Dial, LaneState, Note, Shared};
 use crate::error::Fault;
 
@@ -79,6 +80,45 @@ pub(super) fn dial_again(
     let deadline = Instant::now() + patience.min(shared.config.hello_deadline);
     dial.dial(channel, deadline)
         .map_err(|e| Fault::Dial(e.to_string()))
+}
+
+/// What a new control channel is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To go on with the session.
+    Resume,
+    /// To ask how it ended.
+    Ask,
+    /// To begin another one.
+    Start,
+}
+
+/// The destination was reached again.
+pub(super) enum Reached {
+    /// A control channel, accepted.
+    Control(Open),
+    /// An answer; the channel is closed again.
+    Answer(OutcomeState),
+}
+
+/// One attempt to reach the destination again.
+pub(super) fn reach(
+    shared: &Shared,
+    dial: &dyn Dial,
+    purpose: Purpose,
+    hello: &Hello,
+    round_trip: Option<Duration>,
+) -> Result<Reached, Fault> {
+    let channel = dial_again(shared, dial, ChannelRef::Control, round_trip)?;
+    shared.check_stop()?;
+    let deadline = Instant::now() + shared.config.hello_deadline;
+    let mut opened = open(channel, hello, deadline)?;
+    if purpose == Purpose::Ask {
+        opened.rx.set_deadline(Some(deadline));
+        let state = read_outcome(&mut *opened.rx)?;
+        return Ok(Reached::Answer(state));
+    }
+    Ok(Reached::Control(opened))
 }
 
 /// How the connection of a lane is made.

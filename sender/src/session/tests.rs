@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::WhenDestinationLost;
 
 const MS: Duration = Duration::from_millis(1);
 const STALL: Duration = Duration::from_secs(10);
@@ -12,8 +13,20 @@ const COMMIT_DEADLINE: Duration = Duration::from_secs(30);
 const DIGEST: u64 = 0xd1;
 const OTHER_DIGEST: u64 = 0xd2;
 
+/// Lost is lost. See [`kept`] for the others.
 fn config() -> Config {
-    Config::builder().build().unwrap()
+    Config::builder()
+        .reconnect_deadline(Duration::ZERO)
+        .build()
+        .unwrap()
+}
+
+fn keeping(choice: WhenDestinationLost) -> Config {
+    Config::builder()
+        .reconnect_deadline(KEPT)
+        .when_destination_lost(choice)
+        .build()
+        .unwrap()
 }
 
 fn failure() -> Event {
@@ -25,18 +38,45 @@ fn failure() -> Event {
 
 /// A session at time zero that was led along the happy path by so many of its steps.
 fn after(steps: usize) -> Session {
-    if steps == DRAINING {
-        return draining();
+    match steps {
+        DRAINING => draining(),
+        SUSPENDED => kept(6, vec![lost()]),
+        REJOINING => kept(3, vec![lost(), Event::Reconnected, Event::Granted]),
+        ASKING => kept(12, vec![lost()]),
+        _ => led(config(), steps),
     }
-    let mut session = Session::new(config(), 1 << 20, Duration::ZERO);
+}
+
+fn led(config: Config, steps: usize) -> Session {
+    let mut session = Session::new(config, 1 << 20, Duration::ZERO);
     for (event, at) in happy_path().into_iter().take(steps) {
         let _ = session.handle(event, at);
     }
     session
 }
 
+/// A session that the destination keeps without channels, after so many steps and these events.
+fn kept(steps: usize, events: Vec<Event>) -> Session {
+    let mut session = led(keeping(WhenDestinationLost::Fail), steps);
+    session.kept_for(Some(KEPT));
+    for event in events {
+        let _ = session.handle(event, 80 * MS);
+    }
+    session
+}
+
+fn lost() -> Event {
+    let fault = Fault::Timeout { what: "anything" };
+    Event::Lost(Error::new(Phase::Rounds, fault))
+}
+
+const KEPT: Duration = Duration::from_secs(20);
+
 /// Stands for "not on the happy path" where a number of its steps is expected: see [`draining`].
 const DRAINING: usize = usize::MAX;
+const SUSPENDED: usize = usize::MAX - 1;
+const REJOINING: usize = usize::MAX - 2;
+const ASKING: usize = usize::MAX - 3;
 
 /// A session of an almost idle guest whose link was slow for a while: far more is on its way than fits the downtime limit.
 fn draining() -> Session {
@@ -93,7 +133,7 @@ fn happy_path() -> Vec<(Event, Duration)> {
 const NOW: Duration = Duration::from_millis(1080);
 
 /// Each state by name, with the steps of the happy path that lead to it.
-const STATES: [(&str, usize); 11] = [
+const STATES: [(&str, usize); 14] = [
     ("set-up", 0),
     ("set-up, granted", 1),
     ("sending", 2),
@@ -104,10 +144,13 @@ const STATES: [(&str, usize); 11] = [
     ("last", 6),
     ("last, final sent", 11),
     ("committed", 12),
+    ("suspended", SUSPENDED),
+    ("rejoining", REJOINING),
+    ("asking", ASKING),
     ("over", 13),
 ];
 
-const EVENTS: [&str; 22] = [
+const EVENTS: [&str; 30] = [
     "granted",
     "ready",
     "encoded",
@@ -124,6 +167,14 @@ const EVENTS: [&str; 22] = [
     "prepared",
     "prepared, other digest",
     "running",
+    "lost",
+    "reconnected",
+    "landed",
+    "forgotten",
+    "answered: not committed",
+    "answered: committed",
+    "answered: running",
+    "answered: failed",
     "round trip",
     "cancel",
     "failed",
@@ -164,6 +215,20 @@ fn event(name: &str) -> (Event, Duration) {
             digest: OTHER_DIGEST,
         },
         "running" => Event::Running,
+        "lost" => lost(),
+        "reconnected" => Event::Reconnected,
+        "landed" => Event::Landed { rounds_closed: 1 },
+        "forgotten" => Event::Forgotten(Error::new(
+            Phase::Suspended,
+            Fault::DestinationLost {
+                reason: Reason::WrongSession,
+                text: "who?".into(),
+            },
+        )),
+        "answered: not committed" => Event::Answered(OutcomeState::NotCommitted),
+        "answered: committed" => Event::Answered(OutcomeState::CommittedNotRunning),
+        "answered: running" => Event::Answered(OutcomeState::Running),
+        "answered: failed" => Event::Answered(OutcomeState::FailedAfterCommit),
         "round trip" => Event::RoundTrip(MS),
         "cancel" => Event::Cancel,
         "failed" => failure(),
@@ -186,6 +251,11 @@ fn state_name(session: &Session) -> String {
         State::Collecting { round } => format!("collecting {round}"),
         State::Last(last) => format!("last {}", last.round),
         State::Committed { .. } => "committed".into(),
+        State::Suspended { .. } => "suspended".into(),
+        State::Rejoining { granted: false, .. } => "rejoining".into(),
+        State::Rejoining { granted: true, .. } => "rejoining, granted".into(),
+        State::Reopening { round, .. } => format!("reopening {round}"),
+        State::Asking { .. } => "asking".into(),
         State::Over => "over".into(),
     }
 }
@@ -201,6 +271,10 @@ fn word(effect: &Effect) -> String {
         Effect::Pause => "pause".into(),
         Effect::AnnounceSwitchover { round } => format!("SWITCHOVER {round}"),
         Effect::Save => "save".into(),
+        Effect::Disconnect => "disconnect".into(),
+        Effect::Reconnect { .. } => "reconnect".into(),
+        Effect::Ask { .. } => "ask".into(),
+        Effect::StartAfresh => "start afresh".into(),
         Effect::SendFinal { round } => format!("FINAL {round}"),
         Effect::Commit => "COMMIT".into(),
         Effect::Abort { reason, .. } => format!("ABORT {}", reason.as_u32()),
@@ -210,6 +284,7 @@ fn word(effect: &Effect) -> String {
             Outcome::Migrated => "finish: migrated".into(),
             Outcome::Failed(error) => format!("finish: failed, {}", error.code()),
             Outcome::Cancelled(_) => "finish: cancelled".into(),
+            Outcome::Stranded(error) => format!("finish: stranded, {}", error.code()),
             Outcome::Unknown(error) => format!("finish: unknown, {}", error.code()),
         },
     }
@@ -299,8 +374,10 @@ fn reclaims(effects: &[Effect]) -> usize {
 #[test]
 fn the_guest_is_never_reclaimed_once_committed() {
     each_cell(|state, event, _, effects| {
-        if ["committed", "over"].contains(&state) {
-            assert_eq!(reclaims(effects), 0, "{state} × {event}");
+        if ["committed", "asking", "over"].contains(&state) {
+            // Only the destination's own word gives it back (SPEC: ASK-3).
+            let given = (state, event) == ("asking", "answered: not committed");
+            assert_eq!(reclaims(effects), usize::from(given), "{state} × {event}");
         }
     });
 }
@@ -328,13 +405,22 @@ fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
             "{state}: too early"
         );
         let effects = session.handle(Event::Tick, deadline);
+        if state == "rejoining" {
+            // It tries once more, until the deadline that it had.
+            assert!(session.next_deadline() <= KEPT + NOW, "{state}");
+            continue;
+        }
         assert_eq!(finishes(&effects), usize::from(state != "over"), "{state}");
     }
 }
 
 #[test]
 fn silence_ends_every_state_and_a_sign_of_life_puts_that_off() {
-    for (state, steps) in STATES.iter().filter(|(state, _)| *state != "over") {
+    let without_channels = ["over", "suspended", "rejoining", "asking"];
+    for (state, steps) in STATES
+        .iter()
+        .filter(|(state, _)| !without_channels.contains(state))
+    {
         let mut session = after(*steps);
         session.heard(NOW);
         assert!(session.handle(Event::Tick, STALL).is_empty(), "{state}");
@@ -380,7 +466,8 @@ fn whatever_ends_it_ends_it_once_and_for_good() {
             "{state} × {event}"
         );
         // Before the commit the end always gives the guest back, and says so before anything that may take time.
-        if finishes(effects) == 1 && state != "committed" {
+        let ours = !["committed", "asking"].contains(&state);
+        if finishes(effects) == 1 && ours {
             assert!(
                 matches!(effects[0], Effect::Reclaim { .. }),
                 "{state} × {event}"
@@ -394,7 +481,7 @@ fn whatever_ends_it_ends_it_once_and_for_good() {
             let effects = session.handle(first, at);
             let (expected, reclaimed) = match (state, how) {
                 ("over", _) | ("committed", "cancel") => (0, 0),
-                ("committed", _) => (1, 0),
+                ("committed" | "asking", _) => (1, 0),
                 _ => (1, 1),
             };
             assert_eq!(finishes(&effects), expected, "{state} × {how}");
@@ -699,6 +786,11 @@ fn expected(session: &Session) -> Event {
         },
         State::Last(last) if !last.final_sent => Event::FinalSent { digest: DIGEST },
         State::Last(_) => Event::Prepared { digest: DIGEST },
+        State::Suspended { .. } => Event::Reconnected,
+        State::Rejoining { granted: false, .. } => Event::Granted,
+        State::Rejoining { .. } => Event::Landed { rounds_closed: 1 },
+        State::Reopening { .. } => Event::Collected { pages: 3 },
+        State::Asking { .. } => Event::Answered(OutcomeState::CommittedNotRunning),
         State::Committed { .. } | State::Over => Event::Running,
     }
 }
@@ -708,8 +800,14 @@ proptest! {
     #[test]
     fn no_order_of_events_makes_two_owners(
         walk in proptest::collection::vec((any::<bool>(), 0..EVENTS.len(), 0u64..3000), 1..80),
+        is_kept in any::<bool>(),
+        afresh in any::<bool>(),
     ) {
-        let mut session = Session::new(config(), 1 << 20, Duration::ZERO);
+        let choice = if afresh { WhenDestinationLost::StartAfresh } else { WhenDestinationLost::Fail };
+        let mut session = Session::new(keeping(choice), 1 << 20, Duration::ZERO);
+        if is_kept {
+            session.kept_for(Some(KEPT));
+        }
         let (mut now, mut final_digest, mut committed, mut ended) = (Duration::ZERO, None, false, 0);
         for (well, index, pause_ms) in walk {
             now += MS * u32::try_from(pause_ms / 10).unwrap();
@@ -723,6 +821,7 @@ proptest! {
                 Event::Prepared { digest } => Some(*digest),
                 _ => None,
             };
+            let refused = matches!(event, Event::Answered(OutcomeState::NotCommitted));
             for effect in session.handle(event, now) {
                 match effect {
                     Effect::Commit => {
@@ -730,12 +829,14 @@ proptest! {
                         prop_assert!(prepared.is_some() && prepared == final_digest);
                         committed = true;
                     }
+                    // The destination's own word that it will never start makes it undone.
+                    Effect::Reclaim { .. } if refused => committed = false,
                     Effect::Reclaim { .. } => prop_assert!(!committed, "reclaimed after the commit"),
                     Effect::Abort { .. } => prop_assert!(!committed, "an ABORT after the commit"),
                     Effect::Finish(outcome) => {
                         ended += 1;
                         let fits = match outcome {
-                            Outcome::Migrated | Outcome::Unknown(_) => committed,
+                            Outcome::Migrated | Outcome::Unknown(_) | Outcome::Stranded(_) => committed,
                             Outcome::Failed(_) | Outcome::Cancelled(_) => !committed,
                         };
                         prop_assert!(fits);
@@ -747,4 +848,135 @@ proptest! {
             prop_assert_eq!(ended == 1, matches!(session.state, State::Over));
         }
     }
+}
+
+fn words(session: &mut Session, event: Event, now: Duration) -> Vec<String> {
+    session.handle(event, now).iter().map(word).collect()
+}
+
+#[test]
+fn a_guest_that_was_paused_runs_again_before_anything_else_when_the_link_is_lost() {
+    for (steps, paused) in [(2, false), (3, false), (4, true), (6, true), (11, true)] {
+        let mut session = kept(steps, vec![]);
+        let effects = words(&mut session, lost(), NOW);
+        let expected: &[&str] = if paused {
+            &["reclaim and resume", "disconnect", "reconnect"]
+        } else {
+            &["disconnect", "reconnect"]
+        };
+        assert_eq!(effects, expected, "{steps}");
+        assert_eq!(session.phase(), Phase::Suspended);
+    }
+}
+
+#[test]
+fn the_rounds_go_on_with_what_the_destination_has_closed() {
+    let mut session = kept(11, vec![lost(), Event::Reconnected]);
+    assert_eq!(words(&mut session, Event::Granted, NOW), ["send set-up"]);
+    let landed = Event::Landed { rounds_closed: 1 };
+    assert_eq!(words(&mut session, landed, NOW), ["collect"]);
+    let collected = Event::Collected { pages: 1 << 18 };
+    assert_eq!(words(&mut session, collected, NOW), ["open 1"]);
+    assert_eq!(session.phase(), Phase::Rounds);
+    // The second switchover pauses the guest again.
+    let encoded = Event::Encoded {
+        octets: 64 << 20,
+        unacked_octets: 0,
+    };
+    let _ = session.handle(encoded, NOW + 60 * MS);
+    let collected = Event::Collected { pages: 10 };
+    assert_eq!(
+        words(&mut session, collected, NOW + 61 * MS),
+        ["forecast", "pause"]
+    );
+}
+
+#[test]
+fn a_link_that_is_lost_on_the_way_back_does_not_prolong_the_deadline() {
+    let mut session = kept(2, vec![lost()]);
+    let until = session.next_deadline();
+    let _ = session.handle(Event::Reconnected, NOW + 100 * MS);
+    assert_eq!(
+        words(&mut session, lost(), NOW + 200 * MS),
+        ["disconnect", "reconnect"]
+    );
+    assert_eq!(session.next_deadline(), until);
+    let effects = words(&mut session, Event::Tick, until);
+    let code = "finish: failed, sender.channel.not-reconnected";
+    assert_eq!(effects.last().unwrap(), code);
+}
+
+#[test]
+fn it_is_suspended_only_so_often() {
+    let mut session = kept(2, vec![]);
+    let mut times = 0;
+    while words(&mut session, lost(), NOW) == ["disconnect", "reconnect"] {
+        times += 1;
+        for event in [
+            Event::Reconnected,
+            Event::Granted,
+            Event::Landed { rounds_closed: 0 },
+            Event::Collected { pages: 1 },
+        ] {
+            let _ = session.handle(event, NOW);
+        }
+    }
+    assert_eq!(times, SUSPENSIONS_MAX);
+    assert!(matches!(session.state, State::Over));
+}
+
+#[test]
+fn a_destination_that_forgot_is_begun_with_anew_only_if_told_to() {
+    let forgotten = || event("forgotten").0;
+    let mut session = kept(2, vec![lost()]);
+    let end = words(&mut session, forgotten(), NOW);
+    assert_eq!(
+        end.last().unwrap(),
+        "finish: failed, sender.peer.session-lost"
+    );
+    let mut session = led(keeping(WhenDestinationLost::StartAfresh), 2);
+    session.kept_for(Some(KEPT));
+    let _ = session.handle(lost(), NOW);
+    assert_eq!(
+        words(&mut session, forgotten(), NOW),
+        ["disconnect", "start afresh"]
+    );
+    assert_eq!(words(&mut session, Event::Granted, NOW), ["send set-up"]);
+    assert_eq!(words(&mut session, Event::Ready, NOW), ["open 0"]);
+}
+
+#[test]
+fn with_the_guest_paused_a_silent_destination_is_given_up_soon_if_it_keeps_the_migration() {
+    for (is_kept, silence) in [(true, Duration::from_secs(1)), (false, STALL)] {
+        let mut session = led(keeping(WhenDestinationLost::Fail), 6);
+        session.kept_for(is_kept.then_some(KEPT));
+        session.heard(NOW);
+        assert_eq!(session.next_deadline(), NOW + silence);
+    }
+}
+
+#[test]
+fn each_answer_after_the_commit_has_its_end_and_silence_leaves_it_unknown() {
+    let cases = [
+        (OutcomeState::Running, "finish: migrated"),
+        (
+            OutcomeState::FailedAfterCommit,
+            "finish: stranded, sender.peer.failed-after-commit",
+        ),
+        (
+            OutcomeState::NotCommitted,
+            "finish: failed, sender.not-committed",
+        ),
+    ];
+    for (answer, end) in cases {
+        let mut session = kept(12, vec![lost()]);
+        let not_yet = Event::Answered(OutcomeState::CommittedNotRunning);
+        assert!(session.handle(not_yet, NOW).is_empty());
+        let last = words(&mut session, Event::Answered(answer), NOW);
+        assert_eq!(last.last().unwrap(), end);
+    }
+    let mut session = kept(12, vec![lost()]);
+    let until = session.next_deadline();
+    let last = words(&mut session, Event::Tick, until);
+    assert_eq!(last, ["finish: unknown, sender.outcome-unknown"]);
 }

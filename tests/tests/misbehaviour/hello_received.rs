@@ -104,12 +104,12 @@ fn octets_that_are_no_hello_are_refused_with_the_reason_and_harm_nobody() {
         (
             "a resume of nothing",
             Hello::resume(SessionId::new([9; 16]), Token::new([1; 16]), Features::NONE).encode(),
-            Reason::Feature,
+            Reason::WrongSession,
         ),
         (
             "a question about nothing",
             Hello::ask(SessionId::new([9; 16]), Token::new([1; 16])).encode(),
-            Reason::Feature,
+            Reason::WrongSession,
         ),
     ];
     let destination = Destination::start();

@@ -40,6 +40,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     pub(crate) stall: Duration,
 
+    /// When all channels are lost, keep the guest's memory for this long, for the source to come back; and answer it for as
+    /// long how the migration ended. 0s: free everything at once
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+    pub(crate) suspend: Duration,
+
     /// How long a new connection may take to say hello
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
     pub(crate) hello_deadline: Duration,
@@ -155,6 +160,8 @@ impl Args {
         Ok(Config::builder()
             .hello_deadline(self.hello_deadline)
             .stall(self.stall)
+            .suspend(self.suspend)
+            .progress_deadline(Duration::from_secs(60).max(self.stall))
             .keep_alive(Duration::from_secs(1).min(self.stall / 4))
             .memory_bytes_max(self.max_memory)
             .build()?)

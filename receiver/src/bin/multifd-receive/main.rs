@@ -107,6 +107,10 @@ fn run(
             let now = handle.progress();
             if !quiet && now.memory_pages > 0 && told.elapsed() > Duration::from_secs(1) {
                 told = Instant::now();
+                if now.phase == multifd_wire::Phase::Suspended {
+                    eprintln!("  link lost: keeping what came until the source is back");
+                    continue;
+                }
                 eprintln!(
                     "  round {}: {:.0} MiB received on {} channels ({})",
                     now.round,

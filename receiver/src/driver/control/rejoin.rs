@@ -42,7 +42,7 @@ impl Control {
             Entry::BehindFence(round) => Some(Begins::Behind(round)),
             Entry::Refused => {
                 let refusal = (Reason::ShuttingDown, "this lane is not wanted now");
-                return turn_away(&self.shared, joined, refusal);
+                return turn_away(&self.shared, (joined.tx, joined.rx), joined.reply, refusal);
             }
         };
         let lives = place
@@ -50,7 +50,7 @@ impl Control {
             .is_some_and(|slot| !slot.ended);
         if given_up || lives {
             let refusal = (Reason::Misbehaved, "this incarnation of the lane is over");
-            return turn_away(&self.shared, joined, refusal);
+            return turn_away(&self.shared, (joined.tx, joined.rx), joined.reply, refusal);
         }
         if let Some(reply) = joined.reply.take() {
             joined.tx.set_deadline(Some(Instant::now() + ANSWER_MAX));

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use multifd_guest::{Fill, Pattern, Tracking};
+use multifd_sender::config::WhenDestinationLost;
 use multifd_sender::{Config, WhenNotConverging};
 use multifd_transport::tls::{TlsClient, TlsPem};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
@@ -94,6 +95,16 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration, help_heading = "Migration")]
     pub(crate) stall: Duration,
 
+    /// Dial lost channels again for this long, and go on where the migration was; the guest runs on meanwhile. After the
+    /// commit: ask the destination for this long how it ended. 0s: what is lost is lost
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration, help_heading = "Migration")]
+    pub(crate) reconnect_deadline: Duration,
+
+    /// When the destination was restarted and has nothing of the migration any more: begin again with all of memory, instead of
+    /// giving up
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) restart_if_lost: bool,
+
     /// The guest's memory
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G", help_heading = "Guest")]
     pub(crate) memory: u64,
@@ -159,6 +170,8 @@ Examples:
     multifd-send --connect dest:4444 --data dest:4444 --data rdma:10.0.0.2:4445 --channels 4
   a guest that is too busy (see the advice in the error):
     multifd-send --loopback --dirty-rate 2G --bandwidth 500M
+  over a link that comes and goes:
+    multifd-send --connect dest:4444 --reconnect-deadline 10min
   for programs:
     multifd-send --loopback --report json | jq .downtime_ms
 
@@ -171,9 +184,10 @@ Exit status:
   1  failed; the guest runs on at the source
   2  wrong usage; nothing was begun
   3  cancelled; the guest runs on at the source
-  4  outcome unknown: the commit was sent and nothing was heard since; the guest
-     stays paused at the source
+  4  outcome unknown: the commit was sent, and the destination could not be asked
+     what came of it; the guest stays paused at the source
   5  migrated, but the guest's own check found an error
+  6  the destination has the guest and could not run it: it is paused on both sides
 
 Log: RUST_LOG=info (or debug) writes to standard error.";
 
@@ -355,6 +369,13 @@ impl Args {
             .when_not_converging(when)
             .body_bytes(self.body)
             .stall(self.stall)
+            .reconnect_deadline(self.reconnect_deadline)
+            .when_destination_lost(if self.restart_if_lost {
+                WhenDestinationLost::StartAfresh
+            } else {
+                WhenDestinationLost::Fail
+            })
+            .progress_deadline(Duration::from_secs(60).max(self.stall))
             .keep_alive(Duration::from_secs(1).min(self.stall / 4))
             .build()?)
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use multifd_sender::Snapshot;
 use multifd_sender::forecast::Forecast;
+use multifd_wire::Phase;
 
 /// Shows snapshots as they come.
 pub(crate) struct Display {
@@ -44,6 +45,16 @@ impl Display {
         if now.octets_sent > 0 {
             self.round = Some(now.round);
         }
+        if let Some(back) = now.reconnect
+            && self.newest.is_none_or(|newest| newest.reconnect.is_none())
+        {
+            self.line(&format!(
+                "  link lost: dialling again for {:.0} s at most",
+                back.gives_up_in.as_secs_f64()
+            ));
+        } else if now.reconnect.is_none() && self.newest.is_some_and(|n| n.reconnect.is_some()) {
+            self.line("  link is back");
+        }
         self.newest = Some(now);
         if let Some(bar) = &self.bar {
             bar.set_prefix(format!("round {}", now.round));
@@ -73,6 +84,18 @@ impl Display {
 }
 
 fn message(now: &Snapshot) -> String {
+    if let Some(back) = now.reconnect {
+        let guest = if now.phase == Phase::Commit {
+            "asking the destination whether the guest runs there"
+        } else {
+            "guest running here"
+        };
+        return format!(
+            "link lost, {guest}; attempt {}, gives up in {:.0} s",
+            back.attempts,
+            back.gives_up_in.as_secs_f64()
+        );
+    }
     format!(
         "{} left, {} sent, {}{}",
         mib(now.round_pages_left * 4096),

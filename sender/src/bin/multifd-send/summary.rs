@@ -56,6 +56,7 @@ impl Summary {
             OutcomeKind::Failed => 1,
             OutcomeKind::Cancelled => 3,
             OutcomeKind::Unknown => 4,
+            OutcomeKind::Stranded => 6,
         }
     }
 
@@ -81,6 +82,9 @@ impl Summary {
             OutcomeKind::Migrated => println!("\nmigrated: the guest runs at the destination"),
             OutcomeKind::Failed => println!("\nfailed: {}", self.where_it_runs()),
             OutcomeKind::Cancelled => println!("\ncancelled: {}", self.where_it_runs()),
+            OutcomeKind::Stranded => println!(
+                "\nnot running: the destination took the guest over and could not run it; it is paused there, and stays paused here"
+            ),
             OutcomeKind::Unknown => println!(
                 "\noutcome unknown: the commit was sent and nothing was heard since; the guest stays paused here"
             ),
@@ -103,7 +107,10 @@ impl Summary {
             r.rounds,
             r.channels,
             if r.channels_lost > 0 {
-                format!(" ({} lost)", r.channels_lost)
+                format!(
+                    " ({} lost, {} opened again)",
+                    r.channels_lost, r.channels_reopened
+                )
             } else {
                 String::new()
             }
@@ -131,6 +138,21 @@ impl Summary {
             mib(r.zero_bytes),
             mib(r.sent_bytes)
         );
+        if r.suspensions > 0 || r.asked > 0 {
+            println!(
+                "  link         lost {} times, {:.3} s without it in all; a pause of {:.1} ms was broken off; the destination was asked {} times",
+                r.suspensions,
+                r.suspended_ms / 1e3,
+                r.broken_off_pause_ms,
+                r.asked
+            );
+        }
+        if r.sent_again_bytes > 0 {
+            println!(
+                "  sent again   {} that were on their way when a channel was lost",
+                mib(r.sent_again_bytes)
+            );
+        }
         println!("  goodput      {:.0} MiB/s", r.goodput_mib_s);
         println!(
             "  CPU          {:.2} s here, {} there",

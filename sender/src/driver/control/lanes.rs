@@ -99,7 +99,7 @@ impl Control {
         }
     }
 
-    fn redial(&mut self, id: LaneId) -> Result<(), Error> {
+    pub(super) fn redial(&mut self, id: LaneId) -> Result<(), Error> {
         let Some(slot) = self.slot(id) else {
             return Ok(());
         };
@@ -120,10 +120,9 @@ impl Control {
         slot.closer = None;
         slot.life = Life::Redialling;
         slot.encoded = None;
-        if let Some(thread) = slot.thread.replace(thread) {
-            // It has ended: its last word was read before the lane was settled.
-            let _ = thread.join();
-        }
+        // It has ended or is about to: its last word was read before the lane was settled.
+        let old = slot.thread.replace(thread);
+        self.stragglers.extend(old);
         tracing::debug!(lane = %id, %incarnation, "dialling a lost lane again");
         Ok(())
     }

@@ -1,0 +1,445 @@
+//! Without channels and back again: closing what is left, dialling the control channel, settling what landed.
+//!
+//! The rules it keeps: no thread of the old channels touches the dirty set or a ledger once new ones are open; a note of an old
+//! channel is never taken for one of the new; and every page that LANDED does not cover is back in the dirty set before the
+//! first round goes on (SPEC: RESUME-6).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use multifd_wire::frame::LaneMark;
+use multifd_wire::{
+    ChannelRef, Features, Hello, Incarnation, Kind, LaneId, Misbehaved, PageIndex, Phase, Reason,
+    Round, SessionId,
+};
+
+use super::{Control, Life, Note};
+use crate::driver::link::{ControlSender, Open, read_control};
+use crate::driver::redial::{Next, Purpose, Reached, Redial, reach};
+use crate::driver::{LaneState, lock};
+use crate::error::{Error, Fault};
+use crate::session::Event;
+
+/// With the guest paused this side says that it lives this often, and is answered: a link that is lost then is found soon.
+pub(super) const PAUSED_KEEP_ALIVE: Duration = Duration::from_millis(200);
+
+/// With the guest paused and no lane left the guest is let run again after this (SPEC: SWITCH-4).
+const PAUSED_ALONE_MAX: Duration = Duration::from_millis(300);
+
+/// The way back to the destination.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Back {
+    purpose: Purpose,
+    redial: Redial,
+    /// An attempt is under way.
+    dialling: bool,
+}
+
+/// What the destination says of the channels before the resume, until everything of it is here.
+#[derive(Debug, Default)]
+pub(super) struct Resumed {
+    rounds_closed: Option<u32>,
+}
+
+impl Control {
+    /// When something of this file is due next.
+    pub(super) fn back_due(&self) -> Duration {
+        match &self.back {
+            Some(back) if !back.dialling => back.redial.due,
+            _ => Duration::MAX,
+        }
+    }
+
+    /// Does what is due.
+    pub(super) fn tend_back(&mut self, now: Duration) {
+        if self.session.is_kept()
+            && self.session.is_paused()
+            && self
+                .alone_since
+                .is_some_and(|since| now >= since + PAUSED_ALONE_MAX)
+        {
+            let last = "the guest is paused, and none came back at once".to_owned();
+            let error = Error::new(self.session.phase(), Fault::AllLanesLost { last });
+            self.drive(Event::Lost(error));
+        }
+        let Some(back) = &mut self.back else { return };
+        let left = back.redial.until.saturating_sub(now);
+        self.shared
+            .counters
+            .gives_up_in_ms
+            .store(u64::try_from(left.as_millis()).unwrap_or(u64::MAX), Relaxed);
+        if back.dialling || now < back.redial.due {
+            return;
+        }
+        back.dialling = true;
+        let purpose = back.purpose;
+        self.attempt += 1;
+        self.shared.counters.attempts.fetch_add(1, Relaxed);
+        if purpose == Purpose::Ask {
+            self.timeline.asked();
+        }
+        if let Err(error) = self.dial_back(purpose) {
+            self.drive(Event::Failed(error));
+        }
+    }
+
+    fn dial_back(&mut self, purpose: Purpose) -> Result<(), Error> {
+        let fail = |source| {
+            Error::new(
+                Phase::Suspended,
+                Fault::System {
+                    step: "start a thread",
+                    source,
+                },
+            )
+        };
+        let Some(hello) = self.hello_for(purpose) else {
+            return Ok(());
+        };
+        let (shared, dial, notes) = (
+            Arc::clone(&self.shared),
+            Arc::clone(&self.dial),
+            self.notes.clone(),
+        );
+        let (attempt, round_trip) = (self.attempt, self.session.round_trip());
+        let body = Box::new(move || {
+            let result = reach(&shared, &*dial, purpose, &hello, round_trip);
+            let _ = notes.send(Note::Reached { attempt, result });
+        });
+        let thread = self.spawner.spawn("mfd-redial", body).map_err(fail)?;
+        self.stragglers.retain(|thread| !thread.is_finished());
+        self.stragglers.push(thread);
+        Ok(())
+    }
+
+    fn hello_for(&self, purpose: Purpose) -> Option<Hello> {
+        let features = self.agreement.map(|agreement| agreement.features);
+        Some(match purpose {
+            Purpose::Start => Hello::start(self.id, Features::NONE, self.wanted()),
+            Purpose::Resume => Hello::resume(self.id, self.secret?, features?),
+            Purpose::Ask => Hello::ask(self.id, self.secret?),
+        })
+    }
+
+    /// The features that this side would like.
+    pub(super) fn wanted(&self) -> Features {
+        if self.shared.config.reconnect.is_zero() {
+            Features::NONE
+        } else {
+            Features::RESUME
+        }
+    }
+
+    /// Begins to dial.
+    pub(super) fn go_back(&mut self, purpose: Purpose, until: Duration) {
+        let now = self.shared.now();
+        self.back = Some(Back {
+            purpose,
+            redial: Redial::at_once(now, until),
+            dialling: false,
+        });
+    }
+
+    /// An attempt has ended.
+    pub(super) fn reached(&mut self, attempt: u32, result: Result<Reached, Fault>) {
+        let now = self.shared.now();
+        let Some(back) = self.back.as_mut().filter(|_| attempt == self.attempt) else {
+            // Nobody waits for it any more; a channel is closed by being dropped.
+            return;
+        };
+        back.dialling = false;
+        let purpose = back.purpose;
+        match result {
+            Ok(Reached::Control(opened)) => {
+                self.back = None;
+                self.shared.counters.attempts.store(0, Relaxed);
+                if let Err(error) = self.take_control(opened) {
+                    return self.drive(Event::Failed(error));
+                }
+                if purpose == Purpose::Resume {
+                    self.resumed = Some(Resumed::default());
+                    self.drive(Event::Reconnected);
+                }
+            }
+            Ok(Reached::Answer(state)) => {
+                let _ = back.redial.failed(now);
+                self.drive(Event::Answered(state));
+            }
+            // SPEC: RESUME-1, RESUME-3
+            Err(Fault::Refused { reason, text })
+                if matches!(
+                    reason,
+                    Reason::WrongSession | Reason::BadTicket | Reason::Feature
+                ) && purpose != Purpose::Start =>
+            {
+                self.back = None;
+                let fault = Fault::DestinationLost { reason, text };
+                let error = Error::new(self.session.phase(), fault).at(ChannelRef::Control);
+                self.drive(Event::Forgotten(error));
+            }
+            Err(fault) if purpose == Purpose::Start => {
+                let error = Error::new(Phase::Hello, fault).at(ChannelRef::Control);
+                self.drive(Event::Failed(error));
+            }
+            Err(fault) => {
+                let next = back.redial.failed(now);
+                let pause = match next {
+                    Next::In(pause) => pause,
+                    // The session's own deadline ends it in this moment.
+                    Next::GiveUp => Duration::ZERO,
+                };
+                tracing::debug!(%fault, ?pause, "the destination can't be reached yet");
+            }
+        }
+    }
+
+    /// Makes this the control channel.
+    pub(super) fn take_control(&mut self, opened: Open) -> Result<(), Error> {
+        tracing::info!(channel = %opened.description, session = ?self.id, "control channel open");
+        let (notes, epoch, rx) = (self.notes.clone(), self.epoch, opened.rx);
+        let body = Box::new(move || read_control(rx, epoch, &notes));
+        let reader = self.spawner.spawn("mfd-reader", body).map_err(|source| {
+            Error::new(
+                Phase::Hello,
+                Fault::System {
+                    step: "start a thread",
+                    source,
+                },
+            )
+            .at(ChannelRef::Control)
+        })?;
+        self.reader = Some(reader);
+        let mut tx = opened.tx;
+        tx.set_stall(Some(self.shared.config.stall));
+        self.control = Some(ControlSender::new(tx));
+        self.control_closer = Some(opened.closer);
+        self.control_lost = false;
+        self.agreement = Some(opened.agreement);
+        self.grant = None;
+        self.destination_ready = None;
+        self.keep_alive_due = self.shared.now() + self.shared.config.keep_alive;
+        Ok(())
+    }
+
+    /// Closes every channel and waits for the threads that feed lanes, so that what they had taken is back. What the lanes carried
+    /// stays in their ledgers.
+    pub(super) fn disconnect(&mut self) {
+        self.epoch += 1;
+        if let Some(closer) = self.control_closer.take() {
+            closer.shutdown();
+        }
+        self.control = None;
+        self.stragglers.extend(self.reader.take());
+        self.stragglers.retain(|thread| !thread.is_finished());
+        self.resumed = None;
+        self.destination_ready = None;
+        for slot in &mut self.lanes {
+            slot.commands = None;
+            slot.state.given_up.store(true, Relaxed);
+            if let Some(closer) = &slot.closer {
+                closer.shutdown();
+            }
+        }
+        for place in 0..self.lanes.len() {
+            let Some(slot) = self.lanes.get_mut(place) else {
+                break;
+            };
+            let fed = matches!(slot.life, Life::Alive | Life::Dying);
+            let Some(thread) = slot.thread.take() else {
+                continue;
+            };
+            if !fed {
+                // It is dialling, or has ended long ago; it has taken nothing.
+                self.stragglers.push(thread);
+                continue;
+            }
+            while !thread.is_finished() {
+                // Nothing that the old channels still say counts: LANDED will say it, finally.
+                if let Ok(Note::LaneUp { closer, .. }) =
+                    self.inbox.recv_timeout(Duration::from_millis(1))
+                {
+                    closer.shutdown();
+                }
+            }
+            let _ = thread.join();
+        }
+        for slot in &mut self.lanes {
+            if slot.life != Life::Dead {
+                slot.losses = slot.losses.saturating_add(1);
+            }
+            slot.life = Life::Dead;
+            slot.dying_since = None;
+            slot.redial = None;
+            slot.doomed = None;
+        }
+        // With the last lane gone this gives back what no lane had taken.
+        self.open = None;
+        self.alone_since = None;
+        self.count_lanes();
+        if !self.session.is_committed() {
+            self.timeline.suspended();
+        }
+    }
+
+    /// Dials all lanes of a resumed session (SPEC: RESUME-5).
+    pub(super) fn dial_all_again(&mut self) -> Result<(), Error> {
+        for place in 0..self.lanes.len() {
+            let Some(slot) = self.lanes.get_mut(place) else {
+                break;
+            };
+            // A resume that came to nothing has left no ledger of its own behind.
+            if slot.before.is_none() {
+                slot.before = Some(Arc::clone(&slot.state));
+            }
+            let id = slot.state.id;
+            self.redial(id)?;
+            if let Some(slot) = self.slot(id) {
+                slot.life = Life::Dialling;
+            }
+        }
+        Ok(())
+    }
+
+    /// LANDED: settles every lane of before. Checks all of it before it changes anything.
+    pub(super) fn landed(
+        &mut self,
+        rounds_closed: u32,
+        marks: &[LaneMark],
+    ) -> Result<(), Misbehaved> {
+        let order = Misbehaved::Order { kind: Kind::Landed };
+        if self
+            .resumed
+            .as_ref()
+            .is_none_or(|resumed| resumed.rounds_closed.is_some())
+        {
+            return Err(order);
+        }
+        // SPEC: RESUME-7
+        let opened = self
+            .last_opened
+            .map_or(0, |round| round.value().saturating_add(1));
+        if rounds_closed < self.rounds_closed || rounds_closed > opened {
+            let expected = Round::new(self.rounds_closed);
+            let found = Round::new(rounds_closed);
+            return Err(Misbehaved::Round { expected, found });
+        }
+        let mut handled: Vec<(Arc<LaneState>, u64)> = Vec::new();
+        for slot in &self.lanes {
+            let Some(before) = &slot.before else { continue };
+            let mark = marks.iter().find(|mark| mark.lane == before.id);
+            let frames = mark
+                .filter(|mark| mark.incarnation == before.incarnation)
+                .map_or(0, |mark| mark.frames);
+            if let Some(mark) = mark.filter(|mark| mark.incarnation > before.incarnation) {
+                return Err(unknown(mark.lane, mark.incarnation));
+            }
+            if let Some(lane) = lock(&before.lane).as_ref() {
+                lane.check_acked(frames)?;
+            }
+            handled.push((Arc::clone(before), frames));
+        }
+        if let Some(mark) = marks
+            .iter()
+            .find(|mark| self.lanes.len() <= mark.lane.value() as usize)
+        {
+            return Err(unknown(mark.lane, mark.incarnation));
+        }
+        for (before, frames) in handled {
+            if let Some(lane) = lock(&before.lane).as_mut() {
+                let settled = lane.acked(frames)?;
+                self.shared
+                    .counters
+                    .octets_acked
+                    .fetch_add(settled.octets, Relaxed);
+            }
+            self.give_back_ledger(&before);
+        }
+        for slot in &mut self.lanes {
+            slot.before = None;
+        }
+        self.rounds_closed = rounds_closed;
+        self.paused_from = None;
+        if let Some(resumed) = &mut self.resumed {
+            resumed.rounds_closed = Some(rounds_closed);
+        }
+        Ok(())
+    }
+
+    /// Whether this is a resume; if everything of it is here, the rounds go on.
+    pub(super) fn resume_rounds(&mut self) -> bool {
+        let Some(resumed) = &self.resumed else {
+            return false;
+        };
+        if let Some(rounds_closed) = resumed.rounds_closed
+            && self.destination_ready.is_some()
+        {
+            self.destination_ready = None;
+            self.resumed = None;
+            self.timeline.resumed();
+            tracing::info!(rounds_closed, "the migration goes on");
+            self.drive(Event::Landed { rounds_closed });
+        }
+        true
+    }
+
+    /// Everything as at the beginning, for a destination that has nothing.
+    pub(super) fn start_afresh(&mut self) -> Result<(), Error> {
+        let fail = |fault: Fault| Error::new(Phase::Hello, fault);
+        let mut id = [0u8; 16];
+        getrandom::fill(&mut id).map_err(|e| {
+            fail(Fault::System {
+                step: "random numbers",
+                source: std::io::Error::other(e),
+            })
+        })?;
+        self.id = SessionId::new(id);
+        self.lanes.clear();
+        self.secret = None;
+        self.agreement = None;
+        (self.rounds_closed, self.paused_from, self.last_opened) = (0, None, None);
+        // SPEC: DIGEST-5
+        let shared = Arc::clone(&self.shared);
+        for region in shared.layout.regions() {
+            let pages = region.bytes / multifd_wire::PAGE_BYTES_U64;
+            let mut first = 0;
+            while first < pages {
+                let count = (pages - first).min(1 << 20);
+                let count = u32::try_from(count).unwrap_or(u32::MAX);
+                let Ok(run) = shared.layout.run(region.id, PageIndex::new(first), count) else {
+                    break;
+                };
+                shared.digest.merge(shared.values.clear(run));
+                first += u64::from(count);
+            }
+        }
+        tracing::warn!("the destination has lost the migration: beginning again");
+        self.timeline.resumed();
+        let until = self.shared.now() + self.shared.config.hello_deadline;
+        self.go_back(Purpose::Start, until);
+        Ok(())
+    }
+
+    /// Waits for threads of channels that were given up; notes are read meanwhile so that none blocks on them.
+    pub(super) fn join_stragglers(&mut self) {
+        let began = Instant::now();
+        for thread in std::mem::take(&mut self.stragglers) {
+            while !thread.is_finished() {
+                if let Ok(Note::LaneUp { closer, .. }) =
+                    self.inbox.recv_timeout(Duration::from_millis(1))
+                {
+                    closer.shutdown();
+                }
+            }
+            let _ = thread.join();
+        }
+        tracing::trace!(took = ?began.elapsed(), "threads of lost channels have ended");
+    }
+}
+
+fn unknown(lane: LaneId, incarnation: Incarnation) -> Misbehaved {
+    Misbehaved::Lane {
+        channel: ChannelRef::Lane(lane),
+        incarnation: incarnation.value(),
+    }
+}

@@ -1,0 +1,230 @@
+//! What the source's session does when its channels are lost: run the guest, come back, or ask.
+//!
+//! ```text
+//!  rounds, switchover ──lost──► Suspended ──reconnected──► Rejoining ──LANDED──► Reopening ──collected──► Sending(k)
+//!    (the guest runs again)       ▲  │ forgotten              │ lost
+//!                                 └──┼────────────────────────┘
+//!                                    └──► Setup, if told to start afresh
+//!  committed ──lost──► Asking ──running──► over: migrated
+//!                        │ └──not committed──► over: failed, the guest is the source's again
+//!                        └──failed there, forgotten, deadline──► over: stranded, or unknown; the guest stays paused
+//! ```
+//! The rule it keeps: after COMMIT the guest comes back only by the destination's own word that it took none and never will
+//! (SPEC: ASK-3, ASK-5). Every wait here has a deadline, and each loss counts towards [`SUSPENSIONS_MAX`].
+
+use std::time::Duration;
+
+use multifd_wire::frame::OutcomeState;
+use multifd_wire::{Phase, Round};
+
+use super::{Effect, Event, Outcome, Session, State};
+use crate::config::WhenDestinationLost;
+use crate::error::{Error, Fault};
+use crate::vmm::Reclaimed;
+
+/// A migration that is interrupted more often than this is not worth its link.
+pub const SUSPENSIONS_MAX: u32 = 1000;
+
+/// With the guest paused a silent destination is given up after this, or eight round trips: the guest runs on meanwhile.
+const PAUSED_SILENCE: Duration = Duration::from_secs(1);
+
+/// Round trips that [`PAUSED_SILENCE`] has at least.
+const PAUSED_ROUND_TRIPS: u32 = 8;
+
+impl Session {
+    /// The destination keeps the migration for this long when all channels are lost. Without this, what is lost is lost.
+    pub fn kept_for(&mut self, time: Option<Duration>) {
+        self.kept = time.map(|time| time.min(self.config.reconnect));
+    }
+
+    /// Whether the migration outlives its channels.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.kept.is_some_and(|time| !time.is_zero())
+    }
+
+    /// Whether a new control channel is open and the rounds do not go on yet.
+    #[must_use]
+    pub fn is_rejoining(&self) -> bool {
+        matches!(self.state, State::Rejoining { .. })
+    }
+
+    /// How long the destination may be silent.
+    pub(super) fn silence_max(&self) -> Duration {
+        if self.is_paused() && self.is_kept() {
+            let trips = self.round_trip.unwrap_or_default() * PAUSED_ROUND_TRIPS;
+            PAUSED_SILENCE.max(trips).min(self.config.stall)
+        } else {
+            self.config.stall
+        }
+    }
+
+    /// All channels are lost, or worth nothing.
+    pub(super) fn lost(&mut self, error: Error, now: Duration) -> Vec<Effect> {
+        let until = match self.state {
+            State::Suspended { .. } | State::Asking { .. } | State::Over => return Vec::new(),
+            State::Committed { .. } => return self.doubt(error, now),
+            State::Setup { .. } => return self.fail(error),
+            State::Rejoining { until, .. } | State::Reopening { until, .. } => until,
+            _ if !self.is_kept() || self.suspensions >= SUSPENSIONS_MAX => return self.fail(error),
+            _ => now + self.kept.unwrap_or_default(),
+        };
+        let mut effects = Vec::new();
+        // The guest first: it stood still for a switchover that does not happen now (SPEC: RESUME-8).
+        if self.is_paused() {
+            effects.push(Effect::Reclaim {
+                paused: true,
+                proof: Reclaimed::new(),
+            });
+        }
+        self.suspensions += 1;
+        self.state = State::Suspended { until };
+        self.doubt = Some(error);
+        self.paused_at = None;
+        (self.repairs, self.polished) = (0, 0);
+        effects.push(Effect::Disconnect);
+        effects.push(Effect::Reconnect { until });
+        effects
+    }
+
+    /// The commit was sent, and now nothing more will be heard of it: the destination is asked.
+    pub(super) fn doubt(&mut self, error: Error, now: Duration) -> Vec<Effect> {
+        if self.config.reconnect.is_zero() {
+            return self.fail(error);
+        }
+        let until = now + self.config.reconnect;
+        self.state = State::Asking { until };
+        self.doubt = Some(error);
+        vec![Effect::Disconnect, Effect::Ask { until }]
+    }
+
+    /// What the events of this file mean.
+    pub(super) fn handle_resume(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        match (self.state, event) {
+            (State::Suspended { until }, Event::Reconnected) => {
+                self.heard = now;
+                self.state = State::Rejoining {
+                    granted: false,
+                    until,
+                    since: now,
+                };
+                Vec::new()
+            }
+            (
+                State::Rejoining {
+                    granted: false,
+                    until,
+                    since,
+                },
+                Event::Granted,
+            ) => {
+                self.state = State::Rejoining {
+                    granted: true,
+                    until,
+                    since,
+                };
+                vec![Effect::SendSetup]
+            }
+            (
+                State::Rejoining {
+                    granted: true,
+                    until,
+                    ..
+                },
+                Event::Landed { rounds_closed },
+            ) => {
+                self.doubt = None;
+                self.closed = rounds_closed.checked_sub(1).map(Round::new);
+                self.state = State::Reopening {
+                    round: Round::new(rounds_closed),
+                    until,
+                };
+                // What was written meanwhile goes into this round, and says nothing about how fast the guest writes.
+                vec![Effect::Collect { last: false }]
+            }
+            (State::Reopening { round, .. }, Event::Collected { .. }) => self.open(round, now),
+            (State::Suspended { .. } | State::Rejoining { .. }, Event::Forgotten(error)) => {
+                self.forgotten(error, now)
+            }
+            (State::Asking { .. }, Event::Forgotten(error)) => self.fail(error),
+            (State::Asking { .. }, Event::Answered(state)) => self.answered(state),
+            // Old news of the channels that were lost.
+            (
+                State::Suspended { .. } | State::Asking { .. },
+                Event::Encoded { .. }
+                | Event::Closed { .. }
+                | Event::LaneLost { .. }
+                | Event::Prepared { .. }
+                | Event::Running,
+            ) => Vec::new(),
+            (_, event) => {
+                let what = format!("{event:?}");
+                self.fail(Error::new(self.phase(), Fault::OutOfTurn { what }))
+            }
+        }
+    }
+
+    /// The destination does not know the migration any more.
+    fn forgotten(&mut self, error: Error, now: Duration) -> Vec<Effect> {
+        if self.config.when_destination_lost == WhenDestinationLost::Fail {
+            return self.fail(error);
+        }
+        self.kept = None;
+        self.state = State::Setup { granted: false };
+        (self.began, self.heard, self.closed) = (now, now, None);
+        self.observed.clear();
+        vec![Effect::Disconnect, Effect::StartAfresh]
+    }
+
+    fn answered(&mut self, state: OutcomeState) -> Vec<Effect> {
+        let error = self.doubt.take();
+        let why = error.map_or_else(String::new, |error| error.fault().to_string());
+        match state {
+            // It will run, or not: the next answer says.
+            OutcomeState::CommittedNotRunning => {
+                let fault = Fault::OutcomeUnknown { why };
+                self.doubt = Some(Error::new(Phase::Commit, fault));
+                Vec::new()
+            }
+            OutcomeState::Running => {
+                self.state = State::Over;
+                vec![Effect::Finish(Outcome::Migrated)]
+            }
+            OutcomeState::NotCommitted => {
+                self.state = State::Over;
+                let error = Error::new(Phase::Commit, Fault::NotCommitted { why });
+                vec![
+                    Effect::Reclaim {
+                        paused: true,
+                        // SPEC: ASK-3
+                        proof: Reclaimed::not_committed(),
+                    },
+                    Effect::Finish(Outcome::Failed(error)),
+                ]
+            }
+            OutcomeState::FailedAfterCommit => {
+                self.state = State::Over;
+                let error = Error::new(Phase::Commit, Fault::FailedAfterCommit);
+                vec![Effect::Finish(Outcome::Stranded(error))]
+            }
+        }
+    }
+
+    /// The error of a wait of this file whose deadline passed.
+    pub(super) fn gave_up(&mut self, what: &'static str) -> Error {
+        let why = self.doubt.take().map(|error| error.fault().to_string());
+        match (self.state, why) {
+            (State::Suspended { .. } | State::Rejoining { .. }, Some(why)) => Error::new(
+                Phase::Suspended,
+                Fault::NotReconnected {
+                    within_ms: self.kept.unwrap_or_default().as_millis(),
+                    why,
+                },
+            ),
+            (State::Asking { .. }, Some(why)) => {
+                Error::new(Phase::Commit, Fault::OutcomeUnknown { why })
+            }
+            _ => Error::new(self.phase(), Fault::Timeout { what }),
+        }
+    }
+}
