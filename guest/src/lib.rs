@@ -71,6 +71,8 @@ mod state;
 mod tracking;
 mod vcpu;
 mod vcpu_state;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 mod workload;
 
 pub use beat::Heartbeat;

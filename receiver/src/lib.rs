@@ -24,6 +24,8 @@ pub mod lane;
 pub mod progress;
 pub mod report;
 pub mod session;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError};

@@ -22,6 +22,7 @@ pub mod pacer;
 pub mod progress;
 pub mod report;
 pub mod session;
+pub mod vfio;
 pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError, WhenNotConverging};

@@ -3,6 +3,7 @@
 
 pub mod bounded;
 pub mod cutting;
+pub mod dma;
 pub mod fake_destination;
 pub mod fake_source;
 pub mod links;

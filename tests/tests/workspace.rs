@@ -29,7 +29,13 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ),
     (
         "multifd-receiver",
-        &["multifd-wire", "multifd-transport", "multifd-guest"],
+        // The tracking through the feature `vfio` only, whose devices it opens.
+        &[
+            "multifd-wire",
+            "multifd-transport",
+            "multifd-tracking",
+            "multifd-guest",
+        ],
     ),
     (
         "multifd-tests",
