@@ -32,6 +32,7 @@ const FLAGS: &[&str] = &[
     "--run-for",
     "--max-memory",
     "--stall",
+    "--suspend",
     "--hello-deadline",
     "--report",
     "--quiet",

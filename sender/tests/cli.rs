@@ -31,6 +31,8 @@ const FLAGS: &[&str] = &[
     "--if-not-converging",
     "--body",
     "--stall",
+    "--reconnect-deadline",
+    "--restart-if-lost",
     "--memory",
     "--vcpus",
     "--dirty-rate",

@@ -10,7 +10,8 @@ use multifd_transport::{Address, Channel, Listener, TcpOptions};
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{Grant, Prepared, Ready, Running};
 use multifd_wire::{
-    Digest, Features, Frame, HelloReply, Kind, Layout, PageValues, SessionId, Token, VERSION,
+    Digest, Features, Frame, HelloReply, Intent, Kind, Layout, PageValues, SessionId, Token,
+    VERSION,
 };
 
 use crate::peer::{PATIENCE, Peer};
@@ -24,6 +25,8 @@ pub struct FakeDestination {
 
 /// A session that it has accepted.
 pub struct Taking {
+    /// The features that were agreed on.
+    pub features: Features,
     /// The control channel.
     pub control: Peer,
     /// The session's name.
@@ -82,10 +85,20 @@ impl FakeDestination {
     /// If the source does not do its part.
     #[must_use]
     pub fn welcome(self) -> Taking {
+        self.welcome_with(Features::NONE)
+    }
+
+    /// The same, and agrees to features.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    #[must_use]
+    pub fn welcome_with(self, features: Features) -> Taking {
         let mut control = Peer::new(self.accept());
         let hello = control.hear_hello();
-        control.raw(&accepted(hello.session).encode());
+        control.raw(&accepted_with(hello.session, features).encode());
         Taking {
+            features,
             control,
             session: hello.session,
             lanes: Vec::new(),
@@ -108,6 +121,23 @@ impl FakeDestination {
         taking.control.keep_alive();
         taking.hear_tables();
         taking.accept_lane();
+        taking
+    }
+
+    /// In round 0 of a session that is kept without channels.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    #[must_use]
+    pub fn keeping_in_rounds(self) -> Taking {
+        let mut taking = self.welcome_with(Features::RESUME);
+        taking.grant();
+        taking.control.keep_alive();
+        taking.hear_tables();
+        taking.accept_lane();
+        taking.ready(1);
+        taking.read_lanes();
+        taking.hear_pages();
         taking
     }
 
@@ -155,9 +185,32 @@ impl Taking {
             ticket: Token::new([7; 16]),
             resume_secret: Token::new([8; 16]),
             lanes_max: 4,
-            suspend_ms: 0,
+            suspend_ms: if self.features == Features::RESUME {
+                10_000
+            } else {
+                0
+            },
             device_window_bytes: 0,
         });
+    }
+
+    /// Takes the source's next control channel, which has to resume the session, up to the end of set-up with its lane.
+    ///
+    /// # Panics
+    /// If the source does not do its part.
+    pub fn resumed(&mut self) {
+        let mut control = Peer::new(self.accept());
+        let hello = control.hear_hello();
+        assert_eq!(
+            (hello.intent, hello.session, hello.token),
+            (Intent::Resume, self.session, Token::new([8; 16]))
+        );
+        control.raw(&accepted_with(self.session, self.features).encode());
+        self.control = control;
+        self.grant();
+        self.control.keep_alive();
+        self.hear_tables();
+        self.accept_lane();
     }
 
     /// Reads the set-up to its end.
@@ -183,7 +236,7 @@ impl Taking {
         let mut lane = Peer::new(accepted_channel.expect("the source dials its lane").0);
         let hello = lane.hear_hello();
         assert_eq!(hello.session, self.session);
-        lane.raw(&accepted(self.session).encode());
+        lane.raw(&accepted_with(self.session, self.features).encode());
         self.closers.push(lane.closer());
         self.lanes.push(lane);
     }
@@ -318,9 +371,15 @@ impl Landed {
 /// The answer that accepts a hello.
 #[must_use]
 pub fn accepted(session: SessionId) -> HelloReply {
+    accepted_with(session, Features::NONE)
+}
+
+/// The same, with features.
+#[must_use]
+pub fn accepted_with(session: SessionId, features: Features) -> HelloReply {
     HelloReply::Accepted {
         version: VERSION,
-        features: Features::NONE,
+        features,
         session,
     }
 }

@@ -32,6 +32,8 @@ pub struct FakeSource<'d> {
     pub control: Peer,
     /// What the destination granted.
     pub grant: Grant,
+    /// The features that were agreed on.
+    pub features: Features,
     /// The data channels that joined.
     pub lanes: Vec<FakeLane>,
     /// The guest's memory.
@@ -90,9 +92,18 @@ impl<'d> FakeSource<'d> {
     /// If the destination does not do its part.
     #[must_use]
     pub fn open(connect: Connect<'d>) -> Self {
+        Self::open_with(connect, Features::NONE)
+    }
+
+    /// The same, and insists on features.
+    ///
+    /// # Panics
+    /// If the destination does not do its part.
+    #[must_use]
+    pub fn open_with(connect: Connect<'d>, features: Features) -> Self {
         let session = next_session();
         let mut control = Peer::new(connect());
-        let reply = control.greet(&Hello::start(session, Features::NONE, Features::NONE));
+        let reply = control.greet(&Hello::start(session, features, Features::NONE));
         assert!(
             matches!(reply, Ok(HelloReply::Accepted { .. })),
             "{reply:?}"
@@ -108,6 +119,7 @@ impl<'d> FakeSource<'d> {
             session,
             control,
             grant,
+            features,
             lanes: Vec::new(),
             values: PageValues::new(&layout).expect("memory for 128 values"),
             digest: Digest::EMPTY,
@@ -121,7 +133,16 @@ impl<'d> FakeSource<'d> {
     /// If the destination does not do its part.
     #[must_use]
     pub fn in_rounds(connect: Connect<'d>, lanes: u32) -> Self {
-        let mut source = Self::open(connect);
+        Self::in_rounds_with(connect, lanes, Features::NONE)
+    }
+
+    /// The same, and insists on features.
+    ///
+    /// # Panics
+    /// If the destination does not do its part.
+    #[must_use]
+    pub fn in_rounds_with(connect: Connect<'d>, lanes: u32, features: Features) -> Self {
+        let mut source = Self::open_with(connect, features);
         source.send_tables(lanes);
         for lane in 0..lanes {
             source.join(lane);
@@ -207,7 +228,49 @@ impl<'d> FakeSource<'d> {
     #[must_use]
     pub fn join_hello(&self, lane: u32) -> Hello {
         let (id, first) = (LaneId::new(lane), Incarnation::new(0));
-        Hello::join(self.session, self.grant.ticket, Features::NONE, id, first)
+        Hello::join(self.session, self.grant.ticket, self.features, id, first)
+    }
+
+    /// The hello that resumes the session.
+    #[must_use]
+    pub fn resume_hello(&self) -> Hello {
+        Hello::resume(self.session, self.grant.resume_secret, self.features)
+    }
+
+    /// Resumes the session over a new control channel, up to the grant. The lanes of before are forgotten, what they carried is
+    /// not.
+    ///
+    /// # Panics
+    /// If the destination does not do its part.
+    pub fn resume(&mut self) {
+        let (mut control, reply) = self.try_join(&self.resume_hello());
+        assert!(matches!(reply, HelloReply::Accepted { .. }), "{reply:?}");
+        let heard = control.hear_kind(Kind::Grant);
+        let Frame::Grant(grant) = heard.frame() else {
+            unreachable!("that kind was waited for")
+        };
+        control.keep_alive();
+        self.grant = grant;
+        self.control = control;
+        self.lanes.clear();
+    }
+
+    /// Opens a lane again.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub fn rejoin(&mut self, lane: u32, incarnation: u32) {
+        let hello = Hello {
+            incarnation: Incarnation::new(incarnation),
+            ..self.join_hello(lane)
+        };
+        let (peer, reply) = self.try_join(&hello);
+        assert!(matches!(reply, HelloReply::Accepted { .. }), "{reply:?}");
+        self.lanes.push(FakeLane {
+            peer,
+            pages: 0,
+            zero_pages: 0,
+        });
     }
 
     /// Opens a data channel with some hello.
@@ -385,6 +448,20 @@ impl<'d> FakeSource<'d> {
         });
     }
 
+    /// Echoes the stamp that comes behind RUNNING.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub fn say_goodbye(&mut self) {
+        let heard = self.control.hear_kind(Kind::KeepAlive);
+        if let Frame::KeepAlive(alive) = heard.frame() {
+            self.control.send(KeepAlive {
+                stamp_us: 1,
+                echo_us: alive.stamp_us,
+            });
+        }
+    }
+
     /// From the beginning of `round` to the guest's start at the destination, by the rules.
     ///
     /// # Panics
@@ -395,6 +472,7 @@ impl<'d> FakeSource<'d> {
         self.control.hear_kind(Kind::Prepared);
         self.commit();
         self.control.hear_kind(Kind::Running);
+        self.say_goodbye();
         self.control.finish();
     }
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::memory::pair;
-use multifd_transport::{Channel, Closer, ReceiveHalf, SendHalf};
+use multifd_transport::{Address, Channel, Closer, ReceiveHalf, SendHalf, TcpOptions};
 use multifd_wire::{ChannelRef, LaneId};
 
 /// Octets that an in-memory channel holds.
@@ -24,18 +24,31 @@ struct Shared {
     open: Mutex<Vec<(ChannelRef, Closer)>>,
     down: AtomicBool,
     dialled: AtomicU64,
+    /// Over TCP to this address, or in memory.
+    address: Option<Address>,
 }
 
 impl Links {
     /// Links to this destination, all up.
     #[must_use]
     pub fn to(destination: rx::Handle) -> Self {
+        Self::over(destination, None)
+    }
+
+    /// Links over TCP, to where the destination listens.
+    #[must_use]
+    pub fn over_tcp(destination: rx::Handle, address: Address) -> Self {
+        Self::over(destination, Some(address))
+    }
+
+    fn over(destination: rx::Handle, address: Option<Address>) -> Self {
         Self {
             shared: Arc::new(Shared {
                 destination: Mutex::new(destination),
                 open: Mutex::default(),
                 down: AtomicBool::new(false),
                 dialled: AtomicU64::new(0),
+                address,
             }),
         }
     }
@@ -115,22 +128,36 @@ impl tx::Dial for Links {
     fn dial(
         &self,
         channel: ChannelRef,
-        _: Instant,
+        deadline: Instant,
     ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
         if self.shared.down.load(Ordering::SeqCst) {
             return Err("the link is down".into());
         }
-        let (ours, theirs) = pair(CHANNEL_BYTES);
+        let (ours, theirs) = match &self.shared.address {
+            None => {
+                let (ours, theirs) = pair(CHANNEL_BYTES);
+                (ours, Some(theirs))
+            }
+            Some(address) => {
+                let options = TcpOptions::default();
+                (
+                    multifd_transport::connect(address, &options, deadline)?,
+                    None,
+                )
+            }
+        };
         let ours = Split::new(ours);
         self.open().push((channel, ours.closer.clone()));
         self.shared.dialled.fetch_add(1, Ordering::SeqCst);
-        let destination = self
-            .shared
-            .destination
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        destination.offer(theirs)?;
+        if let Some(theirs) = theirs {
+            let destination = self
+                .shared
+                .destination
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone();
+            destination.offer(theirs)?;
+        }
         // The link may have gone down meanwhile, and the cut not have seen this connection.
         if self.shared.down.load(Ordering::SeqCst) {
             self.cut_all();

@@ -197,6 +197,8 @@ pub(super) struct Control {
     asking: Option<Sender<OutcomeState>>,
     answered: bool,
     said_goodbye: bool,
+    /// The stamp that was sent behind RUNNING.
+    goodbye_us: Option<u64>,
     cpu: Duration,
 }
 
@@ -273,6 +275,7 @@ impl Control {
             asking: None,
             answered: false,
             said_goodbye: false,
+            goodbye_us: None,
             cpu: Duration::ZERO,
         })
     }
@@ -443,7 +446,7 @@ impl Control {
                     landed_bytes: (end.pages + end.zero_pages) * PAGE_BYTES_U64,
                 };
                 // The guest runs whether the source hears of it or not (SPEC: COMMIT-4).
-                if let Err(error) = self.try_send(running) {
+                if let Err(error) = self.try_send(running).and_then(|()| self.ask_for_goodbye()) {
                     tracing::warn!(%error, "the source could not be told that the guest runs here");
                 }
                 Ok(None)
@@ -687,7 +690,6 @@ impl Control {
             }
             Note::ControlLost { error, .. } => {
                 self.control_lost = true;
-                self.note_goodbye(&error);
                 self.drive(failure(error.in_phase(phase)));
             }
             Note::LaneArrived {
@@ -1105,10 +1107,13 @@ impl Control {
         let until = Instant::now() + FAREWELL;
         while self.reader.is_some() && !self.control_lost && Instant::now() < until {
             match self.inbox.recv_deadline(until) {
-                Ok(Note::ControlLost { epoch, error }) if epoch == self.epoch => {
-                    self.note_goodbye(&error);
+                Ok(Note::ControlLost { epoch, .. }) if epoch == self.epoch => {
                     self.control_lost = true;
                 }
+                Ok(Note::Inbound {
+                    epoch,
+                    inbound: Inbound::KeepAlive { echo_us, .. },
+                }) if epoch == self.epoch => self.note_goodbye(echo_us),
                 Err(_) => self.control_lost = true,
                 Ok(note @ (Note::Asked { .. } | Note::Resuming(_))) => self.later.push_back(note),
                 Ok(_) => {}

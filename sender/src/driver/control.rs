@@ -1172,6 +1172,9 @@ impl Control {
             self.vmm.migrated();
         }
         self.timeline.ended();
+        if migrated {
+            self.say_goodbye();
+        }
         // The control channel first: if the lanes went first, the destination would see lost lanes before it read why.
         if let Some(control) = &mut self.control {
             let _ = control.half().finish();

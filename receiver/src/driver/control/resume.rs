@@ -6,9 +6,8 @@
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use multifd_transport::ChannelError;
 use multifd_wire::frame::{
-    GiveBack, GiveBackReason, Grant, Landed, LaneMark, OutcomeState, RawLaneMark, RawRun,
+    GiveBack, GiveBackReason, Grant, KeepAlive, Landed, LaneMark, OutcomeState, RawLaneMark, RawRun,
 };
 use multifd_wire::limits::{PAGES_PER_FRAME_MAX, RUNS_PER_GIVE_BACK_MAX};
 use multifd_wire::{ChannelRef, Kind, Layout, Misbehaved, Phase, Reason, Sequence};
@@ -262,9 +261,19 @@ impl Control {
         }
     }
 
-    /// Whether the control channel ended as it should: the source read RUNNING and closed.
-    pub(super) fn note_goodbye(&mut self, error: &Error) {
-        self.said_goodbye = matches!(error.fault(), Fault::Channel(ChannelError::Closed));
+    /// Behind RUNNING goes a stamp: who echoes it has read RUNNING (SPEC: RUNNING-2). That a channel is closed proves nothing: a
+    /// source that gave it up, or whatever lies on the way, closes it as well.
+    pub(super) fn ask_for_goodbye(&mut self) -> Result<(), Error> {
+        let stamp_us = super::micros(self.now()).max(1);
+        self.goodbye_us = Some(stamp_us);
+        self.try_send(KeepAlive {
+            stamp_us,
+            echo_us: 0,
+        })
+    }
+
+    pub(super) fn note_goodbye(&mut self, echo_us: u64) {
+        self.said_goodbye |= self.goodbye_us == Some(echo_us);
     }
 
     /// Threads of channels that were given up end by themselves; notes are read meanwhile so that none blocks on them.

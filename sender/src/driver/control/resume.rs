@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use multifd_wire::frame::LaneMark;
+use multifd_wire::frame::{KeepAlive, LaneMark};
 use multifd_wire::{
     ChannelRef, Features, Hello, Incarnation, Kind, LaneId, Misbehaved, PageIndex, Phase, Reason,
     Round, SessionId,
 };
 
 use super::{Control, Life, Note};
-use crate::driver::link::{ControlSender, Open, read_control};
+use crate::driver::link::{ControlSender, Inbound, Open, read_control};
 use crate::driver::redial::{Next, Purpose, Reached, Redial, reach};
 use crate::driver::{LaneState, lock};
 use crate::error::{Error, Fault};
@@ -26,6 +26,9 @@ pub(super) const PAUSED_KEEP_ALIVE: Duration = Duration::from_millis(200);
 
 /// With the guest paused and no lane left the guest is let run again after this (SPEC: SWITCH-4).
 const PAUSED_ALONE_MAX: Duration = Duration::from_millis(300);
+
+/// What the destination sends behind RUNNING follows at once; one that sends nothing there is not waited for.
+const GOODBYE_MAX: Duration = Duration::from_millis(500);
 
 /// The way back to the destination.
 #[derive(Debug, Clone, Copy)]
@@ -418,6 +421,36 @@ impl Control {
         let until = self.shared.now() + self.shared.config.hello_deadline;
         self.go_back(Purpose::Start, until);
         Ok(())
+    }
+
+    /// Echoes the stamp that the destination sent behind RUNNING, so that it knows that nobody will ask it (SPEC: RUNNING-2).
+    pub(super) fn say_goodbye(&mut self) {
+        let until = Instant::now() + GOODBYE_MAX;
+        while self.control.is_some() && !self.control_lost {
+            match self.inbox.recv_deadline(until) {
+                Ok(Note::Inbound {
+                    epoch,
+                    inbound:
+                        Inbound::KeepAlive {
+                            stamp_us,
+                            echo_us: 0,
+                        },
+                }) if epoch == self.epoch => {
+                    let ours = super::micros(self.shared.now()).max(1);
+                    let _ = self.try_send(KeepAlive {
+                        stamp_us: ours,
+                        echo_us: stamp_us,
+                    });
+                    return;
+                }
+                Ok(Note::ControlLost { epoch, .. }) if epoch == self.epoch => {
+                    self.control_lost = true;
+                }
+                Ok(Note::LaneUp { closer, .. }) => closer.shutdown(),
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
     }
 
     /// Waits for threads of channels that were given up; notes are read meanwhile so that none blocks on them.
