@@ -11,7 +11,7 @@
 
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -50,6 +50,11 @@ pub(crate) const fn io_none(kind: u8, index: u8) -> u32 {
 /// `_IOW(kind, index, bytes)`: the kernel reads the structure.
 pub(crate) const fn io_write(kind: u8, index: u8, bytes: usize) -> u32 {
     1 << 30 | (bytes as u32) << 16 | io_none(kind, index)
+}
+
+/// `_IOR(kind, index, bytes)`: the kernel writes the structure.
+pub(crate) const fn io_read(kind: u8, index: u8, bytes: usize) -> u32 {
+    2 << 30 | (bytes as u32) << 16 | io_none(kind, index)
 }
 
 /// `_IOWR(kind, index, bytes)`: the kernel reads and writes the structure.
@@ -272,6 +277,99 @@ pub(crate) fn duplicate(file: &impl AsRawFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open for this call, because `file` owns it and is borrowed.
     let fd = unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) };
     fd.try_clone_to_owned()
+}
+
+/// A descriptor of the system call `userfaultfd`, for faults of user mode only (`UFFD_USER_MODE_ONLY`, which needs no
+/// privilege since Linux 5.11).
+///
+/// # Errors
+/// The kernel's `errno`: `EPERM` from a filter of system calls, `ENOSYS` from a kernel built without it.
+pub(crate) fn open_userfaultfd() -> io::Result<OwnedFd> {
+    /// `UFFD_USER_MODE_ONLY` of `linux/userfaultfd.h`.
+    const USER_MODE_ONLY: libc::c_int = 1;
+    // SAFETY: the call takes flags only and makes a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) };
+    let Ok(fd) = i32::try_from(fd) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A mapping of shared words, such as a log that another process writes.
+#[derive(Debug)]
+pub(crate) struct SharedWords {
+    map: Mapping,
+    /// Octets from the mapping's start to the first word.
+    lead: usize,
+    words: usize,
+}
+
+impl SharedWords {
+    /// Maps `words` words of `file` from octet `offset` on, a multiple of 8. The file is at least that long and is sealed
+    /// against shrinking: its owner checked that, or touching the words would be a SIGBUS.
+    pub(crate) fn new(file: BorrowedFd<'_>, offset: u64, words: usize) -> io::Result<Self> {
+        let page = host_page_bytes();
+        let lead = (offset % page) as usize;
+        let start = i64::try_from(offset - lead as u64)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        assert!(lead.is_multiple_of(8), "words are aligned");
+        let map = Mapping::new(
+            lead + words * 8,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            Some((file, start)),
+        )?;
+        Ok(Self { map, lead, words })
+    }
+
+    /// The words.
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the lead lies inside the mapping.
+        let first = unsafe { self.map.start.as_ptr().byte_add(self.lead) };
+        // SAFETY:
+        // - the mapping holds `words` words from there on, readable, writable and aligned to 8 (as `new` asserted), and
+        //   lives as long as `self`;
+        // - other processes write into it at any time, which atomics allow; every pattern of octets is a valid one.
+        unsafe { std::slice::from_raw_parts(first.cast(), self.words) }
+    }
+}
+
+/// A file in memory of `bytes` octets of zero, which can grow but never shrink.
+pub(crate) fn sealed_memory_file(bytes: u64) -> io::Result<OwnedFd> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a string that ends in zero; the call makes a descriptor.
+    let fd = unsafe { libc::memfd_create(c"multifd-dirty-log".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
+    let file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(bytes)?;
+    let file = OwnedFd::from(file);
+    seal_against_shrinking(file.as_fd())?;
+    Ok(file)
+}
+
+/// Sees to it that nobody can make the file shorter: it is sealed so already, or is now.
+pub(crate) fn seal_against_shrinking(file: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: asks for a number.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if seals & libc::F_SEAL_SHRINK != 0 {
+        return Ok(());
+    }
+    // SAFETY: sets a flag of the file; its contents stay.
+    let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// The octets of a page of this host.

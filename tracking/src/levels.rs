@@ -75,6 +75,11 @@ impl<W: Word> Levels<W> {
         }
     }
 
+    /// The bits of word `index` at this moment.
+    pub(crate) fn load(&self, index: usize) -> u64 {
+        self.levels[0][index].load()
+    }
+
     /// Sets `bits` of word `index`; returns those of them that were clear.
     pub(crate) fn set(&self, index: usize, bits: u64) -> u64 {
         if bits == 0 {

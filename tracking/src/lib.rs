@@ -16,22 +16,31 @@
 //! The crate knows nothing of frames, sockets or sessions, and holds no guest memory: pages are numbers here.
 
 mod collected;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod error;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod fake;
 pub mod kernel;
 pub mod kvm;
 mod levels;
+pub mod process;
 mod round;
+pub mod scan;
 mod set;
 mod source;
 pub mod vfio;
+pub mod vhost_log;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
+mod vmm_writes;
 
 pub use collected::{Collected, RearmFailed, Rearmed};
 pub use error::Error;
 pub use round::{Round, SharedRound};
 pub use set::{DirtySet, LateRearm, SetFigures};
 pub use source::{CollectPhase, Collection, Figures, Source};
+pub use vmm_writes::{VmmMarker, VmmWrites};
 
 /// The octets of one page, of the set and of the wire, whatever the host's page size is.
 pub const PAGE_BYTES: u64 = 4096;

@@ -149,6 +149,20 @@ impl DirtySet {
         })
     }
 
+    /// Whether a page is in the set at this moment.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn is_dirty(&self, region: u32, page: u64) -> bool {
+        let place = self.shared.regions[region as usize];
+        assert!(
+            page < place.pages,
+            "page {page} is not inside region {region}"
+        );
+        let word = place.first_word + page / WORD_BITS;
+        self.shared.levels.load(word as usize) >> (page % WORD_BITS) & 1 == 1
+    }
+
     /// The pages in the set: exact while nobody marks or takes, a moment's estimate otherwise. Costs one load.
     pub fn dirty_pages(&self) -> u64 {
         // A taker may subtract a page a moment before its marker added it; the sum is then below zero.

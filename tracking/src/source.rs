@@ -151,6 +151,12 @@ impl Counters {
         self.add(collection);
     }
 
+    /// Counts a kernel call that failed, after which all that it was about was marked.
+    pub(crate) fn failed_range(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
+        self.all_dirty.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts pages only.
     pub(crate) fn add(&self, collection: Collection) {
         self.pages.fetch_add(collection.pages, Ordering::Relaxed);

@@ -9,6 +9,7 @@
 mod device_state;
 mod iommufd;
 mod kvm;
+mod process;
 mod type1;
 mod vfio;
 
@@ -21,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use iommufd::FakeIommufd;
 pub use kvm::{FakeSlot, FakeVm, Wrote};
+pub use process::FakeProcess;
 pub use type1::FakeContainer;
 pub use vfio::{FakeDevice, FakeDeviceConfig};
 

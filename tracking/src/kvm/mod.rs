@@ -21,7 +21,7 @@ use kvm_ioctls::VmFd;
 
 pub use log_source::{LogSource, Protect};
 pub use pace::Pace;
-pub use ring::{RingConfig, enable};
+pub use ring::{RingConfig, enable, enable_with};
 pub use ring_source::{RingFullHandle, RingSource, VcpuFigures};
 pub use slots::{Slot, Slots};
 

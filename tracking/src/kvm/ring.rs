@@ -58,8 +58,11 @@ pub fn enable(vm: &VmFd, config: RingConfig) -> Result<RingVariant, Error> {
     enable_with(&Linux, vm.as_fd(), config)
 }
 
-/// As [`enable`], with another kernel.
-pub(crate) fn enable_with(
+/// As [`enable`], with another kernel and a descriptor that it knows.
+///
+/// # Errors
+/// As [`enable`].
+pub fn enable_with(
     kernel: &dyn Kernel,
     vm: BorrowedFd<'_>,
     config: RingConfig,
