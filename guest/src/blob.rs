@@ -3,7 +3,7 @@
 //! ```text
 //!    0 magic[8] "MFDCONF\n"     8 u32 version (1)        12 u32 kind (1 KVM, 2 process)
 //!   16 u32 vcpus               20 u32 pattern            24 u32 tracking
-//!   28 u8 filled percent       29 u8 zero percent        30 u16 reserved (0)
+//!   28 u8 filled percent       29 u8 zero percent        30 u16 device (0 none)
 //!   32 u64 memory bytes        40 u64 working set bytes  48 u64 dirty rate, bytes/s    56 u64 seed
 //! ```
 //!
@@ -13,7 +13,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::codec::{Reader, put};
-use crate::config::{Config, Fill, Pattern, Tracking};
+use crate::config::{Config, Device, Fill, Pattern, Tracking};
 use crate::error::Result;
 use crate::guest::Kind;
 
@@ -40,7 +40,7 @@ struct RawConfig {
     tracking: u32,
     filled_percent: u8,
     zero_percent: u8,
-    reserved: u16,
+    device: u16,
     memory_bytes: u64,
     working_set_bytes: u64,
     dirty_rate_bytes_per_s: u64,
@@ -61,7 +61,7 @@ impl Config {
             tracking: self.tracking.code(),
             filled_percent: self.fill.filled_percent,
             zero_percent: self.fill.zero_percent,
-            reserved: 0,
+            device: self.device.code(),
             memory_bytes: self.memory_bytes,
             working_set_bytes: self.working_set_bytes,
             dirty_rate_bytes_per_s: self.dirty_rate_bytes_per_s,
@@ -83,19 +83,20 @@ impl Config {
         let raw: RawConfig = reader.take()?;
         reader.expect("magic", raw.magic, MAGIC)?;
         reader.expect("version", raw.version, VERSION)?;
-        reader.expect("reserved field", raw.reserved, 0)?;
         let unknown =
             |field: &str, code: u32| reader.malformed(format!("{field} {code} is not known"));
         let kind = Kind::from_code(raw.kind).ok_or_else(|| unknown("kind", raw.kind))?;
         let pattern =
             Pattern::from_code(raw.pattern).ok_or_else(|| unknown("pattern", raw.pattern))?;
+        let device =
+            Device::from_code(raw.device).ok_or_else(|| unknown("device", raw.device.into()))?;
         let asked =
             Tracking::from_code(raw.tracking).ok_or_else(|| unknown("tracking", raw.tracking))?;
         let tracking = match (kind, asked) {
             (Kind::Kvm, Tracking::Auto) => Tracking::Kvm,
             (Kind::Process, Tracking::Auto) => Tracking::Process,
             (Kind::Kvm, Tracking::Kvm | Tracking::Ring | Tracking::Log) => asked,
-            (Kind::Process, Tracking::Process) => asked,
+            (Kind::Process, Tracking::Process | Tracking::Userfault | Tracking::Marks) => asked,
             _ => {
                 return Err(reader.malformed(format!("kind {kind} cannot be tracked by {asked:?}")));
             }
@@ -113,6 +114,7 @@ impl Config {
                 filled_percent: raw.filled_percent,
                 zero_percent: raw.zero_percent,
             },
+            device,
         };
         config.validate()?;
         Ok(config)
@@ -134,6 +136,22 @@ impl Pattern {
     }
 }
 
+impl Device {
+    fn code(self) -> u16 {
+        match self {
+            Self::None => 0,
+            Self::Dma => 1,
+            Self::DmaUnreported => 2,
+        }
+    }
+
+    fn from_code(code: u16) -> Option<Self> {
+        [Self::None, Self::Dma, Self::DmaUnreported]
+            .into_iter()
+            .find(|device| device.code() == code)
+    }
+}
+
 impl Tracking {
     fn code(self) -> u32 {
         match self {
@@ -142,11 +160,21 @@ impl Tracking {
             Self::Ring => 3,
             Self::Log => 4,
             Self::Process => 5,
+            Self::Userfault => 6,
+            Self::Marks => 7,
         }
     }
 
     fn from_code(code: u32) -> Option<Self> {
-        let all = [Self::Auto, Self::Kvm, Self::Ring, Self::Log, Self::Process];
+        let all = [
+            Self::Auto,
+            Self::Kvm,
+            Self::Ring,
+            Self::Log,
+            Self::Process,
+            Self::Userfault,
+            Self::Marks,
+        ];
         all.into_iter().find(|tracking| tracking.code() == code)
     }
 }
@@ -165,6 +193,7 @@ mod tests {
             pattern: Pattern::Sequential,
             tracking: Tracking::Log,
             seed: 0x0102_0304_0506_0708,
+            device: Device::None,
             fill: Fill {
                 filled_percent: 70,
                 zero_percent: 30,
@@ -246,8 +275,9 @@ mod tests {
             (20, 3),
             (24, 0),
             (24, 6),
+            (24, 8),
             (24, 5),
-            (30, 1),
+            (30, 3),
             (31, 1),
         ];
         for (offset, value) in wrong {
@@ -289,7 +319,8 @@ mod tests {
             let mut blob = example().to_blob(Kind::Kvm);
             changes.into_iter().for_each(|(offset, octet)| blob[offset] = octet);
             if let Ok(config) = Config::from_blob(&blob) {
-                let kind = if config.tracking == Tracking::Process { Kind::Process } else { Kind::Kvm };
+                let process = [Tracking::Process, Tracking::Userfault, Tracking::Marks].contains(&config.tracking);
+                let kind = if process { Kind::Process } else { Kind::Kvm };
                 // Only a tracking that the source chose by itself (1) is written as the choice.
                 if blob[24] != 1 {
                     prop_assert_eq!(config.to_blob(kind), blob);

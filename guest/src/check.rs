@@ -11,6 +11,8 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use crate::config::Device;
+use crate::device;
 use crate::image::{Image, scan};
 use crate::layout::{self, HEADER_COUNTER_WORD, PAGE_WORDS, PageWords, Purpose};
 use crate::memory::Memory;
@@ -71,7 +73,12 @@ pub(crate) fn check(
     image: Image<'_>,
     memory: &Memory,
     progress: &[Result<Progress, String>],
+    device: Device,
 ) -> CheckReport {
+    let counters: Vec<u64> = progress
+        .iter()
+        .map(|progress| progress.as_ref().map_or(0, |progress| progress.counter))
+        .collect();
     let begun = Instant::now();
     let mut failures = Failures::default();
     let mut expected = Vec::new();
@@ -96,9 +103,15 @@ pub(crate) fn check(
         let (mut wanted, mut found) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
         for page in pages {
             image.page(page, &mut wanted);
-            if let Some(stamps) = stamps_of(image.layout.purpose(page), &expected) {
-                stamps.put_into(image.layout.purpose(page), &mut wanted);
+            let purpose = image.layout.purpose(page);
+            if let Some(stamps) = stamps_of(purpose, &expected) {
+                stamps.put_into(purpose, &mut wanted);
             }
+            let stamp = match purpose {
+                Purpose::Work(share, at) => expected[share.vcpu as usize].pages[at as usize],
+                _ => 0,
+            };
+            device::put_into(device, image.layout, page, stamp, &counters, &mut wanted);
             memory.read_page(page, &mut found);
             if wanted != found {
                 let text = describe(image, page, &wanted, &found);
@@ -360,7 +373,7 @@ mod tests {
         }
 
         fn check(&self, progress: Progress) -> CheckReport {
-            check(self.image(), &self.memory, &[Ok(progress)])
+            check(self.image(), &self.memory, &[Ok(progress)], Device::None)
         }
     }
 
@@ -435,6 +448,7 @@ mod tests {
             fixture.image(),
             &fixture.memory,
             &[Err("vcpu0 is lost".to_owned())],
+            Device::None,
         );
         assert_eq!(report.failures, ["vcpu0 is lost"]);
         assert!(!report.passed());

@@ -54,6 +54,21 @@ pub struct Config {
     pub seed: u64,
     /// What the memory holds at the start.
     pub fill: Fill,
+    /// What else writes the memory.
+    pub device: Device,
+}
+
+/// A device that the guest drives, for tests of what a migration does about memory that no virtual CPU wrote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// None.
+    #[default]
+    None,
+    /// One that writes guest memory from the host, behind KVM's back. The guest's driver then writes each page that the
+    /// device was given when it takes the page back ("unmap"), and so the page is tracked like any other. Needs KVM.
+    Dma,
+    /// The same with a driver and a VMM that say nothing to anybody: what it writes is lost in a migration. Needs KVM.
+    DmaUnreported,
 }
 
 /// The order in which a virtual CPU writes its share of the working set.
@@ -78,8 +93,13 @@ pub enum Tracking {
     Ring,
     /// KVM's dirty log.
     Log,
-    /// No machine at all: threads of this process write the memory and mark what they wrote.
+    /// No machine at all: threads of this process write the memory. Their writes are found by userfaultfd where it is
+    /// offered; otherwise the threads mark what they wrote.
     Process,
+    /// Threads of this process, their writes found by userfaultfd; refused where it is not offered.
+    Userfault,
+    /// Threads of this process, which mark what they wrote.
+    Marks,
 }
 
 /// What the memory holds at the start.
@@ -112,6 +132,7 @@ impl Default for Config {
             tracking: Tracking::default(),
             seed: 1,
             fill: Fill::default(),
+            device: Device::default(),
         }
     }
 }

@@ -14,7 +14,7 @@ use multifd_tracking::Source;
 use crate::beat::Heartbeat;
 use crate::check::{self, CheckReport};
 use crate::codec::Reader;
-use crate::config::{Config, Tracking, refuse};
+use crate::config::{Config, Device, Tracking, refuse};
 use crate::crew::Crew;
 use crate::error::{Error, Result};
 use crate::gate::Rested;
@@ -78,6 +78,10 @@ pub(crate) trait Engine: fmt::Debug + Send + Sync {
     fn kind(&self) -> Kind;
     /// How it tracks.
     fn tracking(&self) -> Tracking;
+    /// Why it does not track in the best way.
+    fn tracking_note(&self) -> Option<String> {
+        None
+    }
     /// A new source of dirty pages.
     fn tracking_source(&self) -> Result<Box<dyn Source>>;
     /// Makes threads that run look at the gate.
@@ -221,6 +225,7 @@ impl Guest {
             self.plan.image(),
             &self.memory,
             &self.engine.progress()?,
+            self.plan.config.device,
         ))
     }
 
@@ -256,6 +261,11 @@ impl Guest {
     /// How its writes are learnt: what `Auto` came to.
     pub fn tracking(&self) -> Tracking {
         self.engine.tracking()
+    }
+
+    /// Why its writes are learnt by another way than the best, in words for the user; `None` if they are not.
+    pub fn tracking_note(&self) -> Option<String> {
+        self.engine.tracking_note()
     }
 
     /// The last heart-beat of each virtual CPU. Takes no lock.
@@ -295,6 +305,14 @@ impl Guest {
         let crew = Arc::new(Crew::new(config.vcpus));
         let engine: Box<dyn Engine> = match choose(config.tracking)? {
             Kind::Kvm => Box::new(Machine::new(&plan, &memory, &crew, origin)?),
+            Kind::Process if config.device != Device::None => {
+                let advice = "no device, or a guest of KVM: threads of a process have no device";
+                return Err(refuse(
+                    "device",
+                    format!("{:?}", config.device),
+                    advice.to_owned(),
+                ));
+            }
             Kind::Process => Box::new(ProcessGuest::new(&plan, &memory, &crew)?),
         };
         let phase = match origin {
@@ -360,7 +378,7 @@ impl fmt::Display for Kind {
 
 fn choose(tracking: Tracking) -> Result<Kind> {
     match tracking {
-        Tracking::Process => Ok(Kind::Process),
+        Tracking::Process | Tracking::Userfault | Tracking::Marks => Ok(Kind::Process),
         Tracking::Kvm | Tracking::Ring | Tracking::Log => Ok(Kind::Kvm),
         Tracking::Auto => match Machine::offered() {
             Ok(()) => Ok(Kind::Kvm),

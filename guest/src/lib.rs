@@ -18,7 +18,8 @@
 //! is one store old fails.
 //!
 //! **Who writes the memory.** The guest, and before its first start this crate (the image) or the destination's
-//! receiver. Nobody on the host writes it afterwards: KVM does not report such writes.
+//! receiver. Nobody on the host writes it afterwards, since KVM does not report such writes; but for the device of a guest
+//! that is to show just that ([`Device`]).
 //!
 //! ```
 //! use multifd_guest::{Config, Guest};
@@ -54,6 +55,7 @@ mod check;
 mod codec;
 mod config;
 mod crew;
+mod device;
 mod error;
 mod gate;
 mod guest;
@@ -79,7 +81,8 @@ pub use beat::Heartbeat;
 pub use blob::{BLOB_KIND, CONFIG_BLOB_BYTES};
 pub use check::{CheckReport, FAILURES_MAX};
 pub use config::{
-    Config, Fill, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES, Pattern, Tracking, VCPUS_MAX,
+    Config, Device, Fill, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES, Pattern, Tracking,
+    VCPUS_MAX,
 };
 pub use error::{Error, Result};
 pub use guest::{Guest, Kind, PAUSE_MS_MAX};

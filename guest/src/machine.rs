@@ -13,6 +13,7 @@ use multifd_tracking::Source;
 use crate::codec::Reader;
 use crate::config::{PAGE_BYTES, Tracking};
 use crate::crew::{Crew, Threads};
+use crate::device::DmaDevice;
 use crate::error::{Error, Result};
 use crate::guest::{Engine, Kind, Origin, Plan};
 use crate::layout::PAGE_MAP_PAGE;
@@ -114,8 +115,9 @@ impl Machine {
         for vcpu in &vcpus {
             let (vcpu, plan, crew) = (Arc::clone(vcpu), Arc::clone(plan), Arc::clone(crew));
             let ring_full = tracking.ring_full();
+            let device = DmaDevice::new(plan.config.device, memory);
             threads.spawn(Some(Arc::clone(&vcpu.kick)), move || {
-                vcpu.serve(&plan, &crew, &ring_full)
+                vcpu.serve(&plan, &crew, &ring_full, device.as_ref())
             })?;
         }
         Ok(Self {

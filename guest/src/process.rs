@@ -7,7 +7,8 @@
 //!   0 u32 index    4 u32 reserved (0)    8 u64 counter    16 u64 reserved (0)
 //! ```
 //!
-//! **Tracking** is by the writers themselves. A writer stores first and marks second; a collection takes the marks
+//! **Tracking** is by userfaultfd ([`ProcessSource`]), which sees the threads' plain stores; or, where that is not offered
+//! or not wanted, by the writers themselves. A writer stores first and marks second; a collection takes the marks
 //! first, and pages are read later. A mark that a collection misses belongs to a store that a later one reports; a mark
 //! that it sees follows its store, so that whoever reads the page reads that store. The other order would lose the
 //! store between mark and read.
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use multifd_tracking::process::{MappedRange, ProcessSource};
 use multifd_tracking::{CollectPhase, Collected, Collection, DirtySet, Figures, Source};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -40,8 +42,21 @@ const MARKS_PER_WORD: u64 = 64;
 pub(crate) struct ProcessGuest {
     plan: Arc<Plan>,
     writers: Arc<[Writer]>,
-    marks: Arc<Marks>,
+    memory: Memory,
+    way: Way,
     threads: Threads,
+}
+
+/// How the threads' writes are learnt.
+#[derive(Clone, Debug)]
+enum Way {
+    /// By the kernel.
+    Userfault,
+    /// By the threads' own marks, and why not by the kernel if that was wanted.
+    Marks {
+        marks: Arc<Marks>,
+        note: Option<String>,
+    },
 }
 
 /// What a thread's processor would hold in registers.
@@ -71,7 +86,8 @@ impl ProcessGuest {
     /// The engine, all its threads resting.
     ///
     /// # Errors
-    /// [`Error::Kernel`](crate::Error::Kernel) if a thread cannot be made.
+    /// [`Error::Kernel`](crate::Error::Kernel) if a thread cannot be made, [`Error::Tracking`](crate::Error::Tracking) if
+    /// userfaultfd is demanded and not offered.
     pub(crate) fn new(plan: &Arc<Plan>, memory: &Memory, crew: &Arc<Crew>) -> Result<Self> {
         let writers: Arc<[Writer]> = plan
             .layout
@@ -79,7 +95,8 @@ impl ProcessGuest {
             .iter()
             .map(|_| Writer::default())
             .collect();
-        let marks = Arc::new(Marks::new(memory));
+        let offered = || ProcessSource::new(Vec::new()).map(|_| ());
+        let way = Way::choose(plan.config.tracking, offered, memory)?;
         let mut threads = Threads::new(crew);
         for vcpu in 0..plan.config.vcpus {
             let work = Work {
@@ -88,14 +105,15 @@ impl ProcessGuest {
                 crew: Arc::clone(crew),
                 memory: memory.clone(),
                 writers: Arc::clone(&writers),
-                marks: Arc::clone(&marks),
+                marks: way.marks(),
             };
             threads.spawn(None, move || work.run())?;
         }
         Ok(Self {
             plan: Arc::clone(plan),
             writers,
-            marks,
+            memory: memory.clone(),
+            way,
             threads,
         })
     }
@@ -107,12 +125,33 @@ impl Engine for ProcessGuest {
     }
 
     fn tracking(&self) -> Tracking {
-        Tracking::Process
+        match self.way {
+            Way::Userfault => Tracking::Userfault,
+            Way::Marks { .. } => Tracking::Marks,
+        }
+    }
+
+    fn tracking_note(&self) -> Option<String> {
+        match &self.way {
+            Way::Userfault => None,
+            Way::Marks { note, .. } => note.clone(),
+        }
     }
 
     fn tracking_source(&self) -> Result<Box<dyn Source>> {
-        Ok(Box::new(ProcessSource {
-            marks: Arc::clone(&self.marks),
+        let Some(marks) = self.way.marks() else {
+            let ranges = self.memory.regions().iter().zip(0..);
+            let ranges = ranges.map(|(region, index)| MappedRange {
+                region: index,
+                first: 0,
+                address: region.host.addr().get() as u64,
+                pages: region.bytes / crate::config::PAGE_BYTES,
+            });
+            return Ok(Box::new(ProcessSource::new(ranges.collect())?));
+        };
+        Ok(Box::new(MarksSource {
+            marks,
+            tracking: false,
             figures: Figures::default(),
         }))
     }
@@ -175,6 +214,35 @@ impl Engine for ProcessGuest {
     }
 }
 
+impl Way {
+    /// What `wanted` comes to, given whether the kernel offers the better way.
+    fn choose(
+        wanted: Tracking,
+        offered: impl FnOnce() -> std::result::Result<(), multifd_tracking::Error>,
+        memory: &Memory,
+    ) -> Result<Self> {
+        let marks = |note| Self::Marks {
+            marks: Arc::new(Marks::new(memory)),
+            note,
+        };
+        if wanted == Tracking::Marks {
+            return Ok(marks(None));
+        }
+        match offered() {
+            Ok(()) => Ok(Self::Userfault),
+            Err(error) if wanted == Tracking::Userfault => Err(error.into()),
+            Err(error) => Ok(marks(Some(error.to_string()))),
+        }
+    }
+
+    fn marks(&self) -> Option<Arc<Marks>> {
+        match self {
+            Self::Userfault => None,
+            Self::Marks { marks, .. } => Some(Arc::clone(marks)),
+        }
+    }
+}
+
 /// What one thread works with.
 struct Work {
     vcpu: u32,
@@ -182,7 +250,7 @@ struct Work {
     crew: Arc<Crew>,
     memory: Memory,
     writers: Arc<[Writer]>,
-    marks: Arc<Marks>,
+    marks: Option<Arc<Marks>>,
 }
 
 impl Work {
@@ -228,13 +296,15 @@ impl Work {
         Step::BatchEnded
     }
 
-    /// Stores `value` in the word `word` counted from the start of page `page`, then marks its page.
+    /// Stores `value` in the word `word` counted from the start of page `page`, then marks its page if nobody else finds it.
     fn store(&self, page: u64, word: u64, value: u64) {
         let page = page + word / layout::PAGE_WORDS as u64;
         self.memory
             .word(page, word % layout::PAGE_WORDS as u64)
             .store(value, Ordering::Relaxed);
-        self.marks.mark(page);
+        if let Some(marks) = &self.marks {
+            marks.mark(page);
+        }
     }
 }
 
@@ -284,20 +354,22 @@ impl Marks {
     }
 }
 
-/// The source of a process guest's dirty pages.
-struct ProcessSource {
+/// The marks as a source.
+struct MarksSource {
     marks: Arc<Marks>,
+    tracking: bool,
     figures: Figures,
 }
 
-impl Source for ProcessSource {
+impl Source for MarksSource {
     fn name(&self) -> &str {
-        "process"
+        "process-marks"
     }
 
     fn start(&mut self, _set: &DirtySet) -> std::result::Result<(), multifd_tracking::Error> {
         // What was written before is covered by round 0.
         drop(self.marks.take().rearm(|| Ok::<(), Infallible>(())));
+        self.tracking = true;
         Ok(())
     }
 
@@ -306,6 +378,11 @@ impl Source for ProcessSource {
         set: &DirtySet,
         _phase: CollectPhase,
     ) -> std::result::Result<Collection, multifd_tracking::Error> {
+        if !self.tracking {
+            return Err(multifd_tracking::Error::Misuse {
+                what: "the guest's marks are collected only between start and stop".into(),
+            });
+        }
         let begun = Instant::now();
         let collected = self.marks.take();
         let reported = collected.pages();
@@ -323,10 +400,44 @@ impl Source for ProcessSource {
     }
 
     fn stop(&mut self) -> std::result::Result<(), multifd_tracking::Error> {
+        self.tracking = false;
         Ok(())
     }
 
     fn figures(&self) -> Figures {
         self.figures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused() -> std::result::Result<(), multifd_tracking::Error> {
+        Err(multifd_tracking::Error::Unsupported {
+            what: "tracking a process by userfaultfd: not permitted".into(),
+        })
+    }
+
+    #[test]
+    fn without_userfaultfd_the_threads_mark_only_if_that_was_left_open() {
+        let memory = Memory::new(64 << 20).unwrap();
+        let way = Way::choose(Tracking::Process, refused, &memory).unwrap();
+        let Way::Marks {
+            note: Some(note), ..
+        } = way
+        else {
+            panic!("{way:?}");
+        };
+        assert_eq!(
+            note,
+            "not offered here: tracking a process by userfaultfd: not permitted"
+        );
+        let error = Way::choose(Tracking::Userfault, refused, &memory).unwrap_err();
+        assert_eq!(error.to_string(), note);
+        let asked = Way::choose(Tracking::Marks, refused, &memory).unwrap();
+        assert!(matches!(asked, Way::Marks { note: None, .. }), "{asked:?}");
+        let offered = Way::choose(Tracking::Auto, || Ok(()), &memory).unwrap();
+        assert!(matches!(offered, Way::Userfault), "{offered:?}");
     }
 }

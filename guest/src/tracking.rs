@@ -109,7 +109,11 @@ impl TrackingChoice {
         let method = match wanted {
             Tracking::Ring => Method::Ring,
             Tracking::Log => Method::Log,
-            Tracking::Auto | Tracking::Kvm | Tracking::Process => kvm::probe(vm)?.method(),
+            Tracking::Auto
+            | Tracking::Kvm
+            | Tracking::Process
+            | Tracking::Userfault
+            | Tracking::Marks => kvm::probe(vm)?.method(),
         };
         if method == Method::Ring {
             kvm::enable(vm, rings.config)?;

@@ -21,6 +21,7 @@ use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::crew::Crew;
+use crate::device::DmaDevice;
 use crate::error::Result;
 use crate::gate::Order;
 use crate::guest::Plan;
@@ -35,6 +36,14 @@ pub(crate) struct Vcpu {
     pub(crate) index: u32,
     pub(crate) kick: Arc<Kick>,
     descriptor: Mutex<VcpuFd>,
+}
+
+/// What the device was given and the guest has not taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mapped {
+    Nothing,
+    /// The pages of a batch.
+    Batch,
 }
 
 /// Why a vCPU came out of `KVM_RUN`.
@@ -72,12 +81,18 @@ impl Vcpu {
     }
 
     /// The thread's body: runs whenever the gate says so, until the end.
-    pub(crate) fn serve(&self, plan: &Plan, crew: &Crew, ring_full: &RingFull) {
+    pub(crate) fn serve(
+        &self,
+        plan: &Plan,
+        crew: &Crew,
+        ring_full: &RingFull,
+        device: Option<&DmaDevice>,
+    ) {
         if let Err(error) = kick::unblock_kick() {
             return crew.gate.fail(self.index, error.to_string());
         }
         while crew.gate.rest(self.index) == Order::Run {
-            if let Err(detail) = self.run(plan, crew, ring_full) {
+            if let Err(detail) = self.run(plan, crew, ring_full, device) {
                 return crew.gate.fail(self.index, detail);
             }
         }
@@ -89,19 +104,34 @@ impl Vcpu {
         plan: &Plan,
         crew: &Crew,
         ring_full: &RingFull,
+        device: Option<&DmaDevice>,
     ) -> std::result::Result<(), String> {
         let mut descriptor = self.descriptor();
         let beat = &crew.beats[self.index as usize];
-        let mut pace = Pace::new(
-            plan.layout.shares[self.index as usize].batch_ns,
-            Instant::now(),
-        );
+        let share = &plan.layout.shares[self.index as usize];
+        let mut pace = Pace::new(share.batch_ns, Instant::now());
+        // A guest with a device rests only at the end of a batch, so this is where one begins.
+        let mut counter = descriptor
+            .get_regs()
+            .map_err(|error| format!("KVM_GET_REGS: {error}"))?
+            .rbx;
+        let mut mapped = Mapped::Nothing;
         // Whoever pauses sets the wish first and arms second: if this disarms too late, the wish is seen below.
         self.kick.disarm();
-        while crew.gate.may_run() {
+        while crew.gate.may_run() || mapped == Mapped::Batch {
+            if let Some(device) = device
+                && mapped == Mapped::Nothing
+            {
+                device.transfer(&plan.layout, share, counter);
+                mapped = Mapped::Batch;
+            }
             match enter(&mut descriptor) {
+                // What the device was given is taken back first.
+                Exit::Interrupted if mapped == Mapped::Batch => self.kick.disarm(),
                 Exit::Interrupted => {}
                 Exit::Beat(low) => {
+                    mapped = Mapped::Nothing;
+                    counter = counter.wrapping_add(share.batch);
                     beat.report_low(low);
                     crew.gate.wait_until(pace.batch_ended(Instant::now()));
                 }

@@ -77,7 +77,7 @@ fn a_state_saved_twice_is_the_same_and_survives_a_load() {
         let source = Guest::create(&fast(tracking)).unwrap();
         run_a_while(&source);
         let state = source.save_state().unwrap();
-        if tracking == Tracking::Process {
+        if tracking != Tracking::Kvm {
             assert_eq!(source.save_state().unwrap(), state);
         }
         let destination = moved(&source);
@@ -88,7 +88,7 @@ fn a_state_saved_twice_is_the_same_and_survives_a_load() {
         let mut differing: Vec<usize> = (0..state.len())
             .filter(|at| state[*at] != loaded[*at])
             .collect();
-        if tracking != Tracking::Process {
+        if tracking == Tracking::Kvm {
             let record = (state.len() - 32) / source.config().vcpus as usize;
             let is_counter = |at: usize| (5160..5168).contains(&((at - 32) % record));
             differing.retain(|at| !is_counter(*at));

@@ -11,9 +11,14 @@ use multifd_tracking::{CollectPhase, DirtySet, Source};
 /// The ways of tracking that this host offers.
 fn ways(test: &str) -> Vec<Tracking> {
     if kvm_or_skip(&format!("{test} (its KVM part)")) {
-        vec![Tracking::Ring, Tracking::Log, Tracking::Process]
+        vec![
+            Tracking::Ring,
+            Tracking::Log,
+            Tracking::Userfault,
+            Tracking::Marks,
+        ]
     } else {
-        vec![Tracking::Process]
+        vec![Tracking::Userfault, Tracking::Marks]
     }
 }
 

@@ -62,6 +62,12 @@ pub enum Fault {
     /// A source of dirty pages failed.
     #[error("dirty tracking failed: {0}")]
     Tracking(String),
+    /// The debug scan found memory that differs from what was sent although no source of dirty pages reported a write.
+    #[error(
+        "memory was written behind the sources of dirty pages: {0}. Whoever writes guest memory has to mark it, after the \
+         write (multifd_tracking::VmmMarker), or be tracked by a source"
+    )]
+    Unreported(multifd_tracking::scan::Unreported),
     /// The destination refused the connection.
     #[error("the destination refused: {reason}: {text}")]
     Refused {
@@ -226,6 +232,7 @@ impl Fault {
             Self::AllLanesLost { .. } => "sender.channel.all-lanes-lost",
             Self::Vmm { .. } => "sender.vmm.refused",
             Self::Tracking(_) => "sender.tracking.failed",
+            Self::Unreported(_) => "sender.tracking.unreported",
             Self::Refused { .. } => "sender.peer.refused",
             Self::PeerAborted { .. } => "sender.peer.aborted",
             Self::Timeout { .. } => "sender.timeout",
@@ -253,7 +260,7 @@ impl Fault {
             Self::Misuse(e) => e.reason(),
             Self::Channel(_) | Self::Dial(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
             Self::Vmm { .. } => Reason::VmmRefused,
-            Self::Tracking(_) | Self::System { .. } => Reason::Internal,
+            Self::Tracking(_) | Self::Unreported(_) | Self::System { .. } => Reason::Internal,
             Self::Refused { reason, .. } | Self::PeerAborted { reason, .. } => *reason,
             Self::Timeout { .. } => Reason::Timeout,
             Self::Cancelled => Reason::Cancelled,

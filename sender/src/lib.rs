@@ -25,10 +25,10 @@ pub mod session;
 pub mod vfio;
 pub mod vmm;
 
-pub use config::{Config, ConfigBuilder, ConfigError, WhenNotConverging};
+pub use config::{Config, ConfigBuilder, ConfigError, DirtyScan, WhenNotConverging};
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use driver::{Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer};
 pub use error::{Error, Fault};
-pub use progress::Snapshot;
+pub use progress::{Snapshot, SourceProgress};
 pub use report::{OutcomeKind, Report};
 pub use vmm::{Blob, Reclaimed, Vmm, VmmError};

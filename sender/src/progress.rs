@@ -3,9 +3,11 @@
 //! The migration's threads only ever store; readers only ever load. Each number is true on its own; two numbers of one
 //! [`Snapshot`] may be some microseconds apart.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use multifd_tracking::{Figures, Source};
 use multifd_wire::Phase;
 
 use crate::forecast::Forecast;
@@ -42,9 +44,63 @@ pub(crate) struct Counters {
     forecast_rounds: AtomicU32,
     forecast_bandwidth: AtomicU64,
     forecast_throttle: AtomicU32,
+    sources: Box<[LiveSource]>,
+}
+
+macro_rules! live_figures {
+    ($($field:ident: $cell:ty),*) => {
+        /// A source's figures as they were after its newest collection.
+        #[derive(Debug, Default)]
+        struct LiveFigures {
+            $($field: $cell,)*
+        }
+
+        impl LiveFigures {
+            fn store(&self, figures: Figures) {
+                $(self.$field.store(figures.$field, Relaxed);)*
+            }
+
+            fn load(&self) -> Figures {
+                Figures {
+                    $($field: self.$field.load(Relaxed),)*
+                }
+            }
+        }
+    };
+}
+
+live_figures! {
+    pages: AtomicU64, reported: AtomicU64, harvests: AtomicU64, harvest_ns: AtomicU64, resets: AtomicU64,
+    ring_full_soft: AtomicU64, ring_full_hard: AtomicU64, entries_unknown: AtomicU64, all_dirty: AtomicU64,
+    unmaps: AtomicU64, errors: AtomicU64, last_errno: AtomicI32
+}
+
+#[derive(Debug)]
+struct LiveSource {
+    name: Arc<str>,
+    figures: LiveFigures,
 }
 
 impl Counters {
+    /// All zero, for these sources.
+    pub(crate) fn new(sources: &[Box<dyn Source>]) -> Self {
+        let live = |name: &str| LiveSource {
+            name: name.into(),
+            figures: LiveFigures::default(),
+        };
+        Self {
+            sources: sources.iter().map(|source| live(source.name())).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Takes note of what the sources have counted. Called by their own thread, since nobody else may ask them.
+    pub(crate) fn note_sources(&self, sources: &[Box<dyn Source>]) {
+        for (live, source) in self.sources.iter().zip(sources) {
+            live.figures.store(source.figures());
+        }
+    }
+
     pub(crate) fn set_phase(&self, phase: Phase) {
         self.phase.store(phase.as_u32(), Relaxed);
     }
@@ -109,6 +165,14 @@ impl Counters {
             .filter(|reconnect| reconnect.attempts > 0),
             bandwidth: self.bandwidth.load(Relaxed),
             cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
+            sources: self
+                .sources
+                .iter()
+                .map(|live| SourceProgress {
+                    name: Arc::clone(&live.name),
+                    figures: live.figures.load(),
+                })
+                .collect(),
             forecast: match self.forecast_kind.load(Relaxed) {
                 1 => Some(Forecast::Converges {
                     rounds: self.forecast_rounds.load(Relaxed),
@@ -138,8 +202,17 @@ pub struct Reconnect {
     pub gives_up_in: Duration,
 }
 
+/// What one source of dirty pages has counted, as of its newest collection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceProgress {
+    /// Its name, such as `kvm-ring`.
+    pub name: Arc<str>,
+    /// What it counted.
+    pub figures: Figures,
+}
+
 /// How far a migration is.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
     /// Where in its life.
     pub phase: Phase,
@@ -171,6 +244,8 @@ pub struct Snapshot {
     pub bandwidth: u64,
     /// CPU time of the migration's own threads so far.
     pub cpu: Duration,
+    /// Each source of dirty pages, in the order in which they were handed over.
+    pub sources: Vec<SourceProgress>,
     /// From the end of round 0; from round 1 on the guest's working set is known as well.
     pub forecast: Option<Forecast>,
 }

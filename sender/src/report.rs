@@ -82,6 +82,8 @@ pub struct Report {
     pub digest_equal: Option<bool>,
     /// The digest over all pages as last sent.
     pub digest: Option<String>,
+    /// How long the debug scan for unreported writes took, if it was asked for and got its turn; part of the downtime.
+    pub dirty_scan_ms: Option<f64>,
     /// Figures of each source of dirty pages.
     pub sources: Vec<SourceReport>,
     /// What went wrong, or null.
@@ -139,8 +141,20 @@ pub struct SourceReport {
     pub harvest_ms: f64,
     /// Kernel resets.
     pub resets: u64,
-    /// Exits of vCPUs because their ring was full.
+    /// Exits of vCPUs because their ring was full, and rings found full to the last entry.
     pub ring_full: u64,
+    /// Of which: rings found full to the last entry, after which everything counted as dirty.
+    pub overflows: u64,
+    /// Times that a whole region or range counted as dirty because the exact pages could not be learnt.
+    pub all_dirty: u64,
+    /// Reports of memory that the source does not know.
+    pub entries_unknown: u64,
+    /// Ranges unmapped from a device, which handed their dirty pages over first.
+    pub unmaps: u64,
+    /// Kernel calls that failed.
+    pub errors: u64,
+    /// The `errno` of the last one that failed; 0 if none did.
+    pub last_errno: i32,
 }
 
 /// What went wrong.
@@ -195,6 +209,7 @@ pub(crate) struct Timeline {
     destination_load: Duration,
     destination_cpu: Option<Duration>,
     digest: Option<u64>,
+    pub(crate) dirty_scan: Option<Duration>,
     pub(crate) resume_failed: Option<String>,
 }
 
@@ -391,6 +406,7 @@ impl Report {
                 .then_some(true)
                 .or_else(|| mismatch(error)),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),
+            dirty_scan_ms: timeline.dirty_scan.map(ms),
             sources: sources
                 .iter()
                 .map(|source| SourceReport::from(&**source))
@@ -415,6 +431,12 @@ impl From<&dyn Source> for SourceReport {
             harvest_ms: figures.harvest_ns as f64 / 1e6,
             resets: figures.resets,
             ring_full: figures.ring_full_soft + figures.ring_full_hard,
+            overflows: figures.ring_full_hard,
+            all_dirty: figures.all_dirty,
+            entries_unknown: figures.entries_unknown,
+            unmaps: figures.unmaps,
+            errors: figures.errors,
+            last_errno: figures.last_errno,
         }
     }
 }

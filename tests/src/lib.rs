@@ -2,6 +2,7 @@
 //! runs in one process, over any kind of channel, without KVM.
 
 pub mod bounded;
+pub mod built_in;
 pub mod cutting;
 pub mod dma;
 pub mod fake_destination;

@@ -242,9 +242,53 @@ fn a_guest_tracked_by_the_ring_moves() {
 
 #[test]
 fn a_guest_without_kvm_moves() {
-    let ended = send_loopback(&["--tracking", "process"]);
-    assert_migrated(&ended);
-    assert!(ended.errors.contains("guest: process"), "{ended}");
+    for (tracking, name, way) in [
+        ("process", "process", "found by userfaultfd"),
+        (
+            "marks",
+            "process-marks",
+            "found by the writing threads themselves",
+        ),
+    ] {
+        let ended = send_loopback(&["--tracking", tracking]);
+        let report = assert_migrated(&ended);
+        assert_eq!(report["sources"][0]["name"], name, "{report}");
+        assert!(ended.errors.contains("guest: process"), "{ended}");
+        assert!(ended.errors.contains(way), "{ended}");
+    }
+}
+
+#[test]
+fn the_debug_scan_names_what_a_device_wrote_behind_everybodys_back() {
+    if !kvm_or_skip("the_debug_scan_names_what_a_device_wrote_behind_everybodys_back") {
+        return;
+    }
+    let report = assert_migrated(&send_loopback(&[
+        "--debug-dirty-scan",
+        "--guest-device",
+        "dma",
+    ]));
+    assert!(
+        report["dirty_scan_ms"].as_f64().is_some_and(|ms| ms > 0.0),
+        "{report}"
+    );
+    let ended = send_loopback(&["--debug-dirty-scan", "--guest-device", "dma-unreported"]);
+    let report = assert_stayed(&ended, 1, "failed", "sender.tracking.unreported");
+    let text = report["error"]["text"].as_str().unwrap_or_default();
+    assert!(
+        text.contains("changed and no source reported") && text.contains("region 0 page"),
+        "{ended}"
+    );
+}
+
+#[test]
+fn a_device_without_kvm_is_refused_with_the_reason() {
+    let ended = send_loopback(&["--tracking", "process", "--guest-device", "dma"]);
+    assert_eq!(ended.status, Some(1), "{ended}");
+    assert!(
+        ended.errors.contains("threads of a process have no device"),
+        "{ended}"
+    );
 }
 
 #[test]

@@ -152,8 +152,8 @@ impl Counters {
     }
 
     /// Counts a kernel call that failed, after which all that it was about was marked.
-    pub(crate) fn failed_range(&self) {
-        self.errors.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn failed_range(&self, error: &std::io::Error) {
+        self.failed(error);
         self.all_dirty.fetch_add(1, Ordering::Relaxed);
     }
 

@@ -13,9 +13,9 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// `MULTIFD_REQUIRE_KVM` is 1.
 pub fn kinds(test: &str) -> Vec<Tracking> {
     if kvm_or_skip(&format!("{test} (its KVM half)")) {
-        vec![Tracking::Kvm, Tracking::Process]
+        vec![Tracking::Kvm, Tracking::Userfault, Tracking::Marks]
     } else {
-        vec![Tracking::Process]
+        vec![Tracking::Userfault, Tracking::Marks]
     }
 }
 

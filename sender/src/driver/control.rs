@@ -27,7 +27,8 @@ use super::lane::LaneCommand;
 use super::link::{ControlSender, Inbound, open};
 use super::redial::{Attempt, Purpose, Redial, lane_life};
 use super::work::{RoundWork, tracked};
-use super::{Dial, Finished, LaneState, Note, Shared, lock, thread_cpu};
+use super::{Dial, Finished, LaneState, Note, Shared, lock, scan, thread_cpu};
+use crate::config::DirtyScan;
 use crate::error::{Error, Fault};
 use crate::report::{Report, Timeline};
 use crate::session::{Effect, Event, Outcome, Session};
@@ -589,6 +590,7 @@ impl Control {
                 return Err(Error::new(self.session.phase(), Fault::Tracking(text)));
             }
         }
+        self.shared.counters.note_sources(&self.sources);
         let pages = self.shared.dirty.dirty_pages();
         if !last {
             self.shared.counters.dirty_pages.store(pages, Relaxed);
@@ -628,6 +630,9 @@ impl Control {
     }
 
     fn send_final(&mut self, round: Round) -> Result<Event, Error> {
+        if self.shared.config.dirty_scan == DirtyScan::AtSwitchover {
+            self.scan_for_unreported()?;
+        }
         let digest = self.shared.digest.value();
         let memory_pages = self.shared.layout.pages_total().value();
         self.try_send(Final {
@@ -640,6 +645,47 @@ impl Control {
         Ok(Event::FinalSent {
             digest: digest.value(),
         })
+    }
+
+    /// Compares all of memory with what was sent, on a thread of its own: this one goes on saying that it lives.
+    fn scan_for_unreported(&mut self) -> Result<(), Error> {
+        let fail = |fault: Fault| Error::new(Phase::Switchover, fault);
+        let began = Instant::now();
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let shared = Arc::clone(&self.shared);
+        let body = Box::new(move || {
+            // The control thread may have given up.
+            let _ = tell.send(scan::unreported(&shared));
+        });
+        let thread = self.spawner.spawn("mfd-scan", body).map_err(|source| {
+            fail(Fault::System {
+                step: "start a thread",
+                source,
+            })
+        })?;
+        let found = loop {
+            match told.recv_timeout(self.shared.config.keep_alive) {
+                Ok(found) => break Some(found),
+                Err(RecvTimeoutError::Timeout) => {
+                    let stamp_us = micros(self.shared.now()).max(1);
+                    self.try_send(KeepAlive {
+                        stamp_us,
+                        echo_us: 0,
+                    })?;
+                }
+                Err(RecvTimeoutError::Disconnected) => break None,
+            }
+        };
+        let ended = thread.join();
+        self.timeline.dirty_scan = Some(began.elapsed());
+        match (found, ended) {
+            (Some(found), _) if found.is_empty() => Ok(()),
+            (Some(found), _) => Err(fail(Fault::Unreported(found))),
+            (None, _) => Err(fail(Fault::System {
+                step: "the scan for unreported writes",
+                source: std::io::Error::other("its thread panicked"),
+            })),
+        }
     }
 
     /// Tells the peer why; as well as it can be told.
@@ -1204,6 +1250,7 @@ impl Control {
             }
         }
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+        self.shared.counters.note_sources(&self.sources);
         let report = Report::new(
             &self.timeline,
             &outcome,

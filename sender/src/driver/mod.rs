@@ -14,6 +14,7 @@ mod dial;
 mod lane;
 mod link;
 mod redial;
+mod scan;
 mod work;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -123,7 +124,7 @@ impl Migration {
             .regions()
             .map(|region| region.bytes / multifd_wire::PAGE_BYTES_U64)
             .collect();
-        let counters = Arc::new(Counters::default());
+        let counters = Arc::new(Counters::new(&parts.sources));
         counters
             .memory_pages
             .store(layout.pages_total().value(), Ordering::Relaxed);

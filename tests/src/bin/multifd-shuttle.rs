@@ -17,16 +17,15 @@
 #![allow(clippy::print_stdout)] // a program's business
 
 use std::io::{BufRead as _, Write as _};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use bytes::Bytes;
-use multifd_guest::{BLOB_KIND, Config, Fill, Guest, Tracking};
+use multifd_guest::{Config, Fill, Guest, Tracking};
 use multifd_receiver as rx;
 use multifd_sender as tx;
-use multifd_transport::{GuestMemory, Listener, TcpOptions};
-use multifd_wire::Layout;
+use multifd_tests::built_in::{Arriving, Leaving, Slot};
+use multifd_transport::{Listener, TcpOptions};
 use serde_json::{Value, json};
 
 /// Longest wait for the heart-beats that show that an arrived guest runs: they come every few milliseconds.
@@ -104,7 +103,7 @@ impl Shuttle {
         let address = listener.local_address().to_string();
         let slot = Slot::default();
         let reception = rx::Reception::start(rx::Parts {
-            vmm: Box::new(Arriving(slot.clone())),
+            vmm: Box::new(Arriving::new(slot.clone())),
             listeners: vec![listener],
             config: rx::Config::default(),
             spawner: None,
@@ -178,85 +177,4 @@ fn stats() -> anyhow::Result<Value> {
         "descriptors": std::fs::read_dir("/proc/self/fd")?.count() - 1,
         "rss_kib": number("VmRSS:")?,
     }))
-}
-
-/// Where an arriving guest is put.
-#[derive(Clone, Default)]
-struct Slot(Arc<Mutex<Option<Arc<Guest>>>>);
-
-impl Slot {
-    fn set(&self, guest: Option<Arc<Guest>>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = guest;
-    }
-
-    fn get(&self) -> Result<Arc<Guest>, rx::VmmError> {
-        let guest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        guest
-            .clone()
-            .ok_or_else(|| rx::VmmError::new("there is no guest yet"))
-    }
-}
-
-/// The built-in guest as the source's VMM.
-struct Leaving(Arc<Guest>);
-
-impl tx::Vmm for Leaving {
-    fn config(&mut self) -> Result<Vec<tx::Blob>, tx::VmmError> {
-        Ok(vec![blob(self.0.config_blob())])
-    }
-
-    fn pause(&mut self) -> Result<(), tx::VmmError> {
-        self.0.pause().map_err(tx::VmmError::new)
-    }
-
-    fn save(&mut self) -> Result<Vec<tx::Blob>, tx::VmmError> {
-        Ok(vec![blob(self.0.save_state().map_err(tx::VmmError::new)?)])
-    }
-
-    fn resume(&mut self, _: tx::Reclaimed) -> Result<(), tx::VmmError> {
-        self.0.run().map_err(tx::VmmError::new)
-    }
-}
-
-fn blob(octets: Vec<u8>) -> tx::Blob {
-    tx::Blob {
-        kind: BLOB_KIND,
-        version: 1,
-        octets: Bytes::from(octets),
-    }
-}
-
-/// The built-in guest as the destination's VMM.
-struct Arriving(Slot);
-
-impl rx::Vmm for Arriving {
-    fn prepare(&mut self, configs: Vec<rx::Blob>, _: &Layout) -> Result<GuestMemory, rx::VmmError> {
-        let config = Config::from_blob(&only(&configs)?.octets).map_err(rx::VmmError::new)?;
-        let guest = Guest::create_empty(&config).map_err(rx::VmmError::new)?;
-        let memory = guest.memory().to_channels();
-        self.0.set(Some(Arc::new(guest)));
-        Ok(memory)
-    }
-
-    fn load(&mut self, states: Vec<rx::Blob>) -> Result<(), rx::VmmError> {
-        let guest = self.0.get()?;
-        guest
-            .load_state(&only(&states)?.octets)
-            .map_err(rx::VmmError::new)
-    }
-
-    fn resume(&mut self, _: rx::Ownership) -> Result<(), rx::VmmError> {
-        self.0.get()?.run().map_err(rx::VmmError::new)
-    }
-
-    fn discard(&mut self) {
-        self.0.set(None);
-    }
-}
-
-fn only(blobs: &[rx::Blob]) -> Result<&rx::Blob, rx::VmmError> {
-    match blobs {
-        [blob] if blob.kind == BLOB_KIND => Ok(blob),
-        _ => Err(rx::VmmError::new("the built-in guest is one blob")),
-    }
 }

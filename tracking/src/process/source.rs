@@ -289,7 +289,7 @@ impl Source for ProcessSource {
             match self.collect_range(&range, set) {
                 Ok(collection) => sum += collection,
                 Err(error) => {
-                    self.counters.failed_range();
+                    self.counters.failed_range(&error);
                     failed = failed.or(Some(error));
                 }
             }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
-use multifd_guest::{Fill, Pattern, Tracking};
+use multifd_guest::{Device, Fill, Pattern, Tracking};
 use multifd_sender::config::WhenDestinationLost;
-use multifd_sender::{Config, WhenNotConverging};
+use multifd_sender::{Config, DirtyScan, WhenNotConverging};
 use multifd_transport::tls::{TlsClient, TlsPem};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 
@@ -105,6 +105,11 @@ pub(crate) struct Args {
     #[arg(long, help_heading = "Migration")]
     pub(crate) restart_if_lost: bool,
 
+    /// Look for writes to guest memory that nobody reported: with the guest paused, compare all of its memory with what was
+    /// sent. Gives up, and names the pages, if one differs. The downtime grows by some tenths of a second per GiB
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) debug_dirty_scan: bool,
+
     /// The guest's memory
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G", help_heading = "Guest")]
     pub(crate) memory: u64,
@@ -128,6 +133,10 @@ pub(crate) struct Args {
     /// How dirty pages are found
     #[arg(long, value_enum, default_value_t = HowTracked::Auto, help_heading = "Guest")]
     pub(crate) tracking: HowTracked,
+
+    /// A device that writes guest memory from the host, where no dirty log sees it
+    #[arg(long, value_enum, default_value_t = GuestDevice::None, help_heading = "Guest")]
+    pub(crate) guest_device: GuestDevice,
 
     /// Share of the memory outside the working set that is all zero, in percent
     #[arg(
@@ -172,6 +181,8 @@ Examples:
     multifd-send --loopback --dirty-rate 2G --bandwidth 500M
   over a link that comes and goes:
     multifd-send --connect dest:4444 --reconnect-deadline 10min
+  is there a writer of guest memory that tells nobody? (here there is one)
+    multifd-send --loopback --debug-dirty-scan --guest-device dma-unreported
   for programs:
     multifd-send --loopback --report json | jq .downtime_ms
 
@@ -292,14 +303,27 @@ pub(crate) enum WritePattern {
 /// See `--tracking`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum HowTracked {
-    /// KVM's dirty ring if there is one, else its log; without KVM the threads of the process report
+    /// KVM's dirty ring if there is one, else its log. Without KVM: userfaultfd, or the threads' own marks (it says which)
     Auto,
     /// KVM's dirty ring
     Ring,
     /// KVM's dirty log
     Log,
-    /// No KVM: threads that write a plain mapping
+    /// No KVM: threads that write a plain mapping, watched by userfaultfd (Linux 6.7; refused where it is not offered)
     Process,
+    /// No KVM: threads that write a plain mapping and mark what they wrote
+    Marks,
+}
+
+/// See `--guest-device`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum GuestDevice {
+    /// No device
+    None,
+    /// The guest's driver touches each page after the device wrote it, and so it is found (needs KVM)
+    Dma,
+    /// Nobody reports what the device wrote: the migration loses it. See --debug-dirty-scan (needs KVM)
+    DmaUnreported,
 }
 
 /// See `--report`.
@@ -376,6 +400,11 @@ impl Args {
                 WhenDestinationLost::Fail
             })
             .progress_deadline(Duration::from_secs(60).max(self.stall))
+            .dirty_scan(if self.debug_dirty_scan {
+                DirtyScan::AtSwitchover
+            } else {
+                DirtyScan::Off
+            })
             .keep_alive(Duration::from_secs(1).min(self.stall / 4))
             .build()?)
     }
@@ -395,7 +424,13 @@ impl Args {
                 HowTracked::Auto => Tracking::Auto,
                 HowTracked::Ring => Tracking::Ring,
                 HowTracked::Log => Tracking::Log,
-                HowTracked::Process => Tracking::Process,
+                HowTracked::Process => Tracking::Userfault,
+                HowTracked::Marks => Tracking::Marks,
+            },
+            device: match self.guest_device {
+                GuestDevice::None => Device::None,
+                GuestDevice::Dma => Device::Dma,
+                GuestDevice::DmaUnreported => Device::DmaUnreported,
             },
             seed: self.seed,
             fill: Fill {

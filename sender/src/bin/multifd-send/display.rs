@@ -38,24 +38,28 @@ impl Display {
     /// Takes note of how far it is.
     pub(crate) fn show(&mut self, now: Snapshot) {
         if self.round.is_some_and(|round| round != now.round)
-            && let Some(before) = self.newest
+            && let Some(before) = &self.newest
         {
-            self.line(&round_line(&before, now.dirty_pages));
+            self.line(&round_line(before, &now));
         }
         if now.octets_sent > 0 {
             self.round = Some(now.round);
         }
         if let Some(back) = now.reconnect
-            && self.newest.is_none_or(|newest| newest.reconnect.is_none())
+            && self
+                .newest
+                .as_ref()
+                .is_none_or(|newest| newest.reconnect.is_none())
         {
             self.line(&format!(
                 "  link lost: dialling again for {:.0} s at most",
                 back.gives_up_in.as_secs_f64()
             ));
-        } else if now.reconnect.is_none() && self.newest.is_some_and(|n| n.reconnect.is_some()) {
+        } else if now.reconnect.is_none()
+            && self.newest.as_ref().is_some_and(|n| n.reconnect.is_some())
+        {
             self.line("  link is back");
         }
-        self.newest = Some(now);
         if let Some(bar) = &self.bar {
             bar.set_prefix(format!("round {}", now.round));
             bar.set_length(now.memory_pages.max(1));
@@ -65,6 +69,7 @@ impl Display {
             self.told = Instant::now();
             self.line(&format!("  round {}: {}", now.round, message(&now)));
         }
+        self.newest = Some(now);
     }
 
     /// The migration is over.
@@ -105,13 +110,30 @@ fn message(now: &Snapshot) -> String {
     )
 }
 
-fn round_line(before: &Snapshot, dirty: u64) -> String {
+fn round_line(before: &Snapshot, now: &Snapshot) -> String {
+    let found: Vec<String> = now
+        .sources
+        .iter()
+        .map(|source| {
+            let (name, figures) = (&source.name, &source.figures);
+            let all_dirty = match figures.all_dirty {
+                0 => String::new(),
+                times => format!(", {times} times everything"),
+            };
+            let ms = figures.harvest_ns as f64 / 1e6;
+            format!(
+                "{name} found {} pages in {ms:.1} ms{all_dirty}",
+                figures.pages
+            )
+        })
+        .collect();
     format!(
-        "  round {}: sent {} in all, {}, then dirty {}",
+        "  round {}: sent {} in all, {}, then dirty {} ({})",
         before.round,
         mib(before.octets_sent),
         rate(before.bandwidth),
-        mib(dirty * 4096)
+        mib(now.dirty_pages * 4096),
+        found.join("; ")
     )
 }
 

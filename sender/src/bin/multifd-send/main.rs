@@ -92,7 +92,14 @@ fn run(
         config_of_guest.dirty_rate_bytes_per_s as f64 / 1e6,
         config_of_guest.working_set_bytes >> 20
     ));
-    if kind == multifd_guest::Kind::Process && guest_config.tracking != Tracking::Process {
+    tell(format!(
+        "       dirty pages are found by {}",
+        how_found(guest.tracking())
+    ));
+    if let Some(note) = guest.tracking_note() {
+        tell(format!("       (userfaultfd is not used. {note})"));
+    }
+    if kind == multifd_guest::Kind::Process && guest_config.tracking == Tracking::Auto {
         tell(
             "       (there is no /dev/kvm: the same work is done by threads on a plain mapping)"
                 .into(),
@@ -146,6 +153,17 @@ fn destinations(
     }
     let data: Vec<_> = data.iter().map(ToString::to_string).collect();
     format!("{control} (data channels: {})", data.join(", "))
+}
+
+/// A way of tracking in words.
+fn how_found(tracking: Tracking) -> &'static str {
+    match tracking {
+        Tracking::Ring => "KVM's dirty ring",
+        Tracking::Log => "KVM's dirty log",
+        Tracking::Userfault => "userfaultfd",
+        Tracking::Marks => "the writing threads themselves",
+        Tracking::Auto | Tracking::Kvm | Tracking::Process => "the best way there is",
+    }
 }
 
 /// Set by the first SIGINT or SIGTERM.

@@ -174,15 +174,31 @@ impl Summary {
             );
         }
         for source in &r.sources {
+            let trouble: String = [
+                (source.ring_full, "times full"),
+                (source.overflows, "overflows"),
+                (source.all_dirty, "times everything dirty"),
+                (source.entries_unknown, "unknown entries"),
+                (source.unmaps, "unmaps"),
+                (source.errors, "errors"),
+            ]
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, what)| format!(", {count} {what}"))
+            .collect();
             println!(
-                "  {:<12} {} pages found in {} harvests ({:.1} ms), {} reports, {} resets, {} times full",
+                "  {:<12} {} pages found in {} harvests ({:.1} ms), {} reports, {} resets{trouble}",
                 source.name,
                 source.pages,
                 source.harvests,
                 source.harvest_ms,
                 source.reported,
                 source.resets,
-                source.ring_full
+            );
+        }
+        if let Some(ms) = r.dirty_scan_ms {
+            println!(
+                "  debug scan   all memory compared with what was sent, in {ms:.1} ms of the downtime"
             );
         }
         if let Some(equal) = r.digest_equal {
