@@ -360,6 +360,8 @@ impl Session {
             (State::Rounds, Event::LaneArrived { lane, round, last }) => {
                 self.arrived(lane, round, last)
             }
+            // It had read its mark whole when the channels were lost; the round is opened again (SPEC: RESUME-2, RESUME-7).
+            (State::Suspended { .. }, Event::LaneArrived { .. }) => Vec::new(),
             (_, Event::LaneEnded { lane }) => self.ended(lane, now),
             (State::Rounds, Event::Closed { digest, damaged }) if self.closing => {
                 self.closed(digest, damaged, now)
