@@ -44,6 +44,10 @@ const ACK_LAG: Duration = Duration::from_millis(20);
 /// the destination is given up.
 const DRAIN_PATIENCE: u32 = 2;
 
+/// A lane may turn out to be dead while its round is waited for: it is given up after one stall, and what the destination has
+/// of it is known after three more at the latest.
+const DEAD_LANE_STALLS: u32 = 4;
+
 /// A round with fewer octets than this says too little about the bandwidth.
 const MEASURABLE_OCTETS: u64 = 4 << 20;
 
@@ -729,7 +733,10 @@ impl Session {
                 self.began + self.config.setup_deadline,
                 "the destination to get ready",
             ),
-            State::Draining { until, .. } => (until, "the destination to close a round"),
+            State::Draining { until, .. } => (
+                until.max(self.progress + self.config.stall * DEAD_LANE_STALLS),
+                "the destination to close a round",
+            ),
             State::Suspended { until } | State::Asking { until } => {
                 return (until, "the destination to answer again");
             }

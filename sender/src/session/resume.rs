@@ -15,7 +15,7 @@
 use std::time::Duration;
 
 use multifd_wire::frame::OutcomeState;
-use multifd_wire::{Phase, Round};
+use multifd_wire::{ChannelRef, Phase, Round};
 
 use super::{Effect, Event, Outcome, Session, State};
 use crate::config::WhenDestinationLost;
@@ -212,8 +212,11 @@ impl Session {
 
     /// The error of a wait of this file whose deadline passed.
     pub(super) fn gave_up(&mut self, what: &'static str) -> Error {
-        let why = self.doubt.take().map(|error| error.fault().to_string());
-        match (self.state, why) {
+        let doubt = self.doubt.take();
+        // The channel is that of the first error: what came of it is not about another one.
+        let at = doubt.as_ref().map_or(ChannelRef::None, Error::channel);
+        let why = doubt.map(|error| error.fault().to_string());
+        let error = match (self.state, why) {
             (State::Suspended { .. } | State::Rejoining { .. }, Some(why)) => Error::new(
                 Phase::Suspended,
                 Fault::NotReconnected {
@@ -225,6 +228,7 @@ impl Session {
                 Error::new(Phase::Commit, Fault::OutcomeUnknown { why })
             }
             _ => Error::new(self.phase(), Fault::Timeout { what }),
-        }
+        };
+        error.at(at)
     }
 }

@@ -758,11 +758,27 @@ fn a_destination_that_never_closes_a_round_is_waited_for_as_long_as_the_slow_lin
     };
     let seconds = (bound - STALL).as_secs_f64();
     assert!((2.5..4.0).contains(&seconds), "{seconds}");
+    let bound = bound.max(session.progress + STALL * DEAD_LANE_STALLS);
     session.heard(bound - MS);
     assert!(session.handle(Event::Tick, bound - MS).is_empty());
     let effects = session.handle(Event::Tick, bound);
     assert_eq!(finishes(&effects), 1);
     assert_eq!(reclaims(&effects), 1);
+}
+
+#[test]
+fn a_lane_that_turns_out_dead_is_given_up_before_the_wait_for_its_round_ends() {
+    let mut session = draining();
+    let State::Draining { until, .. } = session.state else {
+        panic!("{}", state_name(&session))
+    };
+    // Something was taken a moment ago: from then on a dead lane has its stall and the time to be settled.
+    session.progressed(until - MS);
+    session.heard(until + STALL);
+    let settled = until - MS + STALL * DEAD_LANE_STALLS;
+    assert!(session.handle(Event::Tick, until + STALL).is_empty());
+    session.heard(settled);
+    assert_eq!(finishes(&session.handle(Event::Tick, settled)), 1);
 }
 
 /// The event that the driver would give next in this state, if all goes well.

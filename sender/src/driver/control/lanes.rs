@@ -42,11 +42,19 @@ impl Control {
             && matches!(self.session.phase(), Phase::Rounds | Phase::Switchover)
     }
 
+    /// Whether lanes carry something that has to be taken.
+    fn watches_lanes(&self) -> bool {
+        matches!(self.session.phase(), Phase::Rounds | Phase::Switchover)
+    }
+
     /// When something of this file is due next.
     pub(super) fn lanes_due(&self) -> Duration {
         // As in `tend_lanes`: what nobody will do is not due, or the control thread would never wait again.
-        if !self.dials_again() {
+        if !self.watches_lanes() {
             return Duration::MAX;
+        }
+        if !self.dials_again() {
+            return self.watch_due;
         }
         let redials = self
             .lanes
@@ -65,13 +73,17 @@ impl Control {
 
     /// Does what is due.
     pub(super) fn tend_lanes(&mut self, now: Duration) {
-        if !self.dials_again() {
+        if !self.watches_lanes() {
             self.watch_due = Duration::MAX;
             return;
         }
+        // Whether or not a lane that is lost is dialled again: the others have to know that it is.
         if now >= self.watch_due || self.watch_due == Duration::MAX {
             self.watch_due = now + WATCH_PERIOD;
             self.watch_lanes(now);
+        }
+        if !self.dials_again() {
+            return;
         }
         let due: Vec<LaneId> = self
             .lanes
