@@ -80,7 +80,7 @@ fn the_simulated_network_is_a_channel_like_any_other() {
             hot_pages: 1,
         };
         let machine = Machine::new(Random::new(1), &[8], pace);
-        let world = World::new(Random::new(1), Plan::none(), machine, 1, 1, false);
+        let world = World::new(Random::new(1), Plan::none(), machine, 1, 1, false, false);
         let quality = Quality {
             capacity: 8 << 10,
             ps_per_octet: 1_000,

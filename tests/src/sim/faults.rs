@@ -4,7 +4,7 @@
 //! time) and a moment (before the frame, inside it, after it, or some time later). If none of them happened by the time of the
 //! COMMIT, one happens there. So there is no migration without a fault.
 
-use multifd_wire::{ChannelRef, HEADER_BYTES, Kind};
+use multifd_wire::{ChannelRef, HEADER_BYTES, HELLO_REPLY_BYTES, Kind};
 
 use super::network::Link;
 use crate::model::Random;
@@ -159,6 +159,8 @@ pub struct FrameSeen {
     pub number: u64,
     /// Its kind; none for a hello.
     pub kind: Option<Kind>,
+    /// What an OUTCOME says (SPEC: ASK-2).
+    pub outcome: Option<u32>,
     /// Octets of header and table.
     pub head: u64,
     /// Octets in all.
@@ -176,13 +178,27 @@ impl FrameSeen {
         let code = head
             .first_chunk::<2>()
             .map(|code| u16::from_le_bytes(*code));
+        let kind = code
+            .filter(|_| number > 0)
+            .and_then(|code| Kind::from_code(code).ok());
+        // The answer to a hello that asks is followed by OUTCOME at once.
+        let frame = if number == 0 {
+            head.get(HELLO_REPLY_BYTES..).unwrap_or_default()
+        } else {
+            head
+        };
+        let is_outcome = frame.first_chunk::<2>() == Some(&Kind::Outcome.code().to_le_bytes());
+        let state = frame
+            .get(HEADER_BYTES..)
+            .and_then(|table| table.first_chunk::<4>());
         Self {
             from,
             channel,
             number,
-            kind: code
-                .filter(|_| number > 0)
-                .and_then(|code| Kind::from_code(code).ok()),
+            kind,
+            outcome: state
+                .filter(|_| is_outcome)
+                .map(|state| u32::from_le_bytes(*state)),
             head: head.len() as u64,
             bytes,
         }
@@ -324,6 +340,7 @@ const BACK: &[Kind] = &[
     Kind::Running,
     Kind::GiveBack,
     Kind::LaneDown,
+    Kind::Landed,
 ];
 
 impl Plan {

@@ -82,7 +82,6 @@ pub fn replay_command(seed: u64) -> String {
 
 /// The settings that a seed gives.
 struct Settings {
-    lanes: u32,
     shape: Vec<u64>,
     quality: Vec<Quality>,
     config: tx::Config,
@@ -91,6 +90,7 @@ struct Settings {
     pace: Pace,
     step_ns: u64,
     must_converge: bool,
+    resumes: bool,
 }
 
 fn pick<T: Copy>(random: &mut Random, of: &[T]) -> T {
@@ -127,7 +127,11 @@ impl Settings {
         let stall = Duration::from_millis(stall_ms);
         let keep_alive = Duration::from_millis(pick(random, &[100, 200, 240]));
         let must_converge = random.below(4) > 0;
+        let reconnect_ms = pick(random, &[0, 300, 4000, 4000]);
+        let suspend_ms = pick(random, &[0, 300, 8000, 8000, 8000]);
         let config = tx::Config::builder()
+            .reconnect_deadline(Duration::from_millis(reconnect_ms))
+            .progress_deadline(Duration::from_secs(3))
             .channels(lanes)
             .body_bytes(pick(random, &[4096, 8192, 16384, 32768, 1 << 18]))
             .downtime_limit(Duration::from_millis(pick(random, &[5, 10, 20, 300])))
@@ -145,6 +149,8 @@ impl Settings {
             .build()
             .expect("settings within their ranges");
         let receiver = rx::Config::builder()
+            .suspend(Duration::from_millis(suspend_ms))
+            .progress_deadline(Duration::from_secs(3))
             .hello_deadline(Duration::from_secs(1))
             .setup_deadline(Duration::from_secs(2))
             .stall(stall)
@@ -152,7 +158,6 @@ impl Settings {
             .build()
             .expect("settings within their ranges");
         Self {
-            lanes,
             shape,
             quality,
             config,
@@ -164,6 +169,7 @@ impl Settings {
             },
             step_ns: pick(random, &[10_000, 100_000, 20_000_000]),
             must_converge,
+            resumes: reconnect_ms >= 4000 && suspend_ms >= 8000,
         }
     }
 }
@@ -249,8 +255,9 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
         Random::new(random.next_u64()),
         plan,
         machine,
-        settings.lanes,
+        settings.config.channels(),
         settings.stall_ns,
+        settings.resumes,
         trace,
     );
     let theirs = Arc::clone(&world);

@@ -55,8 +55,10 @@ pub struct Ledger {
     pub destination_runs: bool,
     /// It ran at the destination at some time.
     pub destination_ran: bool,
-    /// COMMIT was handed to the channel.
+    /// COMMIT was handed to the channel, and the destination has not answered that it takes it no more.
     pub commit_left: bool,
+    /// The destination answered "not committed".
+    pub disowned: bool,
     /// The program of this side died.
     pub source_crashed: bool,
     /// The program of this side died.
@@ -70,8 +72,6 @@ struct State {
     plan: Plan,
     ledger: Ledger,
     links: Vec<Arc<Link>>,
-    lanes_lost: Vec<ChannelRef>,
-    lanes: u32,
     happened: Vec<(u64, Fault, String)>,
     later: Vec<(u64, usize, Option<Arc<Link>>)>,
     flips: Vec<Flip>,
@@ -80,6 +80,11 @@ struct State {
     began: u64,
     over: bool,
     must_succeed: bool,
+    lanes: u32,
+    lanes_lost: Vec<ChannelRef>,
+    /// Pages were sent, and the guest was not paused yet: a lost control channel costs time only.
+    in_rounds: bool,
+    resumes: bool,
     forged: bool,
     stall_ns: u64,
     kinds_seen: BTreeMap<u16, u64>,
@@ -120,6 +125,7 @@ impl World {
         machine: Machine,
         lanes: u32,
         stall_ns: u64,
+        resumes: bool,
         trace: bool,
     ) -> Arc<Self> {
         let refuses = [
@@ -143,8 +149,6 @@ impl World {
                     ..Ledger::default()
                 },
                 links: Vec::new(),
-                lanes_lost: Vec::new(),
-                lanes,
                 happened: Vec::new(),
                 later: Vec::new(),
                 flips: Vec::new(),
@@ -153,6 +157,10 @@ impl World {
                 began: schedule::now(),
                 over: false,
                 must_succeed: true,
+                lanes,
+                lanes_lost: Vec::new(),
+                in_rounds: false,
+                resumes,
                 forged: false,
                 stall_ns,
                 kinds_seen: BTreeMap::new(),
@@ -176,6 +184,7 @@ impl World {
     pub fn calm_down(&self) {
         let mut state = self.lock();
         state.plan = Plan::none();
+        state.ledger.disowned = false;
         state.later.clear();
         state.links.clear();
     }
@@ -291,7 +300,11 @@ impl World {
                 "two owners: the guest runs at the source and was resumed at the destination",
             );
         }
-        if !ledger.commit_left {
+        if ledger.disowned {
+            self.violation(
+                "the destination ran the guest after it had answered that it does not (ASK-3)",
+            );
+        } else if !ledger.commit_left {
             self.violation("the destination ran the guest without a COMMIT (COMMIT-1)");
         }
     }
@@ -325,6 +338,17 @@ impl World {
                     None => format!("{:?} {} says hello", seen.from, seen.channel),
                 };
                 state.say(&what);
+            }
+            match seen.kind {
+                Some(Kind::Pages | Kind::Zeros) if !state.ledger.commit_left => {
+                    state.in_rounds = state.ledger.source_runs;
+                }
+                Some(Kind::Switchover) => state.in_rounds = false,
+                _ => {}
+            }
+            if seen.outcome == Some(1) && !state.ledger.destination_crashed {
+                state.ledger.disowned = true;
+                state.ledger.commit_left = false;
             }
             if seen.kind == Some(Kind::Commit) && seen.from == Side::Source {
                 if !state.ledger.source_crashed {
@@ -511,8 +535,6 @@ impl World {
                 note(format!("{}", link.channel));
                 self.lock().channel_lost(link.channel, 1);
                 if fault == Fault::LaneSilent {
-                    // A silent lane whose octets all found room is not noticed by the side that sent them.
-                    self.lock().must_succeed = false;
                     link.silence();
                 } else {
                     link.reset();
@@ -520,17 +542,17 @@ impl World {
             }
             Fault::ControlReset | Fault::ControlTruncated => {
                 note(String::new());
-                self.lock().must_succeed = false;
+                self.lock().control_lost();
                 control.reset();
             }
             Fault::ControlSilent => {
                 note(String::new());
-                self.lock().must_succeed = false;
+                self.lock().control_lost();
                 control.silence();
             }
             Fault::AllReset | Fault::AllSilent => {
                 note(String::new());
-                self.lock().must_succeed = false;
+                self.lock().control_lost();
                 for link in &links {
                     if fault == Fault::AllReset {
                         link.reset();
@@ -640,7 +662,7 @@ impl State {
     #[expect(clippy::print_stdout, reason = "the trace is what was asked for")]
     fn say(&self, what: &str) {
         if self.trace {
-            let us = (schedule::now() - self.began) / 1000;
+            let us = (schedule::peek() - self.began) / 1000;
             println!(
                 "{:>7}.{:03} ms  [{:>2}] {what}",
                 us / 1000,
@@ -650,13 +672,19 @@ impl State {
         }
     }
 
-    /// A lane that is lost after it was let in costs nothing but time, as long as another one lives.
+    /// A session outlives its channels as long as the guest runs at the source.
+    fn control_lost(&mut self) {
+        self.must_succeed &= self.resumes && self.in_rounds;
+    }
+
+    /// A lane that is lost after it was let in costs nothing but time: it is dialled again, or another one lives.
     fn channel_lost(&mut self, channel: ChannelRef, number: u64) {
         if !self.lanes_lost.contains(&channel) {
             self.lanes_lost.push(channel);
         }
         let lane = matches!(channel, ChannelRef::Lane(_));
-        if !lane || number == 0 || self.lanes_lost.len() >= self.lanes as usize {
+        let last = self.lanes_lost.len() >= self.lanes as usize && !self.resumes;
+        if !lane || number == 0 || last {
             self.must_succeed = false;
         }
     }
