@@ -74,8 +74,7 @@ impl VfioSource {
         self
     }
 
-    /// Tells a source of dirty pages when the device stands still. Only for a source that is this device's alone: of a container, the
-    /// VMM has to say when all its devices do.
+    /// Tells a source of dirty pages when the device stands still. The source of a container gives a handle to each of its devices.
     #[must_use]
     pub fn with_stopped(mut self, stopped: Stopped) -> Self {
         self.stopped.push(stopped);

@@ -34,13 +34,21 @@ pub enum Wiring {
 }
 
 impl Wiring {
-    fn wrote(&self, iova: u64, bytes: u64) {
+    /// Writes and logs; false if the device stands still by itself.
+    fn dma(&self, iova: u64, bytes: u64, write: impl FnOnce()) -> bool {
         match self {
-            Self::Device(device) => device.wrote(iova, bytes),
-            Self::Container(container) => container.wrote(iova, bytes),
-            Self::PageTable(iommufd, table) => iommufd.wrote(*table, iova, bytes),
-            Self::Nobody => {}
+            Self::Device(device) => return device.dma(iova, bytes, write),
+            Self::Container(container) => {
+                write();
+                container.wrote(iova, bytes);
+            }
+            Self::PageTable(iommufd, table) => {
+                write();
+                iommufd.wrote(*table, iova, bytes);
+            }
+            Self::Nobody => write(),
         }
+        true
     }
 
     fn map(&self, range: &DmaRange) {
@@ -195,12 +203,14 @@ impl Engine {
         let page = random.below(range.run.count);
         let place = page * 4096 + random.below(511) * 8;
         let Run { region, first, .. } = range.run;
-        self.memory
-            .span(region, first * 4096 + place, 8)
-            .expect("inside the guest's memory")
-            .copy_from(&random.next_u64().to_le_bytes());
-        self.wiring.wrote(range.iova + place, 8);
-        self.writes.fetch_add(1, Ordering::Relaxed);
+        let octets = random.next_u64().to_le_bytes();
+        let written = self.wiring.dma(range.iova + place, 8, || {
+            self.memory
+                .span(region, first * 4096 + place, 8)
+                .expect("inside the guest's memory")
+                .copy_from(&octets);
+        });
+        self.writes.fetch_add(u64::from(written), Ordering::Relaxed);
     }
 
     fn remap(&self, random: &mut Random) {

@@ -120,19 +120,18 @@ impl FakeDevice {
             "a device in {:?} writes no memory",
             inner.save.state
         );
-        let unit = inner.config.log_page_bytes;
-        if let Some(log) = &mut inner.log {
-            for unit_at in iova / unit..(iova + bytes).div_ceil(unit) {
-                let at = (unit_at * unit).max(iova);
-                if log
-                    .ranges
-                    .iter()
-                    .any(|&(start, length)| (start..start + length).contains(&at))
-                {
-                    log.dirty.insert(unit_at);
-                }
-            }
+        inner.wrote(iova, bytes);
+    }
+
+    /// Lets the device write by `write`, unless it stands still; it cannot come to a stand in between. Says whether it did.
+    pub fn dma(&self, iova: u64, bytes: u64, write: impl FnOnce()) -> bool {
+        let mut inner = self.locked();
+        let runs = inner.save.state.runs();
+        if runs {
+            write();
+            inner.wrote(iova, bytes);
         }
+        runs
     }
 
     /// Whether it may write memory now.
@@ -184,6 +183,21 @@ fn locked(inner: &Arc<Mutex<Inner>>) -> MutexGuard<'_, Inner> {
 }
 
 impl Inner {
+    /// Logs what was written.
+    fn wrote(&mut self, iova: u64, bytes: u64) {
+        let unit = self.config.log_page_bytes;
+        let Some(log) = &mut self.log else {
+            return;
+        };
+        for unit_at in iova / unit..(iova + bytes).div_ceil(unit) {
+            let at = (unit_at * unit).max(iova);
+            let inside = |&(start, length): &(u64, u64)| (start..start + length).contains(&at);
+            if log.ranges.iter().any(inside) {
+                log.dirty.insert(unit_at);
+            }
+        }
+    }
+
     fn enter(&mut self, state: State) {
         self.save.state = state;
         self.states_seen.push(state);

@@ -14,7 +14,7 @@
 //! collections only.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -91,7 +91,7 @@ pub struct DmaSource {
     name: String,
     inner: Arc<Mutex<Inner>>,
     counters: Arc<Counters>,
-    epoch: Arc<AtomicU64>,
+    still: Arc<Mutex<Still>>,
     options: DmaOptions,
     unmaps: bool,
 }
@@ -109,31 +109,54 @@ struct Inner {
     last_pass: Option<u64>,
 }
 
-/// Tells a source that its devices write no more. Cloning gives another handle to the same.
+/// Tells a source that a device of its writes no more. Cloning gives another handle for the same device.
 ///
-/// Who stops the devices calls [`Stopped::stopped`] when the last of them reached STOP or STOP_COPY. The next final
-/// collection is then the last one: later ones find nothing, without asking the kernel. Who does not know never calls it, and each
-/// final collection asks.
-#[derive(Clone, Debug)]
+/// Who stops the device calls [`Stopped::stopped`] when it has reached STOP or STOP_COPY. When all devices for which there is a
+/// handle stand still, the next final collection is the last one: later ones find nothing, without asking the kernel. Who does not
+/// know takes no handle, and each final collection asks.
+#[derive(Clone)]
 pub struct Stopped {
-    /// Odd while the devices stand still.
-    epoch: Arc<AtomicU64>,
+    still: Arc<Mutex<Still>>,
+    device: usize,
+}
+
+/// Which devices stand still.
+#[derive(Default)]
+struct Still {
+    /// Odd while all do.
+    epoch: u64,
+    devices: Vec<bool>,
 }
 
 impl Stopped {
-    /// All devices of the source stand still.
+    /// The device stands still.
     pub fn stopped(&self) {
-        self.epoch.fetch_or(1, Ordering::SeqCst);
+        let still = &mut *locked(&self.still);
+        still.devices[self.device] = true;
+        if still.devices.iter().all(|stopped| *stopped) {
+            still.epoch |= 1;
+        }
     }
 
-    /// They may write again. To be called before the first of them is let go.
+    /// It may write again. To be called before it is let go.
     pub fn running(&self) {
-        let next = |epoch: u64| (epoch % 2 == 1).then(|| epoch.wrapping_add(1));
-        // An even epoch stays: they were not stopped.
-        let _ = self
-            .epoch
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+        let still = &mut *locked(&self.still);
+        still.devices[self.device] = false;
+        // An odd epoch is over; an even one goes on.
+        still.epoch += still.epoch % 2;
     }
+}
+
+impl std::fmt::Debug for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stopped")
+            .field("device", &self.device)
+            .finish_non_exhaustive()
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DmaSource {
@@ -181,16 +204,21 @@ impl DmaSource {
             name: format!("{kind} {name}"),
             inner: Arc::new(Mutex::new(inner)),
             counters: Arc::new(Counters::default()),
-            epoch: Arc::new(AtomicU64::new(0)),
+            still: Arc::default(),
             options,
             unmaps,
         })
     }
 
-    /// For who stops the devices.
+    /// For who stops a device of this source's: one call for each device.
     pub fn stopped_handle(&self) -> Stopped {
+        let still = &mut *locked(&self.still);
+        still.devices.push(false);
+        // One more device, which has not stopped yet.
+        still.epoch += still.epoch % 2;
         Stopped {
-            epoch: Arc::clone(&self.epoch),
+            still: Arc::clone(&self.still),
+            device: still.devices.len() - 1,
         }
     }
 
@@ -200,10 +228,6 @@ impl DmaSource {
             inner: Arc::clone(&self.inner),
             counters: Arc::clone(&self.counters),
         })
-    }
-
-    fn locked(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Marks everything, because `error` left nothing better.
@@ -344,7 +368,7 @@ impl Source for DmaSource {
     }
 
     fn start(&mut self, set: &DirtySet) -> Result<(), Error> {
-        let mut guard = self.locked();
+        let mut guard = locked(&self.inner);
         let inner = &mut *guard;
         inner.reach.check(set)?;
         if inner.set.is_some() {
@@ -372,7 +396,7 @@ impl Source for DmaSource {
     }
 
     fn collect(&mut self, set: &DirtySet, phase: CollectPhase) -> Result<Collection, Error> {
-        let mut guard = self.locked();
+        let mut guard = locked(&self.inner);
         let inner = &mut *guard;
         if inner.set.is_none() {
             return Err(Error::Misuse {
@@ -380,7 +404,7 @@ impl Source for DmaSource {
             });
         }
         let begun = Instant::now();
-        let epoch = self.epoch.load(Ordering::SeqCst);
+        let epoch = locked(&self.still).epoch;
         let still = epoch % 2 == 1;
         let live = phase == CollectPhase::PreCopy;
         let skip = still && inner.last_pass == Some(epoch)
@@ -402,7 +426,7 @@ impl Source for DmaSource {
     }
 
     fn stop(&mut self) -> Result<(), Error> {
-        let mut inner = self.locked();
+        let mut inner = locked(&self.inner);
         inner.set = None;
         if !std::mem::take(&mut inner.logging) {
             return Ok(());
@@ -459,7 +483,7 @@ impl Unmapper {
     /// that are not the guest's. A bitmap that was lost is no error: the pages are all marked, and it is counted.
     pub fn unmap(&self, range: DmaRange) -> Result<(), Error> {
         let map = DmaMap::new(vec![range])?;
-        let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = locked(&self.inner);
         let inner = &mut *guard;
         if let Some(set) = &inner.set {
             map.check(set)?;

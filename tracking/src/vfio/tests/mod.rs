@@ -113,6 +113,35 @@ fn without_tracking_everything_is_dirty_at_each_collection_until_the_device_stan
 }
 
 #[test]
+fn a_source_of_several_devices_is_done_when_the_last_of_them_stands_still() {
+    let kernel = FakeKernel::new();
+    let set = set();
+    let mut source = source(
+        &kernel,
+        Tracking::None,
+        Reach::Fixed(map()),
+        DmaOptions::default(),
+    )
+    .unwrap();
+    source.start(&set).unwrap();
+    let (one, other) = (source.stopped_handle(), source.stopped_handle());
+    one.stopped();
+    one.clone().stopped();
+    for _ in 0..2 {
+        assert_eq!(
+            finally(&mut source, &set).len(),
+            ALL,
+            "the other still writes"
+        );
+    }
+    other.stopped();
+    assert_eq!(finally(&mut source, &set).len(), ALL);
+    assert_eq!(finally(&mut source, &set).len(), 0);
+    other.running();
+    assert_eq!(finally(&mut source, &set).len(), ALL);
+}
+
+#[test]
 fn with_pre_copy_tracking_off_pages_come_with_the_final_collection_only() {
     let kernel = FakeKernel::new();
     let set = set();
