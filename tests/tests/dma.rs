@@ -3,6 +3,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use multifd_receiver as rx;
 use multifd_sender as tx;
@@ -74,13 +75,14 @@ impl Source for Watched {
     }
 }
 
-/// Migrates a machine of which `device` writes the memory and `source` (if any) tracks it.
-fn migrate(
+/// Migrates a machine of which `device` writes the memory and `source` (if any) tracks it; with what the destination has.
+fn send(
     source_memory: &GuestMemory,
-    device: ModelDma,
+    device: &ModelDma,
     source: Option<DmaSource>,
     stops: StopsDevice,
-) -> Done {
+    scan: tx::DirtyScan,
+) -> (tx::Finished, rx::Finished, GuestMemory, Figures) {
     fill(source_memory, 11, 5);
     let machine = SourceMachine::start(source_memory.clone(), 1, 3000, 11);
     let figures = Arc::default();
@@ -105,9 +107,11 @@ fn migrate(
         spawner: None,
     })
     .unwrap();
-    // Slow enough for several rounds.
+    // Slow enough for several rounds; a device that dirties everything each time converges nevertheless.
     let config = tx::Config::builder()
         .bandwidth(Some(64 << 20))
+        .downtime_limit(Duration::from_millis(700))
+        .dirty_scan(scan)
         .build()
         .unwrap();
     let sent = tx::Migration::start(tx::Parts {
@@ -121,11 +125,23 @@ fn migrate(
     .unwrap()
     .wait();
     let received = reception.wait();
+    let moved = moved.lock().unwrap().clone().expect("memory was made");
+    let figures = *figures.lock().unwrap();
+    (sent, received, moved, figures)
+}
+
+/// As [`send`], where everything has to go well.
+fn migrate(
+    source_memory: &GuestMemory,
+    device: ModelDma,
+    source: Option<DmaSource>,
+    stops: StopsDevice,
+) -> Done {
+    let (sent, received, moved, dma) =
+        send(source_memory, &device, source, stops, tx::DirtyScan::Off);
     assert!(sent.error.is_none(), "{}", sent.error.unwrap());
     assert!(received.error.is_none(), "{}", received.error.unwrap());
     assert_eq!(sent.report.digest_equal, Some(true));
-    let dma = *figures.lock().unwrap();
-    let moved = moved.lock().unwrap().clone().expect("memory was made");
     Done {
         differs: differing_page(source_memory, &moved),
         report: sent.report,
@@ -406,10 +422,33 @@ fn a_log_that_fails_in_the_middle_loses_nothing() {
 }
 
 #[test]
-fn a_device_that_nobody_tracks_at_all_is_seen_by_comparing_memory() {
+fn a_device_that_nobody_tracks_at_all_is_caught_by_the_scan_and_lost_without() {
     // The digest cannot see it: it is over what was sent.
-    let memory = memory(MEMORY_BYTES);
-    let device = engine(&memory, Wiring::Nobody);
-    let done = migrate(&memory, device, None, StopsDevice::AtPause);
+    let lost = memory(MEMORY_BYTES);
+    let device = engine(&lost, Wiring::Nobody);
+    let done = migrate(&lost, device, None, StopsDevice::AtPause);
     assert!(done.differs.is_some(), "a test of the other tests");
+
+    let caught = memory(MEMORY_BYTES);
+    let device = engine(&caught, Wiring::Nobody);
+    let sent = send(
+        &caught,
+        &device,
+        None,
+        StopsDevice::AtPause,
+        tx::DirtyScan::AtSwitchover,
+    )
+    .0;
+    let error = sent.error.expect("the migration ends");
+    assert_eq!(error.code(), "sender.tracking.unreported");
+    let text = error.to_string();
+    assert!(text.contains("changed and no source reported"), "{text}");
+
+    // The same device, tracked: nothing to find.
+    let (kernel, memory) = (FakeKernel::new(), memory(MEMORY_BYTES));
+    let (device, source) = by_log(&kernel, &memory, PreCopyTracking::On);
+    let scan = tx::DirtyScan::AtSwitchover;
+    let sent = send(&memory, &device, Some(source), StopsDevice::AtPause, scan).0;
+    assert!(sent.error.is_none(), "{}", sent.error.unwrap());
+    assert!(sent.report.dirty_scan_ms.is_some_and(|ms| ms > 0.0));
 }
