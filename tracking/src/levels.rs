@@ -24,8 +24,16 @@
 //! summary bit was set already: another setter may have set that one and not yet have gone up. That is also why a call
 //! that returned before a take began is always seen by that take.
 //!
+//! One level is not cleared on the way down: a word of level 1 with few bits is only looked at, and its bits stay set above
+//! the lines that were just emptied. A guest writes what it wrote before, so the next setter there finds its bit and the
+//! taker saves a locked write for each scattered page, which is what taking them costs most. A bit above a line that has
+//! stayed empty until the next visit is cleared then, and the line is looked at once more: a setter that still saw the bit
+//! had written level 0 before, and is found; one that comes later sees it clear, and sets it. The levels above need no such
+//! care, because a setter looks at every level anyhow.
+//!
 //! Acquire and release alone would not do: "write one word, then read another" on both sides is the store-buffer case.
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The bits of a word.
@@ -37,6 +45,8 @@ pub(crate) trait Word {
     fn load(&self) -> u64;
     /// Sets `bits` and returns what the word held before.
     fn set(&self, bits: u64) -> u64;
+    /// Clears `bits`.
+    fn clear(&self, bits: u64);
     /// Empties the word and returns what it held.
     fn take(&self) -> u64;
 }
@@ -50,19 +60,23 @@ impl Word for AtomicU64 {
         self.fetch_or(bits, Ordering::SeqCst)
     }
 
+    fn clear(&self, bits: u64) {
+        self.fetch_and(!bits, Ordering::SeqCst);
+    }
+
     fn take(&self) -> u64 {
         self.swap(0, Ordering::SeqCst)
     }
 }
 
-/// The levels, lowest first. The last one has exactly one word.
-pub(crate) struct Levels<W> {
-    levels: Vec<Box<[W]>>,
+/// The levels, lowest first. The last one has exactly one word. `B` is what holds the words of a level.
+pub(crate) struct Levels<B> {
+    levels: Vec<B>,
 }
 
-impl<W: Word> Levels<W> {
+impl<W: Word, B: Deref<Target = [W]>> Levels<B> {
     /// Levels over `words` words of bits, all clear. `zeroed` makes that many words of zero.
-    pub(crate) fn new(words: usize, zeroed: impl Fn(usize) -> Box<[W]>) -> Self {
+    pub(crate) fn new(words: usize, zeroed: impl Fn(usize) -> B) -> Self {
         let mut levels = vec![zeroed(words)];
         let mut below = words.div_ceil(LINE_WORDS);
         loop {
@@ -164,7 +178,7 @@ impl<W: Word> Levels<W> {
         let Scratch { words, below } = scratch;
         words.clear();
         words.push(index);
-        for level in (1..=top).rev() {
+        for level in (2..=top).rev() {
             touch(words.iter().map(|&index| &self.levels[level][index]));
             below.clear();
             for &index in &*words {
@@ -172,19 +186,48 @@ impl<W: Word> Levels<W> {
             }
             std::mem::swap(words, below);
         }
-        touch(words.iter().map(|&line| &self.levels[0][line * LINE_WORDS]));
-        for &line in &*words {
-            let first = line * LINE_WORDS;
-            let end = self.levels[0].len().min(first + LINE_WORDS);
-            for index in first..end {
-                let word = &self.levels[0][index];
-                // A bit that is set after this look is found by a later take: its setter goes up after it.
-                let bits = if word.load() == 0 { 0 } else { word.take() };
-                if bits != 0 {
-                    found(index, bits);
-                }
+        touch(words.iter().map(|&index| &self.levels[1][index]));
+        below.clear();
+        for &index in &*words {
+            let word = &self.levels[1][index];
+            let bits = word.load();
+            if bits.count_ones() <= KEPT_BITS_MAX {
+                below.extend(ones(index, bits).map(|line| line | KEPT));
+            } else {
+                below.extend(ones(index, word.take()));
             }
         }
+        std::mem::swap(words, below);
+        touch(
+            words
+                .iter()
+                .map(|&line| &self.levels[0][(line & !KEPT) * LINE_WORDS]),
+        );
+        for &line in &*words {
+            let (line, kept) = (line & !KEPT, line & KEPT != 0);
+            if !self.take_line(line, found) && kept {
+                let bit = line as u64 % WORD_BITS;
+                self.levels[1][line / WORD_BITS as usize].clear(1 << bit);
+                self.take_line(line, found);
+            }
+        }
+    }
+
+    /// Takes the words of a line of level 0; whether there was anything in them.
+    fn take_line(&self, line: usize, found: &mut impl FnMut(usize, u64)) -> bool {
+        let first = line * LINE_WORDS;
+        let end = self.levels[0].len().min(first + LINE_WORDS);
+        let mut any = false;
+        for index in first..end {
+            let word = &self.levels[0][index];
+            // A bit that is set after this look is found by a later take: its setter goes up after it.
+            let bits = if word.load() == 0 { 0 } else { word.take() };
+            if bits != 0 {
+                any = true;
+                found(index, bits);
+            }
+        }
+        any
     }
 }
 
@@ -192,6 +235,13 @@ impl<W: Word> Levels<W> {
 fn touch<'a, W: Word + 'a>(words: impl Iterator<Item = &'a W>) {
     std::hint::black_box(words.fold(0, |seen, word| seen | word.load()));
 }
+
+/// A word of level 1 with at most so many bits keeps them when it is taken. More, and clearing them one by one later would
+/// cost more than clearing all at once now.
+const KEPT_BITS_MAX: u32 = 4;
+
+/// Marks a line of level 0 whose bit of level 1 was kept. There are fewer than 2^60 lines.
+const KEPT: usize = 1 << (usize::BITS - 1);
 
 /// The words of level 0 that one bit of level 1 stands for: a cache line.
 const LINE_WORDS: usize = 8;
@@ -231,6 +281,10 @@ mod tests {
             self.fetch_or(bits, Ordering::SeqCst)
         }
 
+        fn clear(&self, bits: u64) {
+            self.fetch_and(!bits, Ordering::SeqCst);
+        }
+
         fn take(&self) -> u64 {
             self.swap(0, Ordering::SeqCst)
         }
@@ -244,7 +298,7 @@ mod tests {
         (0..count).map(|_| ShuttleWord::new(0)).collect()
     }
 
-    fn taken<W: Word>(levels: &Levels<W>) -> Vec<(usize, u64)> {
+    fn taken<W: Word>(levels: &Levels<Box<[W]>>) -> Vec<(usize, u64)> {
         let mut words = Vec::new();
         levels.take(&mut |index, bits| words.push((index, bits)));
         words

@@ -12,12 +12,14 @@
 //! hand out comes back.
 
 use std::io;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use zerocopy::FromZeros;
 
 use crate::collected::{Collected, Rearmed};
+use crate::kernel::HugeWords;
 use crate::levels::{Levels, WORD_BITS};
 use crate::round::{Round, Span};
 use crate::{Error, Run};
@@ -56,7 +58,7 @@ pub struct DirtySet {
 
 struct Shared {
     regions: Box<[Region]>,
-    levels: Levels<AtomicU64>,
+    levels: Levels<Words>,
     dirty: AtomicU64,
     marked: AtomicU64,
     given_back: AtomicU64,
@@ -445,7 +447,32 @@ impl std::fmt::Debug for DirtySet {
     }
 }
 
+/// The words of a level: from the heap if they are few, or from a mapping of their own that huge pages back.
+enum Words {
+    Few(Box<[AtomicU64]>),
+    Many(HugeWords),
+}
+
+/// Words from which on a level gets a mapping: the bits of 8 GiB of guest memory, an eighth of a huge page.
+const MANY_WORDS: usize = 1 << 15;
+
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    #[inline]
+    fn deref(&self) -> &[AtomicU64] {
+        match self {
+            Self::Few(words) => words,
+            Self::Many(words) => words,
+        }
+    }
+}
+
 /// Words of zero that the kernel makes real only when they are written.
-fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
-    <[AtomicU64]>::new_box_zeroed_with_elems(count).expect("memory for the dirty set's bits")
+fn zeroed_words(count: usize) -> Words {
+    if count >= MANY_WORDS {
+        return Words::Many(HugeWords::new(count).expect("memory for the dirty set's bits"));
+    }
+    let few = <[AtomicU64]>::new_box_zeroed_with_elems(count);
+    Words::Few(few.expect("memory for the dirty set's bits"))
 }

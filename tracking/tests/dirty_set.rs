@@ -466,33 +466,3 @@ fn a_thousand_pages_of_a_tebibyte_cost_about_what_those_of_a_gibibyte_cost() {
         "{small} ns of 1 GiB, {large} ns of 1 TiB"
     );
 }
-
-/// Prints the table of docs/measurements/: `cargo test --release -p multifd-tracking --test dirty_set -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement, not a claim"]
-#[allow(clippy::print_stdout)]
-fn measure_a_thousand_scattered_pages() {
-    println!("| guest GiB | mark 1,000 | take | iterate | mark all | take all |");
-    for gib in [1, 16, 64, 256, 1024] {
-        let [mark, take, iterate] = scattered_round_ns(gib << 30);
-        let set = DirtySet::new(&[(gib << 30) / 4096]);
-        set.mark_all();
-        drop(drain(&mut set.take_round(), u64::MAX));
-        let begun = Instant::now();
-        set.mark_all();
-        let all = begun.elapsed().as_nanos() as u64;
-        let begun = Instant::now();
-        let round = set.take_round();
-        let take_all = begun.elapsed().as_nanos() as u64;
-        drop(round);
-        let us = |ns: u64| ns as f64 / 1000.0;
-        println!(
-            "| {gib} | {:.1} | {:.1} | {:.1} | {:.0} | {:.0} | µs",
-            us(mark),
-            us(take),
-            us(iterate),
-            us(all),
-            us(take_all)
-        );
-    }
-}
