@@ -92,6 +92,8 @@ mod listener;
 pub mod memory;
 mod options;
 mod patience;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 mod read_ahead;
 mod spawn;
 mod stream;

@@ -18,9 +18,13 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::address::{Address, HostPort};
 use crate::channel::{Channel, Closer};
 use crate::error::{ConnectError, ListenError, Unavailable};
+use crate::options::ChannelOptions;
+#[cfg(not(feature = "rdma"))]
+use crate::options::NO_RDMA;
 #[cfg(not(feature = "tls"))]
 use crate::options::NO_TLS;
-use crate::options::{ChannelOptions, NO_RDMA};
+#[cfg(feature = "rdma")]
+use crate::rdma::Listening;
 use crate::sys::{self, Ready};
 use crate::tcp::{self, OptionRefused, TcpOptions};
 use crate::unix;
@@ -45,9 +49,20 @@ pub struct Listener {
 }
 
 struct Inner {
-    socket: Socket,
+    source: Requests,
     shut: AtomicBool,
 }
+
+/// Where connections come from.
+enum Requests {
+    Socket(Socket),
+    #[cfg(feature = "rdma")]
+    Rdma(Listening),
+}
+
+/// How long accepting by RDMA sleeps before it looks whether it was shut down, which wakes nobody there.
+#[cfg(feature = "rdma")]
+const TICK: std::time::Duration = std::time::Duration::from_millis(100);
 
 impl Listener {
     /// Listens at `address`; `options` are for the accepted TCP connections.
@@ -77,6 +92,10 @@ impl Listener {
             address: address.to_string(),
             source,
         };
+        #[cfg(feature = "rdma")]
+        if let Address::Rdma(target) = address {
+            return bind_rdma(target, options).map_err(failed);
+        }
         let (socket, bound, path) = match address {
             Address::Tcp(target) | Address::Tls(target) | Address::Rdma(target) => {
                 let socket = bind_tcp(target, &options.tcp, address)?;
@@ -94,7 +113,7 @@ impl Listener {
         };
         socket.set_nonblocking(true).map_err(failed)?;
         let inner = Arc::new(Inner {
-            socket,
+            source: Requests::Socket(socket),
             shut: AtomicBool::new(false),
         });
         Ok(Self {
@@ -133,7 +152,12 @@ impl Listener {
             if left.is_some_and(|left| left.is_zero()) {
                 return Err(ListenError::Deadline);
             }
-            sys::wait(self.inner.socket.as_fd(), Ready::Receive, left).map_err(ListenError::Io)?;
+            let left = match &self.inner.source {
+                Requests::Socket(_) => left,
+                #[cfg(feature = "rdma")]
+                Requests::Rdma(_) => Some(left.unwrap_or(TICK).min(TICK)),
+            };
+            sys::wait(self.as_fd(), Ready::Receive, left).map_err(ListenError::Io)?;
         }
     }
 
@@ -148,7 +172,18 @@ impl Listener {
             if self.inner.shut.load(Ordering::SeqCst) {
                 return Err(ListenError::ShutDown);
             }
-            match self.inner.socket.accept() {
+            let socket = match &self.inner.source {
+                Requests::Socket(socket) => socket,
+                #[cfg(feature = "rdma")]
+                Requests::Rdma(listening) => {
+                    let next = listening.next().map_err(ListenError::Io)?;
+                    return Ok(next.map(|channel| {
+                        let name = channel.describe();
+                        (channel, name)
+                    }));
+                }
+            };
+            match socket.accept() {
                 Ok((socket, peer)) => return self.channel(socket, &peer),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 // A connection that died in the queue says nothing about the next one (accept(2), "Error handling").
@@ -169,8 +204,13 @@ impl Listener {
         Closer::new(move || {
             if let Some(inner) = inner.upgrade() {
                 inner.shut.store(true, Ordering::SeqCst);
-                // A listening socket that is shut down becomes ready and stays so; it cannot fail otherwise than by being shut down.
-                let _ = inner.socket.shutdown(Shutdown::Both);
+                match &inner.source {
+                    // A listening socket that is shut down becomes ready and stays so; it cannot fail otherwise than by being
+                    // shut down.
+                    Requests::Socket(socket) => drop(socket.shutdown(Shutdown::Both)),
+                    #[cfg(feature = "rdma")]
+                    Requests::Rdma(_) => {}
+                }
             }
         })
     }
@@ -219,6 +259,9 @@ fn available(address: &Address, options: &ChannelOptions) -> Result<(), Unavaila
         }),
         #[cfg(not(feature = "tls"))]
         Address::Tls(_) => Err(NO_TLS),
+        #[cfg(feature = "rdma")]
+        Address::Rdma(_) => crate::rdma::available(),
+        #[cfg(not(feature = "rdma"))]
         Address::Rdma(_) => Err(NO_RDMA),
         _ => {
             let _ = options;
@@ -229,13 +272,17 @@ fn available(address: &Address, options: &ChannelOptions) -> Result<(), Unavaila
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.socket.as_fd()
+        match &self.inner.source {
+            Requests::Socket(socket) => socket.as_fd(),
+            #[cfg(feature = "rdma")]
+            Requests::Rdma(listening) => listening.as_fd(),
+        }
     }
 }
 
 impl AsRawFd for Listener {
     fn as_raw_fd(&self) -> RawFd {
-        self.inner.socket.as_raw_fd()
+        self.as_fd().as_raw_fd()
     }
 }
 
@@ -303,6 +350,35 @@ fn bind_tcp(
         }
     }
     Err(failed(last))
+}
+
+#[cfg(feature = "rdma")]
+fn bind_rdma(target: &HostPort, options: &ChannelOptions) -> io::Result<Listener> {
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    let addresses = tcp::resolve(target, Instant::now() + RESOLVE_MAX).map_err(io::Error::other)?;
+    for candidate in addresses {
+        match Listening::bind(candidate, BACKLOG) {
+            Ok(listening) => {
+                let bound = listening.address().unwrap_or(candidate);
+                let address = match Address::from(bound) {
+                    Address::Tcp(bound) => Address::Rdma(bound),
+                    other => other,
+                };
+                let inner = Arc::new(Inner {
+                    source: Requests::Rdma(listening),
+                    shut: AtomicBool::new(false),
+                });
+                return Ok(Listener {
+                    inner,
+                    options: options.clone(),
+                    address,
+                    _path: None,
+                });
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 fn bind_unix(path: &Path) -> io::Result<(Socket, OwnPath)> {

@@ -22,6 +22,9 @@ pub struct ChannelOptions {
     /// For accepting by TLS.
     #[cfg(feature = "tls")]
     pub tls_server: Option<TlsServer>,
+    /// For RDMA.
+    #[cfg(feature = "rdma")]
+    pub rdma: crate::rdma::RdmaOptions,
 }
 
 impl From<TcpOptions> for ChannelOptions {
@@ -72,6 +75,9 @@ pub fn connect_with(
         },
         #[cfg(not(feature = "tls"))]
         Address::Tls(_) => Err(unavailable(NO_TLS)),
+        #[cfg(feature = "rdma")]
+        Address::Rdma(target) => crate::rdma::connect(target, &options.rdma, deadline),
+        #[cfg(not(feature = "rdma"))]
         Address::Rdma(_) => Err(unavailable(NO_RDMA)),
     }
 }
@@ -84,6 +90,7 @@ pub(crate) const NO_TLS: Unavailable = Unavailable::NotBuilt {
 };
 
 /// The answer of a build without RDMA.
+#[cfg(not(feature = "rdma"))]
 pub(crate) const NO_RDMA: Unavailable = Unavailable::NotBuilt {
     kind: "RDMA",
     feature: "rdma",

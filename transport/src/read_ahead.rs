@@ -20,6 +20,16 @@ impl ReadAhead {
         }
     }
 
+    /// A buffer without room, to stand in for one that is in use.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn empty() -> Self {
+        Self {
+            octets: Box::default(),
+            start: 0,
+            end: 0,
+        }
+    }
+
     /// Octets held.
     pub(crate) fn len(&self) -> usize {
         self.end - self.start

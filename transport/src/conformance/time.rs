@@ -19,7 +19,15 @@ const SENT_MAX: u64 = 1 << 30;
 
 /// Runs `operation`, which must fail, no sooner than after `limit` and not much later.
 fn timed<T>(limit: Duration, operation: impl FnOnce() -> Result<T, ChannelError>) -> ChannelError {
-    let start = Instant::now();
+    timed_since(Instant::now(), limit, operation)
+}
+
+/// As [`timed`], with a limit that counts from `start`: on a busy machine the operation may begin a while later.
+fn timed_since<T>(
+    start: Instant,
+    limit: Duration,
+    operation: impl FnOnce() -> Result<T, ChannelError>,
+) -> ChannelError {
     let error = operation()
         .err()
         .expect("an operation that cannot finish fails");
@@ -50,22 +58,25 @@ pub(super) fn deadline_ends_a_receive_from_a_silent_peer(kind: Kind) {
     let memory = guest(100_000);
     for limit in LIMITS {
         let mut head = [0; 32];
-        right.receive.set_deadline(Some(Instant::now() + limit));
-        let error = timed(limit, || right.receive.receive(&mut head));
+        let start = Instant::now();
+        right.receive.set_deadline(Some(start + limit));
+        let error = timed_since(start, limit, || right.receive.receive(&mut head));
         assert!(
             matches!(error, ChannelError::Deadline { bytes_done: 0 }),
             "{error}"
         );
-        right.receive.set_deadline(Some(Instant::now() + limit));
-        let error = timed(limit, || {
+        let start = Instant::now();
+        right.receive.set_deadline(Some(start + limit));
+        let error = timed_since(start, limit, || {
             right.receive.receive_into(&[span(&memory, 0, 100_000)])
         });
         assert!(
             matches!(error, ChannelError::Deadline { bytes_done: 0 }),
             "{error}"
         );
-        right.receive.set_deadline(Some(Instant::now() + limit));
-        let error = timed(limit, || right.receive.drain(u64::MAX));
+        let start = Instant::now();
+        right.receive.set_deadline(Some(start + limit));
+        let error = timed_since(start, limit, || right.receive.drain(u64::MAX));
         assert!(
             matches!(error, ChannelError::Deadline { bytes_done: 0 }),
             "{error}"
@@ -86,8 +97,9 @@ pub(super) fn deadline_takes_nothing_of_a_small_receive(kind: Kind) {
     for limit in LIMITS {
         left.send.send(&[1; 10], &[]).expect("send");
         let mut head = [0; 32];
-        right.receive.set_deadline(Some(Instant::now() + limit));
-        let error = timed(limit, || right.receive.receive(&mut head));
+        let start = Instant::now();
+        right.receive.set_deadline(Some(start + limit));
+        let error = timed_since(start, limit, || right.receive.receive(&mut head));
         assert!(
             matches!(error, ChannelError::Deadline { bytes_done: 0 }),
             "{error}"
@@ -122,8 +134,9 @@ pub(super) fn deadline_in_a_body_says_how_much_landed(kind: Kind) {
                 });
                 let mut head = [0; 4];
                 right.receive.receive(&mut head).expect("receive");
-                right.receive.set_deadline(Some(Instant::now() + limit));
-                let error = timed(limit, || {
+                let start = Instant::now();
+                right.receive.set_deadline(Some(start + limit));
+                let error = timed_since(start, limit, || {
                     right.receive.receive_into(&[span(&memory, 1, 99_999)])
                 });
                 drop(over);
@@ -150,8 +163,9 @@ pub(super) fn deadline_in_a_body_says_how_much_landed(kind: Kind) {
 pub(super) fn deadline_ends_a_send_to_a_stalled_reader(kind: Kind) {
     for limit in LIMITS {
         let (mut left, mut right) = kind.ends();
-        left.send.set_deadline(Some(Instant::now() + limit));
-        let (sent, error) = timed_fill(&mut left, limit);
+        let start = Instant::now();
+        left.send.set_deadline(Some(start + limit));
+        let (sent, error) = timed_fill(&mut left, start, limit);
         let ChannelError::Deadline { bytes_done } = error else {
             panic!("{error}")
         };
@@ -184,8 +198,7 @@ pub(super) fn deadline_ends_a_send_to_a_stalled_reader(kind: Kind) {
     }
 }
 
-fn timed_fill(end: &mut End, limit: Duration) -> (u64, ChannelError) {
-    let start = Instant::now();
+fn timed_fill(end: &mut End, start: Instant, limit: Duration) -> (u64, ChannelError) {
     let result = fill(&mut *end.send);
     let took = start.elapsed();
     assert!(
@@ -298,7 +311,7 @@ pub(super) fn stall_ends_a_receive_and_a_send(kind: Kind) {
         assert!(midway, "{error}");
         let (mut left, _right) = kind.ends();
         left.send.set_stall(Some(limit));
-        let (_, error) = timed_fill(&mut left, limit);
+        let (_, error) = timed_fill(&mut left, Instant::now(), limit);
         assert_eq!(error.code(), "channel-stalled");
     }
 }

@@ -106,6 +106,19 @@ impl<'m> Span<'m> {
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr(), self.len) };
     }
 
+    /// Copies another span into this one. They may belong to different memories.
+    ///
+    /// # Panics
+    /// If they are not of one length.
+    pub fn copy_from_span(&self, from: Span<'_>) {
+        assert_eq!(
+            from.len, self.len,
+            "copy_from_span needs spans of one length"
+        );
+        // SAFETY: both spans' octets are mapped, readable and writable; `copy` allows them to overlap.
+        unsafe { ptr::copy(from.ptr.as_ptr(), self.ptr.as_ptr(), self.len) };
+    }
+
     /// Writes zero to every octet. Backs the memory with pages; fresh memory is better left alone.
     pub fn fill_zero(&self) {
         // SAFETY: the span's octets are mapped and writable.
