@@ -31,16 +31,16 @@
 //!
 //! # Kinds
 //!
-//! | property | in memory | Unix socket | TCP | TLS (feature `tls`) |
-//! |---|---|---|---|---|
-//! | made by | [`memory::pair`] | [`unix::pair`], [`unix::connect`], [`Listener`] | [`tcp::connect`], [`Listener`] | [`connect_with`], [`Listener`] |
-//! | reaches | this process | this host | any host | any host, over networks that are not trusted |
-//! | descriptor to poll | none | yes | yes | yes; [`buffered`](ReceiveHalf::buffered) octets do not show there |
-//! | copies of a body, both sides together, in this process | 2 (into and out of the buffer) | 0 (the kernel makes 2) | 0 (the kernel makes 2, the network card none) | 6, and the ciphers |
-//! | holds on the way | `capacity` | the socket's send buffer | both sockets' buffers | both sockets' buffers, and 144 KiB |
-//! | peer's death is found out | at once | at once | by its kernel's reset; by keep-alive and user timeout if its host is gone | as TCP |
-//! | [`ChannelError::Reset`], [`Lost`](ChannelError::Lost) | never | `Reset` | both | both; every end that was not announced is a `Reset` |
-//! | dropping only the [`ReceiveHalf`] | the peer's sends fail | the peer's sends stall | the peer's sends stall | the peer's sends stall |
+//! | property | in memory | Unix socket | TCP | TLS (feature `tls`) | RDMA (feature `rdma`) |
+//! |---|---|---|---|---|---|
+//! | made by | [`memory::pair`] | [`unix::pair`], [`unix::connect`], [`Listener`] | [`tcp::connect`], [`Listener`] | [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] |
+//! | reaches | this process | this host | any host | any host, over networks that are not trusted | hosts with RDMA devices |
+//! | descriptor to poll | none | yes | yes | yes; [`buffered`](ReceiveHalf::buffered) octets do not show there | none |
+//! | copies of a body, both sides together, in this process | 2 (into and out of the buffer) | 0 (the kernel makes 2) | 0 (the kernel makes 2, the network card none) | 6, and the ciphers | 1 (out of the landing) |
+//! | holds on the way | `capacity` | the socket's send buffer | both sockets' buffers | both sockets' buffers, and 144 KiB | the landing, 4 MiB, and 64 messages |
+//! | peer's death is found out | at once | at once | by its kernel's reset; by keep-alive and user timeout if its host is gone | as TCP | by its kernel's farewell; by a send that is not acknowledged if its host is gone |
+//! | [`ChannelError::Reset`], [`Lost`](ChannelError::Lost) | never | `Reset` | both | both; every end that was not announced is a `Reset` | both; `Lost` has the device's reason |
+//! | dropping only the [`ReceiveHalf`] | the peer's sends fail | the peer's sends stall | the peer's sends stall | the peer's sends stall | the peer's sends fail |
 //!
 //! All kinds pass the suite in `conformance` (feature of that name), which a new kind is developed against.
 //!
@@ -55,31 +55,17 @@
 //! - An error says how much was moved. A half that lost its place in the stream repeats its error for ever; one that only ran out
 //!   of time before anything moved goes on working ([`ChannelError::may_retry`]).
 //!
-//! # How RDMA will fit
+//! # RDMA
 //!
-//! An RDMA channel is one more [`Channel`] whose connecting and accepting take the [`GuestMemory`], because it needs registered
-//! memory: all of it at once or chunk by chunk on demand. It keeps its own clone, so that the mappings outlive whatever the device
-//! may still write. Heads and private octets go by send and receive with credits, through a pool of registered buffers. Guest
-//! spans go one-sided into the *landing*, the registered parts of the regions whose keys the receiver has advertised:
-//!
-//! - `send(head, body)` finds the [`Place`](memory::Place) of each span ([`GuestMemory::locate`]); both sides agreed on the same
-//!   regions, so the same place is where it belongs at the peer. It writes there straight from guest memory, gathering the spans,
-//!   and then sends the head, with the list of places before it, on the same queue: when the head has arrived, the body has landed.
-//! - `receive_into(spans)` compares the spans with that list and finds nothing left to move. A list that differs is an error of
-//!   the peer. So the caller's admission of runs works unchanged, with one difference that the design of that kind must answer: the
-//!   octets are there before they were admitted. Keys cover the agreed regions and nothing else, and a page that arrived wrongly is
-//!   found by its checksum, as on every kind.
-//! - The fence between rounds rests on octets waiting in the connection until somebody receives them. One-sided writes do not wait, so
-//!   that kind needs a mark: after a frame that ends a round, the sending half writes nothing until the receiving half was called
-//!   again. It is one more method of [`SendHalf`], which does nothing in the other kinds.
-//! - The read-ahead holds whole received heads, so the rule that a small receive is all or nothing keeps itself.
-//! - A completion with an error ends the half with [`ChannelError::Lost`] and the reason; [`Closer::shutdown`] moves the queue pair to
-//!   its error state, which flushes every wait; keys are withdrawn before the call that fails returns.
-//! - [`SendHalf::poll_fd`] and [`ReceiveHalf::poll_fd`] are the completion channel's descriptor.
+//! The RDMA kind (`rdma`, feature of that name) writes bodies from registered guest memory into a *landing* of the receiving channel, and
+//! copies them from there once they were admitted. So what every other kind does holds there too: nothing reaches guest memory before
+//! `receive_into` was called for it. Connecting takes the [`GuestMemory`], because memory has to be registered; a clone is kept, so that the
+//! mappings outlive whatever the device still reads. Half of the promises below are the kernel's on a socket, and are kept by
+//! credit there: [`SendHalf::send`] returns when a device has the work, and the peer's memory has room for it.
 //!
 //! # Where `unsafe` is
 //!
-//! In `memory` (raw pointers to guest memory) and `sys` (system calls on raw memory), nowhere else. Both give out values that safe
+//! In `memory` (raw pointers to guest memory), `sys` (system calls on raw memory) and `rdma/sys` (verbs), nowhere else. Both give out values that safe
 //! code cannot misuse: a [`Span`] borrows its memory, and a list for the kernel borrows everything it points to.
 
 mod address;

@@ -293,3 +293,7 @@ fn greeting(fresh: &mut Fresh, deadline: Instant, sent: Sent) -> Result<Greeted,
         wait_any(&[completions, events, events], Some(left)).map_err(io)?;
     }
 }
+
+#[cfg(test)]
+#[path = "hostile.rs"]
+mod hostile;

@@ -180,6 +180,12 @@ impl Buffers {
         )
     }
 
+    /// All of it, for tests that look for what a peer changed.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
     /// What this end tells the other.
     pub(super) fn greeting(&self, keys: &Keys) -> Greeting {
         let landing = self.span(Part::Landing, 0, 0).as_ptr() as u64;
@@ -320,6 +326,18 @@ impl Fresh {
         let span = self.buffers.outgoing(0, GREETING_BYTES);
         span.copy_from(&octets);
         self.endpoint.post_send(OURS, sge(span, &self.keys.out))
+    }
+
+    /// The piece of the first buffer for private octets, for tests that post what no channel would.
+    #[cfg(test)]
+    pub(super) fn staged(&self, bytes: usize) -> Sge {
+        sge(self.buffers.staging(0, 0, bytes), &self.keys.staging)
+    }
+
+    /// The piece of the first message's buffer, for the same tests.
+    #[cfg(test)]
+    pub(super) fn outgoing_piece(&self, bytes: usize) -> Sge {
+        sge(self.buffers.outgoing(0, bytes), &self.keys.out)
     }
 
     /// The greeting in a message that arrived; its buffer is posted again.

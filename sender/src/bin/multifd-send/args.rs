@@ -8,6 +8,7 @@ use clap::{ArgGroup, Parser, ValueEnum};
 use multifd_guest::{Device, Fill, Pattern, Tracking};
 use multifd_sender::config::WhenDestinationLost;
 use multifd_sender::{Config, DirtyScan, WhenNotConverging};
+use multifd_transport::rdma::{self, Registration};
 use multifd_transport::tls::{TlsClient, TlsPem};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 
@@ -62,6 +63,17 @@ pub(crate) struct Args {
         help_heading = "Channels"
     )]
     pub(crate) loopback_host: String,
+
+    /// With RDMA: how much of the guest's memory may be registered with the device, and so be pinned, at a time. `all` registers all of
+    /// it before the migration begins, which needs as much locked memory (ulimit -l) and saves registering on the way
+    #[arg(
+        long,
+        value_name = "SIZE|all",
+        value_parser = parse_registration,
+        default_value = "256M",
+        help_heading = "Channels"
+    )]
+    pub(crate) rdma_registration: Registration,
 
     #[command(flatten)]
     pub(crate) tls: TlsFiles,
@@ -367,6 +379,12 @@ impl Args {
             way.options.tls_client.is_some() || !uses_tls,
             "TLS needs --tls-ca, the certificate of the authority (CA) that signed the destination's"
         );
+        let by_rdma = |address: &Address| address.kind() == AddressKind::Rdma;
+        if way.control.iter().chain(&way.data).any(by_rdma)
+            || (self.loopback && self.transport.contains(&Transport::Rdma))
+        {
+            rdma::available()?;
+        }
         anyhow::ensure!(
             !self.loopback || !uses_tls || self.tls.tls_cert.is_some(),
             "--loopback with TLS needs --tls-cert and --tls-key too: the receiver that it starts shows the same certificate, which must \
@@ -449,6 +467,21 @@ fn parse_size(text: &str) -> Result<u64, String> {
         .map_err(|e| format!("{e}: write for example 64M or 1.5G"))
 }
 
+/// See `--rdma-registration`.
+fn parse_registration(text: &str) -> Result<Registration, String> {
+    if text == "all" {
+        return Ok(Registration::All);
+    }
+    let bytes_max = parse_size(text)?;
+    if bytes_max < rdma::CHUNK_BYTES {
+        return Err(format!(
+            "give at least {}M, or all",
+            rdma::CHUNK_BYTES >> 20
+        ));
+    }
+    Ok(Registration::Chunks { bytes_max })
+}
+
 /// A number of octets that is whole pages, as many as a frame carries.
 fn parse_body(text: &str) -> Result<u64, String> {
     let octets = parse_size(text)?;
@@ -489,19 +522,32 @@ mod tests {
             "--connect",
             "tcp:a:1",
             "--transport",
-            "rdma",
+            "unix",
             "--data",
             "b:2",
         ])
         .unwrap();
         assert_eq!(found.control.unwrap().to_string(), "tcp:a:1");
-        assert_eq!(found.data[0].to_string(), "rdma:b:2");
+        assert_eq!(found.data[0].to_string(), "unix:b:2");
         let found = way(&["--connect", "/run/x", "--transport", "unix"]).unwrap();
         assert_eq!(found.control.unwrap().to_string(), "unix:/run/x");
         let refused = |arguments: &[&str]| way(arguments).unwrap_err().to_string();
         assert!(refused(&["--connect", "tls:a:1"]).contains("--tls-ca"));
         assert!(refused(&["--connect", "a:1", "--transport", "tcp,rdma"]).contains("--data"));
         assert!(refused(&["--connect", "nonsense"]).contains("is not an address"));
+    }
+
+    #[test]
+    fn registration_is_all_or_at_least_a_chunk() {
+        assert_eq!(parse_registration("all"), Ok(Registration::All));
+        let chunk = Registration::Chunks { bytes_max: 2 << 20 };
+        assert_eq!(parse_registration("2M"), Ok(chunk));
+        assert!(
+            parse_registration("1M")
+                .unwrap_err()
+                .contains("at least 2M")
+        );
+        assert!(parse_registration("most").is_err());
     }
 
     #[test]

@@ -19,6 +19,7 @@ use display::Display;
 use machine::Machine;
 use multifd_guest::{Guest, Tracking};
 use multifd_sender::{Config, Finished, Migration, OutcomeKind, Parts, SpreadDialer};
+use multifd_transport::rdma::RdmaOptions;
 use summary::Summary;
 
 /// How long the receiver of `--loopback` may take to check its guest: a large guest takes a second per few GiB.
@@ -119,6 +120,8 @@ fn run(
         None => tell(format!("moving it to {to} over {} channels", args.channels)),
     }
     let sources = vec![guest.tracking_source()?];
+    let mut options = way.options;
+    options.rdma = RdmaOptions::with_memory(guest.memory().to_channels(), args.rdma_registration);
     let parts = Parts {
         vmm: Box::new(Machine(Arc::clone(&guest))),
         memory: guest.memory().to_channels(),
@@ -126,7 +129,7 @@ fn run(
         dial: Box::new(SpreadDialer {
             control,
             data,
-            options: way.options,
+            options,
         }),
         config,
         spawner: None,
