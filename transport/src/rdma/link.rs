@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use super::registrar::Registrar;
 use super::sys::{
-    Access, Bell, Completion, Endpoint, Happened, Mr, Pd, Sge, Signaled, WC_FLUSHED,
+    Access, Bell, Completion, Endpoint, Happened, Mr, Pd, Sge, Signaled, WC_FLUSHED, describe,
     describe_status, wait_any,
 };
 use super::wire::{
@@ -496,9 +496,12 @@ impl Link {
 
     /// Takes what happened: events of the connection first, so that what had arrived before its end is found below.
     fn pump(&self, state: &mut State, side: Side) {
-        let mut over = false;
+        let (mut over, mut reason) = (false, None);
         while let Ok(Some(event)) = state.endpoint.id().events().next() {
             over |= event.happened != Happened::Established;
+            if let Happened::Other(number) = event.happened {
+                reason.get_or_insert(number);
+            }
         }
         let before = (state.pending.len(), state.inbox.len(), state.gone);
         let mut found = [Completion::default(); 16];
@@ -518,6 +521,11 @@ impl Link {
             }
         }
         if over {
+            // What happens to a connection after its end is no reason for it.
+            if let Some(number) = reason.filter(|_| !state.gone) {
+                let error = io::Error::other(format!("RDMA: {}", describe(number)));
+                state.lose(ChannelError::Lost(Arc::new(error)));
+            }
             state.end_connection();
         }
         if before != (state.pending.len(), state.inbox.len(), state.gone) {
