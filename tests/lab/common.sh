@@ -1,5 +1,5 @@
 # What build, run, check and ci share: where things are, what is missing, how to speak. Sourced by bash, in strict mode.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # used where this is sourced
 
 LAB_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=$(cd "$LAB_DIR/../.." && pwd)

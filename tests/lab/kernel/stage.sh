@@ -3,7 +3,7 @@
 # shellcheck shell=bash
 
 # What init needs, wires, verbs, and the rest of what suites load with lab-modules.
-MODULES="virtio_pci 9pnet_virtio 9p overlay virtio_net virtio_rng dummy veth sch_netem sch_tbf sch_htb tls crc32_generic crc32c_generic
+MODULES="virtio_pci 9pnet_virtio 9p overlay virtio_net virtio_rng dummy veth sch_netem sch_tbf sch_htb tcp_diag tls crc32_generic crc32c_generic
     ib_uverbs rdma_ucm rdma_rxe siw vfio vfio_iommu_type1 iommufd mdev mtty kvm-amd vsock vsock_loopback"
 
 # build_kernel VERSION DIRECTORY

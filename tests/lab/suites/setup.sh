@@ -1,0 +1,93 @@
+# What the suites share inside a lab machine: setting things up, and claims. Sourced by bash.
+# shellcheck shell=bash disable=SC2034 # used where this is sourced
+set -euo pipefail
+
+# The programs that `check` found on the host.
+SEND=${LAB_BIN:-}/multifd-send
+RECEIVE=${LAB_BIN:-}/multifd-receive
+
+CLAIMS=0
+# claim TEXT COMMAND...: runs it; its output is shown only if it fails, and then the suite is over.
+claim() {
+    local text=$1 output began=$SECONDS
+    shift
+    if output=$("$@" 2>&1); then
+        printf 'ok      %s (%d s)\n' "$text" $((SECONDS - began))
+        CLAIMS=$((CLAIMS + 1))
+    else
+        printf '%s\nFAILED  %s: %s\n' "$output" "$text" "$*"
+        exit 1
+    fi
+}
+
+# skip TEXT REASON: what cannot be tested, by name.
+skip() { printf 'SKIPPED %s: %s\n' "$1" "$2"; }
+
+# The end of each suite: the kernel had nothing to complain of either.
+finish_suite() {
+    if dmesg | grep -E -A 30 'WARNING: CPU|BUG:|Oops:|general protection|INFO: task .* blocked'; then
+        printf 'FAILED  the kernel complained, see above\n'
+        exit 1
+    fi
+    printf 'passed  %d claims\n' "$CLAIMS"
+}
+
+# wait_for SECONDS COMMAND...: until it succeeds.
+wait_for() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        ((SECONDS < end)) || return 1
+        sleep 0.2
+    done
+}
+
+# Soft-RoCE (rxe0, 10.9.0.1) and soft-iWARP (siw0, 10.9.1.1) on one machine, each over a dummy interface: both ends on one device.
+verbs_here() {
+    lab-modules dummy crc32_generic rdma_rxe siw ib_uverbs rdma_ucm
+    ip link add roce type dummy
+    ip addr add 10.9.0.1/24 dev roce
+    ip link set roce mtu 9000 up
+    rdma link add rxe0 type rxe netdev roce
+    ip link add iwarp type dummy
+    ip addr add 10.9.1.1/24 dev iwarp
+    ip link set iwarp up
+    rdma link add siw0 type siw netdev iwarp
+}
+
+# The wire between two machines: A is 10.9.0.1, B is 10.9.0.2. PEER is the other one.
+wire() {
+    local own=10.9.0.1
+    PEER=10.9.0.2
+    [[ $LAB_ROLE == A ]] || { own=10.9.0.2 && PEER=10.9.0.1; }
+    lab-modules virtio_net
+    ip addr add $own/24 dev eth0
+    ip link set eth0 mtu 9000 up
+    wait_for 60 busybox ping -c 1 -W 1 "$PEER"
+}
+
+# Verbs on the wire: rxe0, or siw0 with `siw`.
+verbs_on_wire() {
+    lab-modules crc32_generic rdma_rxe siw ib_uverbs rdma_ucm
+    case ${1-rxe} in
+    siw) rdma link add siw0 type siw netdev eth0 ;;
+    *) rdma link add rxe0 type rxe netdev eth0 ;;
+    esac
+}
+
+labdev_dir() { printf '/sys/bus/platform/devices/labdev.%d\n' "$1"; }
+# labdev_get NUMBER REGISTER; labdev_set NUMBER REGISTER VALUE: from outside, whoever holds the device.
+labdev_get() { sed -n "s/^$2 //p" "$(labdev_dir "$1")/registers"; }
+labdev_set() { printf '%s %s\n' "$2" "$3" >"$(labdev_dir "$1")/registers"; }
+
+# migrated FILE: a JSON report that says that the guest moved, whole.
+migrated() {
+    python3 - "$1" <<'EOF'
+import json, sys
+report = json.load(open(sys.argv[1]))
+wanted = {"outcome": "migrated", "guest_check": "passed", "digest_equal": True, "error": None}
+wrong = [f"{key} is {report.get(key)!r}, not {value!r}" for key, value in wanted.items() if report.get(key, value) != value]
+if wrong or "outcome" not in report:
+    sys.exit("the report: " + ("; ".join(wrong) or "no outcome"))
+EOF
+}
