@@ -4,7 +4,7 @@
 lab-modules kvm-amd
 
 # Small and slow: every instruction of the guest is emulated, twice over.
-GUEST=(--memory 32M --working-set 4M --dirty-rate 1M --vcpus 1 --warm-up 200ms --downtime-limit 2s --stall 60s --quiet --report json)
+GUEST=(--memory 64M --working-set 4M --dirty-rate 1M --vcpus 1 --warm-up 200ms --downtime-limit 2s --stall 60s --quiet --report json)
 
 # migrates NAME OPTION...
 migrates() {

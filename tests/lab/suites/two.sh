@@ -4,7 +4,7 @@
 lab-modules kvm-amd
 wire
 MODE=${1-}
-GUEST=(--memory 32M --working-set 4M --dirty-rate 1M --vcpus 1 --warm-up 200ms --downtime-limit 3s --stall 60s --quiet --report json)
+GUEST=(--memory 64M --working-set 4M --dirty-rate 1M --vcpus 1 --warm-up 200ms --downtime-limit 3s --stall 60s --quiet --report json)
 PORT=4444
 
 # moves TEXT NAME OPTION...: one migration, each side playing its part. Both sides come here with the same arguments.
