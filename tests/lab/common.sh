@@ -39,6 +39,12 @@ iproute2          command -v ip && command -v rdma
 qemu-system-x86   command -v qemu-system-x86_64
 rdma-core         test -d /usr/share/doc/rdma-core
 rdmacm-utils      command -v rping'
+LAB_PACKAGES_TO_CHECK='
+openssl           command -v openssl
+python3           command -v python3'
+# Each list ends and begins on a line of its own.
+LAB_PACKAGES_TO_BUILD+=$'\n'
+LAB_PACKAGES_TO_RUN+=$'\n'
 
 # missing_packages LIST: the packages of LIST that are not installed, one a line.
 missing_packages() {

@@ -80,14 +80,37 @@ labdev_dir() { printf '/sys/bus/platform/devices/labdev.%d\n' "$1"; }
 labdev_get() { sed -n "s/^$2 //p" "$(labdev_dir "$1")/registers"; }
 labdev_set() { printf '%s %s\n' "$2" "$3" >"$(labdev_dir "$1")/registers"; }
 
-# migrated FILE: a JSON report that says that the guest moved, whole.
-migrated() {
-    python3 - "$1" <<'EOF'
+# report_says FILE KEY=VALUE...: what a program's JSON report must say (VALUE as JSON), besides that there was no error.
+report_says() {
+    python3 - "$@" <<'EOF'
 import json, sys
 report = json.load(open(sys.argv[1]))
-wanted = {"outcome": "migrated", "guest_check": "passed", "digest_equal": True, "error": None}
-wrong = [f"{key} is {report.get(key)!r}, not {value!r}" for key, value in wanted.items() if report.get(key, value) != value]
-if wrong or "outcome" not in report:
-    sys.exit("the report: " + ("; ".join(wrong) or "no outcome"))
+wanted = {"error": None}
+wanted.update((key, json.loads(value)) for key, value in (pair.split("=", 1) for pair in sys.argv[2:]))
+wrong = [f"{key} is {report.get(key)!r}, not {value!r}" for key, value in wanted.items() if report.get(key) != value]
+if wrong:
+    sys.exit("the report: " + "; ".join(wrong))
 EOF
 }
+
+# The guest left, all of it; it arrived, and every word of its memory is right; both, where one report speaks for both sides.
+departed() { report_says "$1" outcome='"migrated"' digest_equal=true; }
+arrived() { report_says "$1" outcome='"running"' guest_check='"passed"'; }
+moved_here() { report_says "$1" outcome='"migrated"' digest_equal=true guest_check='"passed"'; }
+
+# certificates DIRECTORY: an authority, and a certificate of it for 127.0.0.1, 10.9.0.1 and 10.9.0.2.
+certificates() {
+    mkdir -p "$1"
+    (
+        cd "$1"
+        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=lab-authority -keyout ca.key -out ca.pem
+        openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=lab -keyout own.key -out own.csr
+        printf 'subjectAltName=IP:127.0.0.1,IP:10.9.0.1,IP:10.9.0.2\nbasicConstraints=CA:FALSE\n' >extensions
+        openssl x509 -req -in own.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out own.pem
+    ) >/dev/null 2>&1
+}
+# The programs' options for them.
+TLS=(--tls-ca /tmp/tls/ca.pem --tls-cert /tmp/tls/own.pem --tls-key /tmp/tls/own.key)
+
+# Kinds of channel that the programs were built with.
+has_kind() { "$SEND" --help | grep -qw "$1"; }

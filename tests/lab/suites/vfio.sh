@@ -9,6 +9,9 @@ claim "labdev by device file and iommufd" vfio-labdev cdev
 for id in 1 2; do echo "00000000-0000-4000-8000-00000000000$id" >/sys/class/mdev_bus/mtty/mdev_supported_types/mtty-2/create; done
 claim "the kernel's sample device migrates, by group" vfio-mtty group
 claim "and by device file" vfio-mtty cdev
+# The project's own sources of dirty pages and adapters of devices, on these devices.
+live() { MULTIFD_REQUIRE_VFIO=$1 timeout 300 "$LAB_VFIO_LIVE" --test-threads 1 --nocapture; }
+claim "the project's DMA sources and device states, without an IOMMU" live device
 if [[ ${1-} == long ]]; then
     for round in {1..5}; do
         claim "labdev by group, again ($round)" vfio-labdev group
@@ -24,4 +27,5 @@ rmmod labdev
 lab-modules labdev iommu=1
 echo 1 >/sys/module/iommufd/parameters/allow_unsafe_interrupts
 claim "iommufd's dirty bits of a hardware page table" vfio-labdev iommu
+claim "the project's DMA sources on page tables of iommufd" live iommu
 finish_suite
