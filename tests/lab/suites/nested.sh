@@ -35,7 +35,6 @@ over() {
 claim "the guest migrates by the dirty ring" here ring --tracking ring --channels 2
 claim "between two processes by TCP, by the dirty log" over tcp log --tracking log --channels 2
 if [[ ${1-} == long ]]; then
-    certificates /tmp/tls
     claim "between two processes by TLS" over tls tls --channels 2
     claim "with eight channels" here eight --channels 8
     for round in {1..5}; do claim "again ($round)" here "again$round" --channels 2; done

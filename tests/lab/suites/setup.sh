@@ -98,19 +98,5 @@ departed() { report_says "$1" outcome='"migrated"' digest_equal=true; }
 arrived() { report_says "$1" outcome='"running"' guest_check='"passed"'; }
 moved_here() { report_says "$1" outcome='"migrated"' digest_equal=true guest_check='"passed"'; }
 
-# certificates DIRECTORY: an authority, and a certificate of it for 127.0.0.1, 10.9.0.1 and 10.9.0.2.
-certificates() {
-    mkdir -p "$1"
-    (
-        cd "$1"
-        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=lab-authority -keyout ca.key -out ca.pem
-        openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=lab -keyout own.key -out own.csr
-        printf 'subjectAltName=IP:127.0.0.1,IP:10.9.0.1,IP:10.9.0.2\nbasicConstraints=CA:FALSE\n' >extensions
-        openssl x509 -req -in own.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out own.pem
-    ) >/dev/null 2>&1
-}
-# The programs' options for them.
-TLS=(--tls-ca /tmp/tls/ca.pem --tls-cert /tmp/tls/own.pem --tls-key /tmp/tls/own.key)
-
-# Kinds of channel that the programs were built with.
-has_kind() { "$SEND" --help | grep -qw "$1"; }
+# The programs' options for TLS, with what `check` made on the host: the same for both sides.
+TLS=(--tls-ca "${LAB_TLS-}/ca.pem" --tls-cert "${LAB_TLS-}/own.pem" --tls-key "${LAB_TLS-}/own.key")
