@@ -10,8 +10,11 @@ for id in 1 2; do echo "00000000-0000-4000-8000-00000000000$id" >/sys/class/mdev
 claim "the kernel's sample device migrates, by group" vfio-mtty group
 claim "and by device file" vfio-mtty cdev
 # The project's own sources of dirty pages and adapters of devices, on these devices.
-live() { MULTIFD_REQUIRE_VFIO=$1 timeout 300 "$LAB_VFIO_LIVE" --test-threads 1 --nocapture; }
-claim "the project's DMA sources and device states, without an IOMMU" live device
+live() {
+    local program
+    for program in $LAB_VFIO_TESTS; do MULTIFD_REQUIRE_VFIO=$1 timeout 200 "$program" --test-threads 1 --nocapture; done
+}
+claim "the project's DMA sources and device adapters, without an IOMMU" live device
 if [[ ${1-} == long ]]; then
     for round in {1..5}; do
         claim "labdev by group, again ($round)" vfio-labdev group
