@@ -195,11 +195,7 @@ fn a_device_that_breaks_at_any_state_runs_again_and_migrates_after_all() {
                     "{state:?}: {error}"
                 );
                 pair.take_source(DeviceState::Running).unwrap();
-                assert_eq!(
-                    pair.source.state(),
-                    DeviceState::Running,
-                    "without a reset"
-                );
+                assert_eq!(pair.source.state(), DeviceState::Running, "without a reset");
                 pair.sink.restart().unwrap();
             }
             pair.a.write_u64(TOUCH * 8, 50).unwrap();
