@@ -14,7 +14,7 @@ live() {
     local program
     for program in $LAB_VFIO_TESTS; do MULTIFD_REQUIRE_VFIO=$1 timeout 200 "$program" --test-threads 1 --nocapture; done
 }
-claim "the project's DMA sources and device adapters, without an IOMMU" live device
+claim "the project's DMA sources and device states, without an IOMMU" live device
 if [[ ${1-} == long ]]; then
     for round in {1..5}; do
         claim "labdev by group, again ($round)" vfio-labdev group
