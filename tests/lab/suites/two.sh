@@ -75,15 +75,15 @@ departs_with_a_cut() {
 
 moves "the guest moves by TCP" tcp tcp --channels 2
 if [[ $MODE == long ]]; then
+    lab-modules tcp_diag sch_netem
     moves "by TLS" tls tls --channels 2
     moves "with four channels" tcp four --channels 4
-    tc qdisc add dev eth0 root netem delay 20ms loss 1%
-    lab-modules tcp_diag
     DEPART=departs_with_a_cut
     MEMORY=256M # more to move, so that there is a middle
     moves "with a lane cut in the middle" tcp cut --channels 4 --zero-percent 0
     DEPART=departs
     MEMORY=64M
+    tc qdisc add dev eth0 root netem delay 20ms loss 1%
     moves "over a wire with 40 ms and 1 % of loss" tcp lossy --channels 4
     tc qdisc del dev eth0 root
 fi
