@@ -1,13 +1,16 @@
 //! Links between a source and a destination of the same process that a test can cut, keep down and bring back.
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::memory::pair;
-use multifd_transport::{Address, Channel, Closer, ReceiveHalf, SendHalf, TcpOptions};
+use multifd_transport::{
+    Address, Channel, ChannelError, Closer, IoSource, ReceiveHalf, SendHalf, TcpOptions,
+};
 use multifd_wire::{ChannelRef, LaneId};
 
 /// Octets that an in-memory channel holds.
@@ -22,6 +25,8 @@ pub struct Links {
 struct Shared {
     destination: Mutex<rx::Handle>,
     open: Mutex<Vec<(ChannelRef, Closer)>>,
+    /// Connections whose octets vanish, once told so.
+    holes: Mutex<Vec<(ChannelRef, Arc<AtomicBool>)>>,
     down: AtomicBool,
     dialled: AtomicU64,
     /// Over TCP to this address, or in memory.
@@ -46,6 +51,7 @@ impl Links {
             shared: Arc::new(Shared {
                 destination: Mutex::new(destination),
                 open: Mutex::default(),
+                holes: Mutex::default(),
                 down: AtomicBool::new(false),
                 dialled: AtomicU64::new(0),
                 address,
@@ -76,6 +82,26 @@ impl Links {
     /// Cuts a lane.
     pub fn cut_lane(&self, lane: u32) {
         self.cut(ChannelRef::Lane(LaneId::new(lane)));
+    }
+
+    /// What this lane's present connection is handed from now on vanishes, without a sign to either side.
+    pub fn swallow_lane(&self, lane: u32) {
+        let wanted = ChannelRef::Lane(LaneId::new(lane));
+        let mut holes = self.holes();
+        holes.retain(|(channel, hole)| {
+            let swallow = *channel == wanted;
+            if swallow {
+                hole.store(true, Ordering::SeqCst);
+            }
+            !swallow
+        });
+    }
+
+    fn holes(&self) -> std::sync::MutexGuard<'_, Vec<(ChannelRef, Arc<AtomicBool>)>> {
+        self.shared
+            .holes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Cuts all lanes.
@@ -146,7 +172,9 @@ impl tx::Dial for Links {
                 )
             }
         };
-        let ours = Split::new(ours);
+        let hole = Arc::new(AtomicBool::new(false));
+        self.holes().push((channel, Arc::clone(&hole)));
+        let ours = Split::new(ours, hole);
         self.open().push((channel, ours.closer.clone()));
         self.shared.dialled.fetch_add(1, Ordering::SeqCst);
         if let Some(theirs) = theirs {
@@ -175,11 +203,11 @@ struct Split {
 }
 
 impl Split {
-    fn new(channel: Box<dyn Channel>) -> Self {
+    fn new(channel: Box<dyn Channel>, hole: Arc<AtomicBool>) -> Self {
         let name = channel.describe();
         let (tx, rx, closer) = channel.split();
         Self {
-            tx,
+            tx: Box::new(Leaky { inner: tx, hole }),
             rx,
             closer,
             name,
@@ -194,5 +222,44 @@ impl Channel for Split {
 
     fn describe(&self) -> String {
         self.name.clone()
+    }
+}
+
+/// A sending half that can be told to lose everything.
+struct Leaky {
+    inner: Box<dyn SendHalf>,
+    hole: Arc<AtomicBool>,
+}
+
+impl SendHalf for Leaky {
+    fn send(&mut self, head: &[u8], body: &[IoSource<'_>]) -> Result<(), ChannelError> {
+        if self.hole.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.inner.send(head, body)
+    }
+
+    fn finish(&mut self) -> Result<(), ChannelError> {
+        self.inner.finish()
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.inner.set_deadline(deadline);
+    }
+
+    fn set_stall(&mut self, stall: Option<Duration>) {
+        self.inner.set_stall(stall);
+    }
+
+    fn set_more(&mut self, more: bool) {
+        self.inner.set_more(more);
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.poll_fd()
     }
 }

@@ -305,7 +305,18 @@ fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), Ch
     tx.set_deadline(None);
     rx.set_deadline(None);
     // Passed on even if the peer is gone already: a session or lane that was entered at the desk has to end like any other.
-    let _ = shared.notes.send(note);
+    if let Err(unheard) = shared.notes.send(note) {
+        // The control thread has ended meanwhile; who was not answered yet is told so.
+        let (mut tx, mut rx, reply) = match unheard.into_inner() {
+            Note::Resuming(opened) => (opened.tx, opened.rx, opened.reply),
+            Note::LaneJoined(joined) => (joined.tx, joined.rx, joined.reply),
+            _ => return sent,
+        };
+        if let Some(HelloReply::Accepted { session, .. }) = reply {
+            let no = HelloReply::refused(Reason::WrongSession, "it is over here", session);
+            return refuse(shared, &mut *tx, &mut *rx, &no);
+        }
+    }
     sent
 }
 

@@ -990,6 +990,14 @@ impl Control {
         {
             return Ok(());
         }
+        if self.session.is_rejoining() {
+            // The way back is made with all lanes at once, or again from the start.
+            self.known(lane, incarnation)?;
+            let last = "closed by the destination".to_owned();
+            let error = Error::new(self.session.phase(), Fault::AllLanesLost { last });
+            self.drive(Event::Lost(error.at(ChannelRef::Lane(lane))));
+            return Ok(());
+        }
         let slot = self.known(lane, incarnation)?;
         match slot.life {
             // It was let in, and lost before this side knew; the attempt fails by itself.

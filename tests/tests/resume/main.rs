@@ -6,3 +6,4 @@ mod lies_sent;
 mod outcome;
 mod pairs;
 mod suspended;
+mod switchover;
