@@ -556,7 +556,7 @@ impl Control {
         counters.round_pages_left.store(pages, Relaxed);
         let octets_before = counters.octets_sent.load(Relaxed);
         self.timeline.round_opened(round, pages, self.shared.now());
-        let work = Arc::new(RoundWork::new(taken));
+        let work = Arc::new(RoundWork::new(taken, self.shared.config.body_pages));
         for slot in self.lanes.iter().filter(|slot| slot.life == Life::Alive) {
             if let Some(commands) = &slot.commands {
                 // There is room: a lane gets its next round only after it said that it encoded the one before.
@@ -1096,6 +1096,10 @@ impl Control {
         let state = Arc::clone(&slot.state);
         self.give_back_ledger(&state);
         self.count_lanes();
+        // The control channel was lost meanwhile, perhaps by answering: the way back is made with all lanes.
+        if self.session.phase() == Phase::Suspended {
+            return;
+        }
         if !self.session.is_committed()
             && !self.dials_again()
             && self

@@ -8,26 +8,32 @@ use multifd_wire::{Layout, PageIndex, PageRun, RegionId};
 
 use super::lock;
 
-/// How many pages a lane takes at a time: 1 MiB when they lie together. One lock for all of them.
+/// How many pages a lane takes at a time at most: 1 MiB when they lie together. One lock for all of them.
 pub(super) const EXTENT_PAGES: u64 = PAGES_PER_FRAME_MAX as u64;
+
+/// Frames that a lane takes at a time at most: with small bodies the lanes take turns as often as with large ones.
+const EXTENT_FRAMES: u64 = 4;
 
 /// One round's pages. Any lane may take any of them; the fastest lane takes most.
 #[derive(Debug)]
 pub(super) struct RoundWork {
     round: Mutex<TakenRound>,
+    extent_pages: u64,
 }
 
 impl RoundWork {
-    pub(super) fn new(round: TakenRound) -> Self {
+    /// `body_pages`: the pages of the largest frame.
+    pub(super) fn new(round: TakenRound, body_pages: u64) -> Self {
         Self {
             round: Mutex::new(round),
+            extent_pages: (body_pages * EXTENT_FRAMES).min(EXTENT_PAGES),
         }
     }
 
-    /// Takes up to [`EXTENT_PAGES`] pages into `extent`; none are left if it stays empty. Returns how many are left.
+    /// Takes an extent of pages into `extent`; none are left if it stays empty. Returns how many are left.
     pub(super) fn take(&self, extent: &mut Vec<Run>) -> u64 {
         let mut round = lock(&self.round);
-        let mut wanted = EXTENT_PAGES;
+        let mut wanted = self.extent_pages;
         while wanted > 0
             && let Some(run) = round.next_run(wanted)
         {
@@ -184,7 +190,7 @@ mod tests {
         for page in (0..1024).step_by(2) {
             set.mark_page(0, page);
         }
-        let work = RoundWork::new(set.take_round());
+        let work = RoundWork::new(set.take_round(), EXTENT_PAGES);
         let mut extent = Vec::new();
         assert_eq!(work.take(&mut extent), 256);
         assert_eq!(extent.len(), 256);
@@ -194,7 +200,7 @@ mod tests {
     fn what_a_lane_took_and_did_not_enter_goes_back() {
         let set = set();
         set.mark_all();
-        let work = RoundWork::new(set.take_round());
+        let work = RoundWork::new(set.take_round(), EXTENT_PAGES);
         let mut unsent = Unsent::new(set.clone());
         work.take(&mut unsent.extent);
         unsent.extent.clear();
