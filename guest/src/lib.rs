@@ -64,6 +64,7 @@ mod kick;
 mod layout;
 mod machine;
 mod memory;
+mod model_device;
 mod pace;
 mod prepare;
 mod process;
@@ -87,4 +88,9 @@ pub use config::{
 pub use error::{Error, Result};
 pub use guest::{Guest, Kind, PAUSE_MS_MAX};
 pub use memory::{Memory, MemoryRegion};
+pub use model_device::{
+    DEVICE_CONFIG_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DEVICE_STATE_BYTES_MIN, DEVICES_BLOB_KIND,
+    DeviceConfig, DeviceConfigError, DeviceFailure, DeviceFault, DevicePreCopy, DeviceProbe,
+    DeviceRead, Dma, ModelDevice,
+};
 pub use prepare::{Preparation, Preparing};

@@ -13,6 +13,8 @@ pub struct Config {
     pub(crate) lanes_max: u32,
     pub(crate) memory_bytes_max: Option<u64>,
     pub(crate) blob_bytes_max: u64,
+    pub(crate) device_window_bytes: u64,
+    pub(crate) device_bytes_max: u64,
     pub(crate) hello_deadline: Duration,
     pub(crate) setup_deadline: Duration,
     pub(crate) stall: Duration,
@@ -38,6 +40,8 @@ impl Default for Config {
             lanes_max: LANES_MAX,
             memory_bytes_max: None,
             blob_bytes_max: 64 << 20,
+            device_window_bytes: 16 << 20,
+            device_bytes_max: 1 << 30,
             hello_deadline: Duration::from_secs(5),
             setup_deadline: Duration::from_secs(60),
             stall: Duration::from_secs(10),
@@ -83,6 +87,21 @@ impl ConfigBuilder {
     #[must_use]
     pub fn blob_bytes_max(mut self, octets: u64) -> Self {
         self.config.blob_bytes_max = octets;
+        self
+    }
+
+    /// How much of one device's state is held at most while it waits to be loaded, in octets; 64 KiB to 1 GiB. It should be what
+    /// the link carries in the time of a round trip, and of 20 ms of loading.
+    #[must_use]
+    pub fn device_window_bytes(mut self, octets: u64) -> Self {
+        self.config.device_window_bytes = octets;
+        self
+    }
+
+    /// How much that may be for all devices together, in octets; 64 KiB to 1 TiB. A source with more devices is refused.
+    #[must_use]
+    pub fn device_bytes_max(mut self, octets: u64) -> Self {
+        self.config.device_bytes_max = octets;
         self
     }
 
@@ -139,6 +158,18 @@ impl ConfigBuilder {
         let c = &self.config;
         within("lanes max", &c.lanes_max, &1, &LANES_MAX)?;
         within("blob octets max", &c.blob_bytes_max, &(1 << 20), &(1 << 30))?;
+        within(
+            "device window octets",
+            &c.device_window_bytes,
+            &(64 << 10),
+            &(1 << 30),
+        )?;
+        within(
+            "device octets max",
+            &c.device_bytes_max,
+            &(64 << 10),
+            &(1 << 40),
+        )?;
         within_time(
             "hello deadline",
             c.hello_deadline,
@@ -209,6 +240,17 @@ mod tests {
         b().blob_bytes_max(1 << 20).build().unwrap();
         bad(b().blob_bytes_max((1 << 20) - 1), "blob octets max");
         bad(b().blob_bytes_max((1 << 30) + 1), "blob octets max");
+        b().device_window_bytes(64 << 10).build().unwrap();
+        bad(
+            b().device_window_bytes((64 << 10) - 1),
+            "device window octets",
+        );
+        bad(
+            b().device_window_bytes((1 << 30) + 1),
+            "device window octets",
+        );
+        bad(b().device_bytes_max((64 << 10) - 1), "device octets max");
+        bad(b().device_bytes_max((1 << 40) + 1), "device octets max");
         bad(b().hello_deadline(ms(99)), "hello deadline");
         bad(b().setup_deadline(ms(99)), "set-up deadline");
         b().stall(ms(100)).keep_alive(ms(50)).build().unwrap();

@@ -7,10 +7,23 @@
 //!   set_state … Resuming ─► write … write ─► load_config ─► set_state(Stop)       everything is in, and checked by the device
 //!   after the commit: set_state(RunningP2p) on all devices, then set_state(Running)
 //! ```
+//! `device/` has what the destination does with it: the assembler of its stream, and the place where lanes hand it to the loader.
 //! The mirror image at the source is `multifd_sender::device::DeviceSource`.
+
+pub mod assembler;
+pub(crate) mod handover;
+#[cfg(feature = "model")]
+mod model;
+#[cfg(test)]
+mod shuttled;
 
 use multifd_wire::DeviceState;
 use multifd_wire::frame::DeviceFlags;
+
+/// What [`handover`] waits with.
+mod sync {
+    pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+}
 
 /// A device did not take what it was given; its reason travels to the user and, in an ABORT, to the source.
 #[derive(Debug, thiserror::Error)]

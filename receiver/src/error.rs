@@ -5,6 +5,7 @@ use std::fmt;
 use multifd_transport::ChannelError;
 use multifd_wire::{ChannelRef, Malformed, Misbehaved, Misuse, Phase, Reason};
 
+use crate::device::DeviceError;
 use crate::vmm::VmmError;
 
 /// Why a migration ended, when, and on which channel.
@@ -50,6 +51,22 @@ pub enum Fault {
         step: &'static str,
         /// Its reason.
         source: VmmError,
+    },
+    /// A device did not take its state, or did not get into the state of its own that was due.
+    #[error("device {device} could not {step}: {source}")]
+    Device {
+        /// Its name.
+        device: String,
+        /// What it was asked for.
+        step: &'static str,
+        /// Its reason.
+        source: DeviceError,
+    },
+    /// The devices cannot be moved together, or are not the source's.
+    #[error("the devices can't be taken: {text}")]
+    Devices {
+        /// Why not.
+        text: String,
     },
     /// The machine that the VMM built does not have the memory that the source described.
     #[error("the VMM built other memory than the source has: {text}")]
@@ -124,6 +141,8 @@ impl Fault {
             Self::AllLanesLost { .. } => "receiver.channel.all-lanes-lost",
             Self::Vmm { .. } => "receiver.vmm.refused",
             Self::MemoryDiffers { .. } => "receiver.vmm.memory-differs",
+            Self::Device { .. } => "receiver.device.failed",
+            Self::Devices { .. } => "receiver.device.refused",
             Self::Limit { .. } => "receiver.limit",
             Self::PeerAborted { .. } => "receiver.peer.aborted",
             Self::Timeout { .. } => "receiver.timeout",
@@ -146,6 +165,7 @@ impl Fault {
             Self::Channel(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
             Self::Vmm { .. } => Reason::VmmRefused,
             Self::MemoryDiffers { .. } => Reason::MemoryMismatch,
+            Self::Device { .. } | Self::Devices { .. } => Reason::DeviceRefused,
             Self::Limit { .. } => Reason::ResourceLimit,
             Self::PeerAborted { reason, .. } => *reason,
             Self::Timeout { .. } => Reason::Timeout,

@@ -15,6 +15,8 @@ pub(crate) struct Counters {
     pub(crate) pages: AtomicU64,
     pub(crate) zero_pages: AtomicU64,
     pub(crate) octets: AtomicU64,
+    /// Octets of devices' data that were loaded.
+    pub(crate) device_bytes: AtomicU64,
     pub(crate) frames: AtomicU64,
     pub(crate) pages_damaged: AtomicU64,
     pub(crate) refused: AtomicU64,
@@ -40,6 +42,7 @@ impl Counters {
             pages: self.pages.load(Relaxed),
             zero_pages: self.zero_pages.load(Relaxed),
             octets: self.octets.load(Relaxed),
+            device_bytes: self.device_bytes.load(Relaxed),
             frames: self.frames.load(Relaxed),
             pages_damaged: self.pages_damaged.load(Relaxed),
             refused: self.refused.load(Relaxed),
@@ -65,6 +68,8 @@ pub struct Snapshot {
     pub zero_pages: u64,
     /// Octets of heads and bodies that came on data channels.
     pub octets: u64,
+    /// Octets of devices' data that were loaded.
+    pub device_bytes: u64,
     /// Frames that came on data channels.
     pub frames: u64,
     /// Pages whose checksum failed, every time counted.

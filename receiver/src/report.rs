@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{ChannelRef, PAGE_BYTES_U64};
+use multifd_wire::{ChannelRef, DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
 
+use crate::driver::LoadedDevice;
 use crate::error::Error;
 use crate::progress::Snapshot;
 use crate::session::Outcome;
@@ -54,6 +55,8 @@ pub struct Report {
     pub suspended_ms: f64,
     /// How often the source asked how it ended.
     pub asked: u32,
+    /// Each device that was loaded.
+    pub devices: Vec<DeviceReport>,
     /// Connections that were refused.
     pub refused: u64,
     /// CPU seconds of this side's migration threads.
@@ -62,6 +65,19 @@ pub struct Report {
     pub digest: Option<String>,
     /// What went wrong, or null.
     pub error: Option<ErrorReport>,
+}
+
+/// One device.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceReport {
+    /// Its name.
+    pub name: String,
+    /// Octets of its data.
+    pub bytes: u64,
+    /// Time that it took for loading its data, waits for the data not counted.
+    pub load_ms: f64,
+    /// Time that it took for its configuration and its own final check.
+    pub config_ms: f64,
 }
 
 /// What went wrong.
@@ -102,6 +118,27 @@ pub(crate) struct Timeline {
     suspended_since: Option<Instant>,
     suspended: Duration,
     pub(crate) digest: Option<u64>,
+    devices: Vec<(DeviceId, DeviceReport)>,
+}
+
+impl Timeline {
+    pub(crate) fn device_loaded(&mut self, loaded: &LoadedDevice) {
+        let ms = |time: std::time::Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
+        let report = DeviceReport {
+            name: loaded.name.clone(),
+            bytes: loaded.bytes,
+            load_ms: ms(loaded.load),
+            config_ms: ms(loaded.config),
+        };
+        self.devices.push((loaded.device, report));
+    }
+
+    /// Whether the device had been loaded.
+    pub(crate) fn device_restarted(&mut self, device: DeviceId) -> bool {
+        let before = self.devices.len();
+        self.devices.retain(|(id, _)| *id != device);
+        self.devices.len() < before
+    }
 }
 
 impl Timeline {
@@ -144,6 +181,11 @@ impl Report {
             suspensions: timeline.suspensions,
             suspended_ms: timeline.suspended.as_secs_f64() * 1e3,
             asked: timeline.asked,
+            devices: timeline
+                .devices
+                .iter()
+                .map(|(_, report)| report.clone())
+                .collect(),
             refused: end.refused,
             cpu_receiver_s: end.cpu.as_secs_f64(),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),

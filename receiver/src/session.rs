@@ -74,6 +74,10 @@ pub enum Event {
     },
     /// The VMM loaded the VM state.
     Loaded,
+    /// Every device has loaded everything and stands still.
+    DevicesLoaded,
+    /// A device's stream begins anew: what it had loaded is void.
+    DeviceRestarted,
     /// COMMIT.
     Commit {
         /// The digest that the source commits to.
@@ -158,7 +162,8 @@ pub enum Outcome {
     Stranded(Error),
 }
 
-/// Proof that this side has everything: the last round closed, nothing damaged, digests equal, the state loaded.
+/// Proof that this side has everything: the last round closed, nothing damaged, digests equal, the state and every device
+/// loaded.
 #[derive(Debug)]
 #[must_use = "without it the guest can't be taken over"]
 pub struct Ready {
@@ -179,6 +184,8 @@ enum State {
     },
     Loading {
         digest: Digest,
+        /// The VM state is loaded.
+        loaded: bool,
     },
     Prepared(Ready),
     /// Without channels, until this time.
@@ -230,6 +237,8 @@ pub struct Session {
     alone_since: Option<Duration>,
     /// Whether it outlives its channels.
     kept: bool,
+    /// Every device has everything; also true when there are none.
+    devices_loaded: bool,
     began: Duration,
     heard: Duration,
     /// When something last went on: pages landed, a decision came. Signs of life are none.
@@ -265,6 +274,7 @@ impl Session {
             lane_lost: false,
             alone_since: None,
             kept: false,
+            devices_loaded: true,
             began: now,
             heard: now,
             progress: now,
@@ -294,6 +304,11 @@ impl Session {
     #[must_use]
     pub fn is_owner(&self) -> bool {
         matches!(self.state, State::Owning)
+    }
+
+    /// There are devices: without [`Event::DevicesLoaded`] there is no [`Ready`].
+    pub fn expect_devices(&mut self) {
+        self.devices_loaded = false;
     }
 
     /// The source was heard on the control channel.
@@ -393,10 +408,23 @@ impl Session {
                 State::Loading { .. } | State::Prepared(_),
                 Event::Switchover { .. } | Event::Final { .. },
             ) => Vec::new(),
-            (State::Loading { digest }, Event::Loaded) => {
-                let digest = *digest;
-                self.state = State::Prepared(Ready { digest });
-                vec![Effect::SendPrepared { digest }]
+            (State::Loading { loaded, .. }, Event::Loaded) if !*loaded => {
+                *loaded = true;
+                self.prepared()
+            }
+            (
+                State::Rounds | State::Fenced { .. } | State::Loading { .. },
+                Event::DevicesLoaded,
+            ) if !self.devices_loaded => {
+                self.devices_loaded = true;
+                self.prepared()
+            }
+            (
+                State::Rounds | State::Fenced { .. } | State::Loading { .. },
+                Event::DeviceRestarted,
+            ) => {
+                self.devices_loaded = false;
+                Vec::new()
             }
             (State::Prepared(ready), Event::Commit { digest }) => {
                 let ours = ready.digest;
@@ -423,6 +451,22 @@ impl Session {
                 self.fail(Error::new(self.phase(), Fault::OutOfTurn { what }))
             }
         }
+    }
+
+    /// Ready, once state and devices are loaded over memory that is verified (SPEC: PREP-1).
+    fn prepared(&mut self) -> Vec<Effect> {
+        let State::Loading {
+            digest,
+            loaded: true,
+        } = self.state
+        else {
+            return Vec::new();
+        };
+        if !self.devices_loaded {
+            return Vec::new();
+        }
+        self.state = State::Prepared(Ready { digest });
+        vec![Effect::SendPrepared { digest }]
     }
 
     fn begin(&mut self) -> Vec<Effect> {
@@ -624,7 +668,10 @@ impl Session {
             return Vec::new();
         };
         if verdict.digest == digest && damaged == 0 {
-            self.state = State::Loading { digest };
+            self.state = State::Loading {
+                digest,
+                loaded: false,
+            };
             return vec![Effect::Load {
                 states: verdict.states,
             }];
@@ -748,7 +795,7 @@ impl Session {
             });
         }
         match std::mem::replace(&mut self.state, State::Over) {
-            State::Owning if matches!(error.fault(), Fault::Vmm { .. }) => {
+            State::Owning if matches!(error.fault(), Fault::Vmm { .. } | Fault::Device { .. }) => {
                 effects.push(Effect::Finish(Outcome::Stranded(error)));
             }
             // The source can vanish now: the guest is ours and starts all the same.

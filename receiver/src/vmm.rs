@@ -6,7 +6,9 @@
 use bytes::Bytes;
 use multifd_transport::GuestMemory;
 use multifd_wire::Layout;
+use multifd_wire::frame::Device;
 
+use crate::device::DeviceSink;
 use crate::session::Ready;
 
 /// A piece of VM state or configuration, opaque to multifd: exactly what the source's VMM gave.
@@ -58,6 +60,19 @@ pub trait Vmm: Send {
     /// An error refuses the migration in its first second; the source's guest was not touched.
     fn prepare(&mut self, configs: Vec<Blob>, layout: &Layout) -> Result<GuestMemory, VmmError>;
 
+    /// The machine's devices that take in the state of those in the source's table, in its order, each with the table's name.
+    /// Called once, directly after [`Vmm::prepare`], and only if there are any. They come back in
+    /// [`Finished`](crate::Finished).
+    ///
+    /// # Errors
+    /// An error refuses the migration in its first second. A machine without such devices need not implement it.
+    fn devices(&mut self, table: &[Device]) -> Result<Vec<Box<dyn DeviceSink>>, VmmError> {
+        Err(VmmError::new(format!(
+            "this machine has no devices to take the source's {}",
+            table.len()
+        )))
+    }
+
     /// Loads the state apart from memory. Memory is complete and verified by now. Called again, with a newer state over newer
     /// memory, when the link was lost after it and before the commit: what was loaded before is void then.
     ///
@@ -65,7 +80,7 @@ pub trait Vmm: Send {
     /// An error ends the migration; the guest runs on at the source.
     fn load(&mut self, states: Vec<Blob>) -> Result<(), VmmError>;
 
-    /// Runs the guest.
+    /// Runs the guest. Its devices run already.
     ///
     /// # Errors
     /// The source has given the guest away by now: an error here leaves a loaded, paused guest at this side, and says so.

@@ -41,6 +41,16 @@ pub enum DirtyScan {
     AtSwitchover,
 }
 
+/// What to do when devices have not had their initial bytes loaded by the acknowledgement deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WhenAckLate {
+    /// Give up; the guest goes on running at the source.
+    #[default]
+    Fail,
+    /// Switch over without: what was to be loaded before is loaded while the guest stands still.
+    GoOn,
+}
+
 /// The validated settings of a migration. Made by [`Config::builder`].
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -50,6 +60,9 @@ pub struct Config {
     pub(crate) rounds_max: u32,
     pub(crate) when_not_converging: WhenNotConverging,
     pub(crate) body_pages: u64,
+    pub(crate) device_chunk: u64,
+    pub(crate) ack_deadline: Option<Duration>,
+    pub(crate) when_ack_late: WhenAckLate,
     pub(crate) hello_deadline: Duration,
     pub(crate) setup_deadline: Duration,
     pub(crate) stall: Duration,
@@ -113,6 +126,9 @@ impl Default for ConfigBuilder {
                 rounds_max: 30,
                 when_not_converging: WhenNotConverging::default(),
                 body_pages: 64,
+                device_chunk: 256 << 10,
+                ack_deadline: None,
+                when_ack_late: WhenAckLate::default(),
                 hello_deadline: Duration::from_secs(5),
                 setup_deadline: Duration::from_secs(60),
                 stall: Duration::from_secs(10),
@@ -168,6 +184,28 @@ impl ConfigBuilder {
     #[must_use]
     pub fn body_bytes(mut self, octets: u64) -> Self {
         self.config.body_pages = octets / PAGE_BYTES as u64;
+        self
+    }
+
+    /// The largest body of a DEVICE_CHUNK, 4 KiB to 1 MiB. The default is 256 KiB.
+    #[must_use]
+    pub fn device_chunk_bytes(mut self, octets: u64) -> Self {
+        self.config.device_chunk = octets;
+        self
+    }
+
+    /// How long the switchover waits for devices that want their initial bytes loaded before the guest is paused, 1 ms to
+    /// 1 hour, counted from when nothing else is missing. `None`: as long as it takes, with the guest running.
+    #[must_use]
+    pub fn ack_deadline(mut self, deadline: Option<Duration>) -> Self {
+        self.config.ack_deadline = deadline;
+        self
+    }
+
+    /// What happens then.
+    #[must_use]
+    pub fn when_ack_late(mut self, choice: WhenAckLate) -> Self {
+        self.config.when_ack_late = choice;
         self
     }
 
@@ -261,6 +299,15 @@ impl ConfigBuilder {
             &1,
             &(limits::PAGES_PER_FRAME_MAX as u64),
         )?;
+        within(
+            "device chunk octets",
+            &c.device_chunk,
+            &4096,
+            &limits::BODY_BYTES_MAX_U64,
+        )?;
+        if let Some(deadline) = c.ack_deadline {
+            within_time("ack deadline", deadline, Duration::from_millis(1), HOUR)?;
+        }
         within_time(
             "hello deadline",
             c.hello_deadline,
@@ -354,6 +401,13 @@ mod tests {
         good(b().body_bytes(1 << 20));
         bad(b().body_bytes(4095), "body pages");
         bad(b().body_bytes((1 << 20) + 4096), "body pages");
+        good(b().device_chunk_bytes(4096));
+        good(b().device_chunk_bytes(1 << 20));
+        bad(b().device_chunk_bytes(4095), "device chunk");
+        bad(b().device_chunk_bytes((1 << 20) + 1), "device chunk");
+        good(b().ack_deadline(Some(ms(1))));
+        bad(b().ack_deadline(Some(Duration::ZERO)), "ack deadline");
+        bad(b().ack_deadline(Some(hour + ms(1))), "ack deadline");
         good(b().stall(ms(100)).keep_alive(ms(50)));
         bad(b().stall(ms(99)).keep_alive(ms(20)), "stall");
         bad(b().stall(ms(100)).keep_alive(ms(51)), "keep-alive");

@@ -8,7 +8,12 @@
 //!   set_state(PreCopyP2p) on all devices, then set_state(StopCopy) ─► read … End ─► config
 //!   back, if it failed: set_state(RunningP2p) on all devices, then set_state(Running)
 //! ```
+//! `device/` has what the source does with it: the machine of its stream.
 //! The mirror image at the destination is `multifd_receiver::device::DeviceSink`.
+
+#[cfg(feature = "model")]
+mod model;
+pub mod stream;
 
 use bytes::Bytes;
 use multifd_wire::DeviceState;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use multifd_transport::ChannelError;
 use multifd_wire::{ChannelRef, Incompatible, Malformed, Misbehaved, Misuse, Phase, Reason};
 
+use crate::device::DeviceError;
 use crate::forecast::Forecast;
 use crate::vmm::VmmError;
 
@@ -58,6 +59,32 @@ pub enum Fault {
         step: &'static str,
         /// Its reason.
         source: VmmError,
+    },
+    /// A device did not give its state, or did not get into the state of its own that was due.
+    #[error("device {device} could not {step}: {source}")]
+    Device {
+        /// Its name.
+        device: String,
+        /// What it was asked for.
+        step: &'static str,
+        /// Its reason.
+        source: DeviceError,
+    },
+    /// The devices cannot be moved together.
+    #[error("the devices can't be moved: {text}")]
+    Devices {
+        /// Why not.
+        text: String,
+    },
+    /// Devices did not have their initial bytes loaded in time, and the user chose to give up then.
+    #[error(
+        "waited {waited_ms} ms for the destination to load the initial bytes of {devices}: give it more time, or let it go on without"
+    )]
+    AckDeadline {
+        /// Their names.
+        devices: String,
+        /// How long, in milliseconds.
+        waited_ms: u128,
     },
     /// A source of dirty pages failed.
     #[error("dirty tracking failed: {0}")]
@@ -231,6 +258,9 @@ impl Fault {
             Self::Dial(_) => "sender.channel.dial",
             Self::AllLanesLost { .. } => "sender.channel.all-lanes-lost",
             Self::Vmm { .. } => "sender.vmm.refused",
+            Self::Device { .. } => "sender.device.failed",
+            Self::Devices { .. } => "sender.device.refused",
+            Self::AckDeadline { .. } => "sender.device.ack-deadline",
             Self::Tracking(_) => "sender.tracking.failed",
             Self::Unreported(_) => "sender.tracking.unreported",
             Self::Refused { .. } => "sender.peer.refused",
@@ -262,7 +292,8 @@ impl Fault {
             Self::Vmm { .. } => Reason::VmmRefused,
             Self::Tracking(_) | Self::Unreported(_) | Self::System { .. } => Reason::Internal,
             Self::Refused { reason, .. } | Self::PeerAborted { reason, .. } => *reason,
-            Self::Timeout { .. } => Reason::Timeout,
+            Self::Device { .. } | Self::Devices { .. } => Reason::DeviceRefused,
+            Self::Timeout { .. } | Self::AckDeadline { .. } => Reason::Timeout,
             Self::Cancelled => Reason::Cancelled,
             Self::NotConverging { .. } => Reason::CannotConverge,
             Self::DigestMismatch { .. } => Reason::DigestMismatch,

@@ -12,9 +12,12 @@
 //! It must never forget a run, and never give one back twice.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use multifd_wire::frame::RoundEnd;
 use multifd_wire::{Incarnation, LaneId, Misbehaved, PageRun, Round, Sequence};
+
+use crate::device::stream::Item;
 
 /// One frame that was handed to the channel and is not yet acknowledged.
 #[derive(Debug)]
@@ -23,6 +26,7 @@ struct Entry {
     round: Round,
     octets: u64,
     runs: Vec<PageRun>,
+    item: Option<Arc<Item>>,
 }
 
 /// What an acknowledgement settled.
@@ -42,6 +46,8 @@ pub struct Lane {
     next: u64,
     acked: u64,
     open: Option<Open>,
+    /// The round that is open, or the next.
+    reached: Round,
     ledger: VecDeque<Entry>,
     unacked_octets: u64,
 }
@@ -76,6 +82,7 @@ impl Lane {
             next: 0,
             acked: 0,
             open: None,
+            reached: Round::new(0),
             ledger: VecDeque::new(),
             unacked_octets: 0,
         }
@@ -126,6 +133,7 @@ impl Lane {
         if self.open.is_some() {
             return Err(LaneMisuse::StillInRound);
         }
+        self.reached = round;
         self.open = Some(Open {
             round,
             last,
@@ -159,6 +167,25 @@ impl Lane {
         Ok(self.enter(round, runs, octets))
     }
 
+    /// Enters an item of a device's stream in the ledger and gives it its number. To be called before the first octet is sent.
+    /// Items belong to no round (SPEC: DEVSTREAM-7); they are kept here until they are acknowledged.
+    pub fn item(&mut self, item: Arc<Item>, octets: u64) -> Sequence {
+        let sequence = self.enter(self.reached, Vec::new(), octets);
+        if let Some(entry) = self.ledger.back_mut() {
+            entry.item = Some(item);
+        }
+        sequence
+    }
+
+    /// Takes out the items that were not acknowledged, the oldest first: the channel is gone, and they are to be sent again.
+    #[must_use = "the destination does not have these: send them again"]
+    pub fn take_items(&mut self) -> Vec<Arc<Item>> {
+        self.ledger
+            .iter_mut()
+            .filter_map(|entry| entry.item.take())
+            .collect()
+    }
+
     /// Ends the round: the mark that the lane must carry next (SPEC: ROUND-3), and its number.
     ///
     /// # Errors
@@ -171,7 +198,9 @@ impl Lane {
             pages: open.pages,
             zero_pages: open.zero_pages,
         };
-        Ok((mark, self.enter(open.round, Vec::new(), 0)))
+        let sequence = self.enter(open.round, Vec::new(), 0);
+        self.reached = open.round.next().unwrap_or(open.round);
+        Ok((mark, sequence))
     }
 
     /// Every frame below `frames` was handled by the receiver (SPEC: ACK-1).
@@ -235,6 +264,7 @@ impl Lane {
             round,
             octets,
             runs,
+            item: None,
         });
         Sequence::new(sequence)
     }
@@ -342,6 +372,42 @@ mod tests {
                 octets: 7
             }
         );
+        assert!(lane.die().is_empty());
+    }
+
+    #[test]
+    fn items_go_in_and_between_rounds_and_come_back_unless_they_are_acknowledged() {
+        let mark = |index| {
+            Item::mark(multifd_wire::frame::DeviceMark {
+                device: multifd_wire::DeviceId::new(0),
+                mark: multifd_wire::frame::Mark::DataEnd,
+                generation: multifd_wire::Generation::new(0),
+                index,
+                offset: 0,
+            })
+        };
+        let mut lane = Lane::new(LaneId::new(0), Incarnation::new(0));
+        assert_eq!(lane.item(mark(0), 64), Sequence::new(0));
+        assert_eq!(lane.oldest_round(), Some(Round::new(0)));
+        lane.begin_round(Round::new(0), false).unwrap();
+        lane.item(mark(1), 64);
+        lane.pages(vec![run(0, 2)], 10).unwrap();
+        let (end, _) = lane.end_round().unwrap();
+        assert_eq!((end.pages, end.zero_pages), (2, 0));
+        lane.item(mark(2), 64);
+        lane.acked(4).unwrap();
+        assert_eq!(
+            lane.oldest_round(),
+            Some(Round::new(1)),
+            "behind the mark of 0"
+        );
+        lane.item(mark(3), 64);
+        let back: Vec<String> = lane
+            .take_items()
+            .iter()
+            .map(|item| format!("{item:?}"))
+            .collect();
+        assert!(back.len() == 2 && back[0].contains("index: 2") && back[1].contains("index: 3"));
         assert!(lane.die().is_empty());
     }
 

@@ -25,7 +25,7 @@ pub mod session;
 pub mod vfio;
 pub mod vmm;
 
-pub use config::{Config, ConfigBuilder, ConfigError, DirtyScan, WhenNotConverging};
+pub use config::{Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenNotConverging};
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use driver::{Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer};
 pub use error::{Error, Fault};

@@ -28,6 +28,10 @@ pub(crate) struct Counters {
     /// Octets of heads and bodies handed to data channels.
     pub(crate) octets_sent: AtomicU64,
     pub(crate) octets_acked: AtomicU64,
+    /// Octets of devices' streams handed to data channels.
+    pub(crate) device_bytes: AtomicU64,
+    /// Devices whose acknowledgement is all that the switchover waits for.
+    pub(crate) devices_awaited: AtomicU32,
     pub(crate) pages_given_back: AtomicU64,
     /// Octets of frames that were lost with their channel.
     pub(crate) octets_lost: AtomicU64,
@@ -156,6 +160,8 @@ impl Counters {
             zero_pages_sent: self.zero_pages_sent.load(Relaxed),
             octets_sent: self.octets_sent.load(Relaxed),
             octets_acked: self.octets_acked.load(Relaxed),
+            device_bytes: self.device_bytes.load(Relaxed),
+            devices_awaited: self.devices_awaited.load(Relaxed),
             pages_given_back: self.pages_given_back.load(Relaxed),
             octets_lost: self.octets_lost.load(Relaxed),
             reconnect: Some(Reconnect {
@@ -234,6 +240,10 @@ pub struct Snapshot {
     pub octets_sent: u64,
     /// Octets of those that the destination has acknowledged.
     pub octets_acked: u64,
+    /// Octets of devices' state handed to data channels, initial bytes and what changed included.
+    pub device_bytes: u64,
+    /// Devices whose initial bytes are still to be loaded at the destination, and are all that the switchover waits for.
+    pub devices_awaited: u32,
     /// Pages that came back into the dirty set: lost with a lane, or damaged on the way.
     pub pages_given_back: u64,
     /// Octets of frames that were lost with their channel, so that their pages are sent again.

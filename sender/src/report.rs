@@ -84,6 +84,12 @@ pub struct Report {
     pub digest: Option<String>,
     /// How long the debug scan for unreported writes took, if it was asked for and got its turn; part of the downtime.
     pub dirty_scan_ms: Option<f64>,
+    /// How long the switchover waited for nothing but devices' initial bytes to be loaded; the guest ran meanwhile.
+    pub ack_wait_ms: f64,
+    /// Octets of devices' state handed to data channels.
+    pub device_bytes: u64,
+    /// Each device.
+    pub devices: Vec<DeviceReport>,
     /// Figures of each source of dirty pages.
     pub sources: Vec<SourceReport>,
     /// What went wrong, or null.
@@ -95,6 +101,8 @@ pub struct Report {
 pub struct Downtime {
     /// Stopping the vCPUs.
     pub pause_ms: f64,
+    /// What devices had of it; null without any. These parts overlap the others, which go on meanwhile.
+    pub devices: Option<DeviceDowntime>,
     /// The last collections from all sources of dirty pages.
     pub collect_ms: f64,
     /// Saving the VM state and sending it, while the lanes send the last pages.
@@ -107,6 +115,76 @@ pub struct Downtime {
     pub load_ms: f64,
     /// From `prepared` to `running`: the commit's round trip and the destination starting its vCPUs.
     pub commit_ms: f64,
+}
+
+/// The devices' part of the downtime, in milliseconds: one stretch after the other, over all devices.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct DeviceDowntime {
+    /// From the paused guest until the last device was P2P-quiescent.
+    pub quiesce_ms: f64,
+    /// From then until the last device stood still.
+    pub stop_ms: f64,
+    /// From then until the last device was read to its end. Sending and loading go on meanwhile.
+    pub read_ms: f64,
+    /// From then until its last octets were handed to a channel: what the wire is behind.
+    pub wire_ms: f64,
+    /// From then until the destination said that the last device is loaded: the rest of the way, and what loading is behind.
+    pub load_ms: f64,
+    /// The longest time that a device took for its configuration, inside the part before.
+    pub config_ms: f64,
+    /// From the devices' last octets until the last pages of memory were handed to a channel.
+    pub memory_tail_ms: f64,
+}
+
+/// One device. Times in milliseconds, sizes in octets; "after" times count from its stop.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceReport {
+    /// Its name.
+    pub name: String,
+    /// The state that it was in at the end.
+    pub state: &'static str,
+    /// Initial bytes that were read while the guest ran.
+    pub initial_bytes: u64,
+    /// All that was read while the guest ran.
+    pub pre_copy_bytes: u64,
+    /// What was read while it stood still.
+    pub stop_copy_bytes: u64,
+    /// Its configuration.
+    pub config_bytes: u64,
+    /// Batches of initial bytes that it announced, and the newest that the destination had loaded.
+    pub generations: u32,
+    /// See `generations`.
+    pub acked: u32,
+    /// How long the destination took to load them.
+    pub ack_load_ms: f64,
+    /// Getting P2P-quiescent.
+    pub quiesce_ms: f64,
+    /// Standing still.
+    pub stop_ms: f64,
+    /// Time in its own reads while it stood still.
+    pub read_ms: f64,
+    /// When it was read to its end.
+    pub saved_after_ms: Option<f64>,
+    /// When the last of it was handed to a channel.
+    pub sent_after_ms: Option<f64>,
+    /// When the destination's word came that it is loaded.
+    pub loaded_after_ms: Option<f64>,
+    /// Time that the destination's device took for its data, waits for it not counted.
+    pub load_ms: Option<f64>,
+    /// Time that it took for its configuration and its own check.
+    pub config_ms: Option<f64>,
+    /// It was broken and had to be reset: it runs, but its state is lost.
+    pub was_reset: bool,
+    /// What went wrong with it.
+    pub error: Option<String>,
+    #[serde(skip)]
+    pub(crate) stopped_at: Option<Instant>,
+    #[serde(skip)]
+    pub(crate) saved_at: Option<Instant>,
+    #[serde(skip)]
+    pub(crate) sent_at: Option<Instant>,
+    #[serde(skip)]
+    pub(crate) loaded_at: Option<Instant>,
 }
 
 /// One round.
@@ -190,6 +268,10 @@ pub(crate) struct Timeline {
     last_closed: Option<Duration>,
     pausing: Option<Instant>,
     paused: Option<Instant>,
+    quiesced: Option<Instant>,
+    encoded: Option<Instant>,
+    waiting: Option<Duration>,
+    ack_wait: Duration,
     saved: Option<Instant>,
     final_sent: Option<Instant>,
     prepared: Option<Instant>,
@@ -236,6 +318,7 @@ impl Timeline {
     }
 
     pub(crate) fn round_encoded(&mut self, octets: u64, now: Duration) {
+        self.encoded = Some(Instant::now());
         self.rounds_ended = Some(now);
         if let Some((report, since)) = self.rounds.last_mut() {
             let took = now.saturating_sub(*since);
@@ -256,6 +339,42 @@ impl Timeline {
     pub(crate) fn round_closed(&mut self, closed: &RoundClosed, now: Duration) {
         self.last_closed = Some(now);
         tracing::debug!(round = %closed.round, pages = closed.pages, zero_pages = closed.zero_pages, damaged = closed.damaged_pages, "round closed");
+    }
+
+    pub(crate) fn quiesced(&mut self) {
+        self.quiesced = Some(Instant::now());
+    }
+
+    /// Nothing but acknowledgements is missing.
+    pub(crate) fn awaiting(&mut self, now: Duration) {
+        let since = *self.waiting.get_or_insert(now);
+        self.ack_wait = now.saturating_sub(since);
+    }
+
+    fn device_downtime(&self, devices: &[DeviceReport]) -> Option<DeviceDowntime> {
+        let last = |at: fn(&DeviceReport) -> Option<Instant>| devices.iter().filter_map(at).max();
+        let between = |from: Option<Instant>, to: Option<Instant>| {
+            from.zip(to)
+                .map_or(0.0, |(from, to)| ms(to.saturating_duration_since(from)))
+        };
+        if devices.is_empty() || self.pausing.is_none() {
+            return None;
+        }
+        let stopped = last(|device| device.stopped_at);
+        let saved = last(|device| device.saved_at);
+        let sent = last(|device| device.sent_at);
+        Some(DeviceDowntime {
+            quiesce_ms: between(self.paused, self.quiesced),
+            stop_ms: between(self.quiesced, stopped),
+            read_ms: between(stopped, saved),
+            wire_ms: between(saved, sent),
+            load_ms: between(sent, last(|device| device.loaded_at)),
+            config_ms: devices
+                .iter()
+                .filter_map(|device| device.config_ms)
+                .fold(0.0, f64::max),
+            memory_tail_ms: between(sent, self.encoded),
+        })
     }
 
     pub(crate) fn pausing(&mut self, predicted: Option<Duration>) {
@@ -332,7 +451,7 @@ impl Timeline {
         self.ended = Some(Instant::now());
     }
 
-    fn downtime(&self) -> Option<Downtime> {
+    fn downtime(&self, devices: &[DeviceReport]) -> Option<Downtime> {
         let pausing = self.pausing?;
         let paused = self.paused.unwrap_or(pausing);
         let saved = self.saved.unwrap_or(paused);
@@ -340,6 +459,7 @@ impl Timeline {
         let prepared = self.prepared.unwrap_or(sent);
         let running = self.running_again.unwrap_or(prepared);
         Some(Downtime {
+            devices: self.device_downtime(devices),
             pause_ms: ms(paused - pausing),
             collect_ms: ms(self.last_collects),
             save_ms: ms((saved - paused).saturating_sub(self.last_collects)),
@@ -358,6 +478,7 @@ impl Report {
         end: &Snapshot,
         config: &Config,
         sources: &[Box<dyn Source>],
+        devices: Vec<DeviceReport>,
     ) -> Self {
         let (kind, error) = match outcome {
             Outcome::Migrated => (OutcomeKind::Migrated, None),
@@ -380,7 +501,7 @@ impl Report {
             downtime_ms: timeline
                 .pausing
                 .map(|since| ms(timeline.running_again.unwrap_or(ended) - since)),
-            downtime: timeline.downtime(),
+            downtime: timeline.downtime(&devices),
             predicted_downtime_ms: timeline.predicted.map(ms),
             rounds: timeline.rounds.len(),
             round_list: timeline.rounds.iter().map(|(report, _)| *report).collect(),
@@ -407,6 +528,9 @@ impl Report {
                 .or_else(|| mismatch(error)),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),
             dirty_scan_ms: timeline.dirty_scan.map(ms),
+            ack_wait_ms: ms(timeline.ack_wait),
+            device_bytes: end.device_bytes,
+            devices,
             sources: sources
                 .iter()
                 .map(|source| SourceReport::from(&**source))
@@ -441,7 +565,7 @@ impl From<&dyn Source> for SourceReport {
     }
 }
 
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 

@@ -5,7 +5,7 @@
 //!                                            │ ▲│ fits the limit, or the rounds are used up
 //!                       Draining ◄───────────┘ ││
 //!                           └────── closed ────┘▼
-//!                     Pausing ──► Collecting ──► Last(k) ──prepared──► Committed ──running──► Over
+//!                     Pausing ─(devices: Quiescing ► Stopping)─► Collecting ──► Last(k) ──prepared──► Committed ──running──► Over
 //!                                                  │ damaged, lost or late pages
 //!                                                  └──► Last(k+1)
 //! ```
@@ -20,7 +20,7 @@ use std::time::Duration;
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Phase, Reason, Round};
 
-use crate::config::{Config, WhenNotConverging};
+use crate::config::{Config, WhenAckLate, WhenNotConverging};
 use crate::error::{Error, Fault};
 use crate::forecast::{Conditions, Forecast, Observation, Writer, forecast};
 use crate::vmm::Reclaimed;
@@ -48,6 +48,9 @@ const DRAIN_PATIENCE: u32 = 2;
 /// of it is known after three more at the latest.
 const DEAD_LANE_STALLS: u32 = 4;
 
+/// While devices are waited for, what is dirty is looked at this often, and sent if it no longer fits the downtime limit.
+const WAIT_ROUND: Duration = Duration::from_millis(200);
+
 /// A round with fewer octets than this says too little about the bandwidth.
 const MEASURABLE_OCTETS: u64 = 4 << 20;
 
@@ -72,6 +75,16 @@ pub enum Event {
     },
     /// The VMM paused the guest.
     Paused,
+    /// What is known of the devices, before a decision.
+    Devices(DeviceOutlook),
+    /// Instead of [`Event::Paused`]: a device announced new initial bytes meanwhile. Nothing was paused.
+    AcksMissing,
+    /// Every device is P2P-quiescent.
+    DevicesQuiesced,
+    /// Every device stands still.
+    DevicesStopped,
+    /// Every device was read to its end.
+    DevicesSaved,
     /// The VM state was saved and sent.
     Saved,
     /// FINAL was sent with this digest.
@@ -142,6 +155,13 @@ pub enum Effect {
     Forecast(Forecast),
     /// Pause the guest.
     Pause,
+    /// Nothing but acknowledgements of devices is missing: tell the user, and answer with [`Event::Devices`] when that changes.
+    AwaitDevices,
+    /// Lead every device to where none disturbs another; answer with [`Event::DevicesQuiesced`].
+    Quiesce,
+    /// Stop every device, now that all are quiescent; answer with [`Event::DevicesStopped`], and when it was read to its end with
+    /// [`Event::DevicesSaved`].
+    StopDevices,
     /// Send SWITCHOVER: the guest is paused and this round is begun.
     AnnounceSwitchover {
         /// The round.
@@ -192,6 +212,17 @@ pub enum Effect {
     Finish(Outcome),
 }
 
+/// What the devices would add to the downtime, and whether they allow it to begin.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DeviceOutlook {
+    /// Octets that they would give if they were stopped now.
+    pub stop_bytes: u64,
+    /// How long the slowest of them would take to load its share, going by how long its initial bytes took.
+    pub load: Duration,
+    /// Names of those that want their initial bytes loaded before the guest is paused, and have not been told yet that they are.
+    pub unacked: Vec<String>,
+}
+
 /// How a migration ended.
 #[derive(Debug)]
 pub enum Outcome {
@@ -227,7 +258,22 @@ enum State {
         since: Duration,
         until: Duration,
     },
+    /// The guest could be paused, but for devices whose initial bytes are not loaded at the destination (SPEC: SWACK-2). It runs on.
+    Waiting {
+        round: Round,
+        since: Duration,
+        /// When to look again at what is dirty meanwhile.
+        again: Duration,
+    },
     Pausing {
+        round: Round,
+    },
+    /// The guest is paused, and the devices are led to their P2P-quiescent states.
+    Quiescing {
+        round: Round,
+    },
+    /// All are quiescent, and stop.
+    Stopping {
         round: Round,
     },
     Collecting {
@@ -291,6 +337,14 @@ pub struct Session {
     /// The shortest seen: longer ones say how busy the two programs are, not how long the way is.
     round_trip: Option<Duration>,
     unacked_octets: u64,
+    /// There are devices, and what is known of them.
+    devices: Option<DeviceOutlook>,
+    /// They were all read to their end; also true when there are none.
+    devices_saved: bool,
+    /// Since when acknowledgements were the only thing missing.
+    waiting_since: Option<Duration>,
+    /// Rounds that were made while waiting: they do not count as used up.
+    rounds_waited: u32,
     /// The newest round that the destination closed: nothing of it is on its way any more.
     closed: Option<Round>,
     polished: u32,
@@ -319,6 +373,10 @@ impl Session {
             bandwidth: None,
             round_trip: None,
             unacked_octets: 0,
+            devices: None,
+            devices_saved: true,
+            waiting_since: None,
+            rounds_waited: 0,
             closed: None,
             polished: 0,
             repairs: 0,
@@ -335,10 +393,15 @@ impl Session {
         match self.state {
             State::Setup { .. } | State::Rejoining { .. } | State::Reopening { .. } => Phase::Setup,
             State::Suspended { .. } => Phase::Suspended,
-            State::Sending { .. } | State::Deciding { .. } | State::Draining { .. } => {
-                Phase::Rounds
-            }
-            State::Pausing { .. } | State::Collecting { .. } | State::Last(_) => Phase::Switchover,
+            State::Sending { .. }
+            | State::Deciding { .. }
+            | State::Draining { .. }
+            | State::Waiting { .. } => Phase::Rounds,
+            State::Pausing { .. }
+            | State::Quiescing { .. }
+            | State::Stopping { .. }
+            | State::Collecting { .. }
+            | State::Last(_) => Phase::Switchover,
             State::Committed { .. } | State::Asking { .. } => Phase::Commit,
             State::Over => Phase::Done,
         }
@@ -368,6 +431,19 @@ impl Session {
         self.round_trip
     }
 
+    /// There are devices: they are quiesced and stopped with the guest, and waited for.
+    pub fn expect_devices(&mut self) {
+        self.devices = Some(DeviceOutlook::default());
+        self.devices_saved = false;
+    }
+
+    /// Whether the guest may be paused although acknowledgements of devices are missing: the user said so for now.
+    #[must_use]
+    pub fn acks_waived(&self, now: Duration) -> bool {
+        self.config.when_ack_late == WhenAckLate::GoOn
+            && self.ack_deadline().is_some_and(|deadline| now >= deadline)
+    }
+
     /// The peer was heard on the control channel.
     pub fn heard(&mut self, now: Duration) {
         self.heard = now;
@@ -387,13 +463,17 @@ impl Session {
     /// When [`Event::Tick`] is due at the latest.
     #[must_use]
     pub fn next_deadline(&self) -> Duration {
-        self.deadline().0
+        let deadline = self.deadline().0;
+        if let State::Waiting { again, .. } = self.state {
+            return deadline.min(again);
+        }
+        deadline
     }
 
     /// The one table: what each event means in each state.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
-        if !matches!(event, Event::Tick | Event::RoundTrip(_)) {
+        if !matches!(event, Event::Tick | Event::RoundTrip(_) | Event::Devices(_)) {
             self.progress = now;
         }
         if let Event::Closed { round, .. } = event {
@@ -471,7 +551,44 @@ impl Session {
                 };
                 vec![Effect::Collect { last: false }]
             }
-            (State::Pausing { round }, Event::Paused) => {
+            (
+                State::Sending { .. }
+                | State::Deciding { .. }
+                | State::Draining { .. }
+                | State::Waiting { .. },
+                Event::Devices(outlook),
+            ) if self.devices.is_some() => {
+                let ready = outlook.unacked.is_empty();
+                self.devices = Some(outlook);
+                if ready {
+                    self.look_again(now)
+                } else {
+                    Vec::new()
+                }
+            }
+            // Old news: the guest is on its way already.
+            (_, Event::Devices(_)) if self.devices.is_some() => Vec::new(),
+            (State::Pausing { round }, Event::AcksMissing) if self.devices.is_some() => {
+                self.paused_at = None;
+                let live = Round::new(round.value().saturating_sub(1));
+                self.wait_for_devices(live, now, now)
+            }
+            (State::Pausing { round }, Event::Paused) if self.devices.is_some() => {
+                self.state = State::Quiescing { round };
+                vec![Effect::Quiesce]
+            }
+            (State::Quiescing { round }, Event::DevicesQuiesced) => {
+                self.state = State::Stopping { round };
+                vec![Effect::StopDevices]
+            }
+            (State::Stopping { .. } | State::Collecting { .. }, Event::DevicesSaved)
+                if !self.devices_saved =>
+            {
+                self.devices_saved = true;
+                Vec::new()
+            }
+            (State::Pausing { round }, Event::Paused)
+            | (State::Stopping { round }, Event::DevicesStopped) => {
                 self.state = State::Collecting { round };
                 vec![Effect::Collect { last: true }]
             }
@@ -501,7 +618,10 @@ impl Session {
                 State::Sending { .. }
                 | State::Deciding { .. }
                 | State::Draining { .. }
+                | State::Waiting { .. }
                 | State::Pausing { .. }
+                | State::Quiescing { .. }
+                | State::Stopping { .. }
                 | State::Collecting { .. },
                 Event::Closed { .. } | Event::LaneLost { .. },
             )
@@ -519,10 +639,15 @@ impl Session {
     fn handle_last(&mut self, mut last: Last, event: Event, now: Duration) -> Vec<Effect> {
         match event {
             Event::Encoded { .. } => last.encoded = true,
+            // Saving the state or a device may write memory: the collection comes after both.
             Event::Saved => {
                 last.saved = true;
                 self.state = State::Last(last);
-                return vec![Effect::Collect { last: true }];
+                return self.collect_after_save(last);
+            }
+            Event::DevicesSaved if !self.devices_saved => {
+                self.devices_saved = true;
+                return self.collect_after_save(last);
             }
             Event::Collected { pages } => {
                 last.collected = true;
@@ -570,6 +695,14 @@ impl Session {
         }
         self.state = State::Last(last);
         self.conclude(last)
+    }
+
+    fn collect_after_save(&self, last: Last) -> Vec<Effect> {
+        if last.saved && self.devices_saved {
+            vec![Effect::Collect { last: true }]
+        } else {
+            Vec::new()
+        }
     }
 
     /// Once the last round is encoded and the save's own writes are known: FINAL, or a further round for missing pages.
@@ -628,12 +761,26 @@ impl Session {
         let lag = ACK_LAG.as_secs_f64() * bandwidth;
         let landed = self.closed >= Some(round);
         let unacked_octets = if landed { 0 } else { self.unacked_octets };
+        let (stop_octets, load) = self.device_share();
+        // Loading goes on while the state arrives: only what it takes longer than the way counts.
+        let arrives = Duration::try_from_secs_f64(stop_octets / bandwidth).unwrap_or(Duration::MAX);
         Conditions {
             bandwidth,
-            in_flight: (unacked_octets as f64 - lag).max(0.0),
-            fixed: FIXED_GUESS + self.round_trip.unwrap_or_default() * 3,
+            in_flight: (unacked_octets as f64 - lag).max(0.0) + stop_octets,
+            fixed: FIXED_GUESS
+                + self.round_trip.unwrap_or_default() * 3
+                + load.saturating_sub(arrives),
             limit: self.config.downtime_limit,
         }
+    }
+
+    /// Octets that devices would still give, and the time that loading them would take.
+    fn device_share(&self) -> (f64, Duration) {
+        self.devices
+            .as_ref()
+            .map_or((0.0, Duration::ZERO), |devices| {
+                (devices.stop_bytes as f64, devices.load)
+            })
     }
 
     /// The decision after a live round that began at `since`: go on, wait, switch over, or give up.
@@ -644,10 +791,11 @@ impl Session {
         let outlook = writer.map(|w| forecast(&w, pages, &conditions));
         effects.extend(outlook.map(Effect::Forecast));
         let predicted = conditions.downtime(pages as f64);
-        let used_up = round.value() + 1 >= self.config.rounds_max;
+        let counted = (round.value() + 1).saturating_sub(self.rounds_waited);
+        let used_up = counted >= self.config.rounds_max;
         let fits = predicted <= conditions.limit;
         let drained = Conditions {
-            in_flight: 0.0,
+            in_flight: self.device_share().0,
             ..conditions
         };
         if !fits && drained.downtime(pages as f64) <= conditions.limit {
@@ -663,6 +811,10 @@ impl Session {
             self.polished += 1;
         } else if fits || (used_up && self.config.when_not_converging == WhenNotConverging::Switch)
         {
+            if self.acks_missing() && !self.acks_waived(now) {
+                effects.extend(self.wait_for_devices(round, since, now));
+                return effects;
+            }
             return self.switch_over(round, predicted, now, effects);
         } else if used_up {
             let error = Error::new(
@@ -673,13 +825,63 @@ impl Session {
             return effects;
         }
         match round.next() {
-            Some(next) => effects.extend(self.open(next, now)),
+            Some(next) => {
+                self.rounds_waited += u32::from(self.waiting_since.is_some());
+                effects.extend(self.open(next, now));
+            }
             None => effects.extend(self.fail(Error::new(
                 Phase::Rounds,
                 Fault::not_converging(round.value(), predicted, conditions.limit, outlook),
             ))),
         }
         effects
+    }
+
+    fn acks_missing(&self) -> bool {
+        self.devices
+            .as_ref()
+            .is_some_and(|devices| !devices.unacked.is_empty())
+    }
+
+    fn ack_deadline(&self) -> Option<Duration> {
+        Some(self.waiting_since? + self.config.ack_deadline?)
+    }
+
+    /// The guest runs on until the devices' initial bytes are loaded, or until the user's patience is at its end.
+    fn wait_for_devices(&mut self, round: Round, since: Duration, now: Duration) -> Vec<Effect> {
+        let began = *self.waiting_since.get_or_insert(now);
+        let deadline = self.ack_deadline();
+        if deadline.is_some_and(|deadline| now >= deadline)
+            && self.config.when_ack_late == WhenAckLate::Fail
+        {
+            let unacked = self.devices.as_ref().map(|devices| &devices.unacked);
+            let fault = Fault::AckDeadline {
+                devices: unacked.map_or_else(String::new, |names| names.join(", ")),
+                waited_ms: now.saturating_sub(began).as_millis(),
+            };
+            return self.fail(Error::new(Phase::Rounds, fault));
+        }
+        let again = (now + WAIT_ROUND).min(deadline.unwrap_or(Duration::MAX));
+        self.state = State::Waiting {
+            round,
+            since,
+            again,
+        };
+        vec![Effect::AwaitDevices]
+    }
+
+    /// While waiting for devices: back to the decision.
+    fn look_again(&mut self, now: Duration) -> Vec<Effect> {
+        let State::Waiting { round, since, .. } = self.state else {
+            return Vec::new();
+        };
+        self.progress = now;
+        self.state = State::Deciding {
+            round,
+            since,
+            encoded: now,
+        };
+        vec![Effect::Collect { last: false }]
     }
 
     /// Below the limit a further live round is made as long as it is short and halves the downtime: it costs the guest nothing.
@@ -765,6 +967,9 @@ impl Session {
     fn tick(&mut self, now: Duration) -> Vec<Effect> {
         let (deadline, what) = self.deadline();
         if now < deadline {
+            if matches!(self.state, State::Waiting { again, .. } if now >= again) {
+                return self.look_again(now);
+            }
             return Vec::new();
         }
         match self.state {
@@ -791,7 +996,11 @@ impl Session {
         let committed = self.is_committed();
         let paused = matches!(
             self.state,
-            State::Pausing { .. } | State::Collecting { .. } | State::Last(_)
+            State::Pausing { .. }
+                | State::Quiescing { .. }
+                | State::Stopping { .. }
+                | State::Collecting { .. }
+                | State::Last(_)
         );
         self.state = State::Over;
         if committed {

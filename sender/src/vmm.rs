@@ -5,6 +5,8 @@
 
 use bytes::Bytes;
 
+use crate::device::DeviceSource;
+
 /// A piece of VM state or configuration, opaque to multifd.
 ///
 /// `kind` and `version` are the embedder's own numbers; the destination's VMM is handed exactly these three values.
@@ -61,6 +63,15 @@ pub trait Vmm: Send {
     /// An error refuses the migration before anything was sent.
     fn config(&mut self) -> Result<Vec<Blob>, VmmError>;
 
+    /// The devices whose state is to be moved, running. Called once, directly after [`Vmm::config`]. They come back in
+    /// [`Finished`](crate::Finished): running, unless the guest was given away.
+    ///
+    /// # Errors
+    /// An error refuses the migration before anything was sent.
+    fn devices(&mut self) -> Result<Vec<Box<dyn DeviceSource>>, VmmError> {
+        Ok(Vec::new())
+    }
+
     /// Stops all vCPUs and the VMM's own writers of guest memory. After it returns, guest memory changes only through
     /// devices that are still running and through [`Vmm::save`].
     ///
@@ -75,7 +86,7 @@ pub trait Vmm: Send {
     fn save(&mut self) -> Result<Vec<Blob>, VmmError>;
 
     /// Runs the guest again at the source, after a migration that failed, was cancelled or lost its link while it was paused. In
-    /// the last case the migration may go on, and [`Vmm::pause`] and [`Vmm::save`] are called again.
+    /// the last case the migration may go on, and [`Vmm::pause`] and [`Vmm::save`] are called again. Its devices run already.
     ///
     /// # Errors
     /// Reported to the user beside the first error: the guest is then still paused at the source.

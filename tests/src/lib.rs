@@ -4,6 +4,7 @@
 pub mod bounded;
 pub mod built_in;
 pub mod cutting;
+pub mod devices;
 pub mod dma;
 pub mod fake_destination;
 pub mod fake_source;

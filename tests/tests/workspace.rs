@@ -17,7 +17,10 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("multifd-wire", &[]),
     ("multifd-transport", &[]),
     ("multifd-tracking", &[]),
-    ("multifd-guest", &["multifd-tracking", "multifd-transport"]),
+    (
+        "multifd-guest",
+        &["multifd-tracking", "multifd-transport", "multifd-wire"],
+    ),
     (
         "multifd-sender",
         &[

@@ -12,22 +12,25 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_transport::{Closer, GuestMemory, SendHalf};
 use multifd_wire::frame::{
-    Abort, Acks, GiveBack, GiveBackReason, KeepAlive, LaneDown, LaneMark, OutcomeState, Prepared,
-    Progress, RawLaneMark, RawRun, Ready, RoundClosed, Running,
+    Abort, Acks, Credit, Credits, Device, DeviceLoaded, GiveBack, GiveBackReason, KeepAlive,
+    LaneDown, LaneMark, OutcomeState, Prepared, Progress, RawCredit, RawLaneMark, RawRun, Ready,
+    RoundClosed, Running, SwitchoverAck,
 };
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{
-    ChannelRef, Frame, Incarnation, Kind, LaneId, Layout, Misbehaved, PAGE_BYTES_U64, PageRun,
-    Phase, Reason, Round, Sequence, Text,
+    ChannelRef, Features, Frame, Incarnation, Kind, LaneId, Layout, Misbehaved, PAGE_BYTES_U64,
+    PageRun, Phase, Reason, Round, Sequence, Text,
 };
 
 use super::accept::Acceptor;
+use super::device::{DeviceNote, Inventory, LoaderThread, check_table, open, start};
 use super::gate::Gate;
 use super::greet::{Joined, Opened};
 use super::lane::{Begins, LaneThread};
 use super::link::{ControlSender, Inbound};
 use super::{Finished, Note, Shared, thread_cpu};
 use crate::blobs::Assembler;
+use crate::device::DeviceSink;
 use crate::error::{Error, Fault};
 use crate::landing::{Landing, LandingError};
 use crate::report::{Report, Timeline};
@@ -39,18 +42,20 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What the VMM thread is asked for.
 enum VmmTask {
-    Prepare(Vec<Blob>, Layout),
+    Prepare(Vec<Blob>, Layout, Vec<Device>),
     Load(Vec<Blob>),
-    Resume(Ownership),
+    Resume(Ownership, Sinks),
     Discard,
 }
 
 /// What the VMM thread answers, with how long it took.
 pub(super) enum VmmDone {
-    Prepared(Result<GuestMemory, VmmError>, Duration),
+    Prepared(Result<(GuestMemory, Sinks), Fault>, Duration),
     Loaded(Result<(), VmmError>, Duration),
-    Resumed(Result<(), VmmError>, Duration),
+    Resumed(Result<(), Fault>, Duration, Sinks),
 }
+
+type Sinks = Vec<Box<dyn DeviceSink>>;
 
 /// One lane, as the control thread sees it.
 struct Slot {
@@ -90,6 +95,7 @@ impl Slot {
         shared: &Arc<Shared>,
         landing: &Arc<Landing>,
         gate: &Arc<Gate>,
+        inventory: Option<&Arc<Inventory>>,
         begins: Begins,
     ) -> Result<(), Error> {
         let Some(rx) = self.rx.take() else {
@@ -103,6 +109,7 @@ impl Slot {
             shared: Arc::clone(shared),
             landing: Arc::clone(landing),
             gate: Arc::clone(gate),
+            inventory: inventory.cloned(),
             handled: Arc::clone(&self.handled),
             given_up: Arc::clone(&self.given_up),
             notes: notes.clone(),
@@ -162,6 +169,13 @@ pub(super) struct Control {
     seen: Seen,
     /// The configuration as it came first: a source that comes back has to have the same.
     first_configs: Vec<Blob>,
+    /// The table of DEVICES, once it was read.
+    devices: Option<Vec<Device>>,
+    features: Features,
+    sinks: Sinks,
+    inventory: Option<Arc<Inventory>>,
+    loaders: Vec<LoaderThread>,
+    devices_loaded: usize,
     configs: Assembler,
     states: Assembler,
     early: Vec<Joined>,
@@ -249,6 +263,12 @@ impl Control {
             layout: None,
             seen: Seen::default(),
             first_configs: Vec::new(),
+            devices: None,
+            features: Features::NONE,
+            sinks: Vec::new(),
+            inventory: None,
+            loaders: Vec::new(),
+            devices_loaded: 0,
             configs: Assembler::new(Kind::Config, blob_bytes_max),
             states: Assembler::new(Kind::VmState, blob_bytes_max),
             early: Vec::new(),
@@ -434,7 +454,8 @@ impl Control {
                 .map(|()| None)
             }
             Effect::Resume(proof) => {
-                self.ask_vmm(VmmTask::Resume(proof));
+                let sinks = self.sinks_home();
+                self.ask_vmm(VmmTask::Resume(proof, sinks));
                 Ok(None)
             }
             Effect::SendRunning => {
@@ -498,7 +519,8 @@ impl Control {
                 .map_err(|e| Error::new(Phase::Setup, e))?;
             // Their octets are shared.
             self.first_configs.clone_from(&blobs);
-            self.ask_vmm(VmmTask::Prepare(blobs, layout));
+            let devices = self.devices.clone().unwrap_or_default();
+            self.ask_vmm(VmmTask::Prepare(blobs, layout, devices));
         }
         self.seen.end = true;
         for joined in std::mem::take(&mut self.early) {
@@ -516,9 +538,16 @@ impl Control {
                 },
             ));
         };
+        self.start_loaders()?;
         let begins = Begins::With(self.session.as_ref().map_or(Round::new(0), Session::round));
         for slot in &mut self.lanes {
-            slot.start(&self.shared, &landing, &self.gate, begins)?;
+            slot.start(
+                &self.shared,
+                &landing,
+                &self.gate,
+                self.inventory.as_ref(),
+                begins,
+            )?;
         }
         self.count_lanes();
         self.round_began = Instant::now();
@@ -573,6 +602,9 @@ impl Control {
             .map_err(|e| Error::new(Phase::Switchover, e).at(ChannelRef::Control))?;
         self.loads += 1;
         self.ask_vmm(VmmTask::Load(blobs));
+        if let Some(inventory) = &self.inventory {
+            inventory.memory_landed();
+        }
         Ok(())
     }
 
@@ -718,6 +750,7 @@ impl Control {
                 runs,
             } => self.damaged(lane, incarnation, sequence, &runs),
             Note::Vmm(done) => self.vmm_done(done),
+            Note::Device(note) => self.device(note),
             Note::Cancel => self.cancel(),
         }
     }
@@ -730,6 +763,7 @@ impl Control {
             session.keep();
         }
         self.session = Some(session);
+        self.features = opened.features;
         self.shared.counters.set_phase(Phase::Setup);
         self.take_control(opened);
     }
@@ -780,18 +814,14 @@ impl Control {
                     self.regions(layout)?;
                 }
             }
-            Inbound::Devices(count) => {
+            Inbound::Devices(table) => {
                 in_setup(Kind::Devices)?;
                 if !self.seen.regions || self.seen.devices {
                     return Err(fail(Misbehaved::Order {
                         kind: Kind::Devices,
                     }));
                 }
-                if count > 0 {
-                    return Err(fail(Misbehaved::Feature {
-                        kind: Kind::Devices,
-                    }));
-                }
+                self.device_table(table)?;
                 self.seen.devices = true;
             }
             Inbound::SetupEnd(end) => {
@@ -898,7 +928,8 @@ impl Control {
                 }))
             }
         };
-        let Some(layout) = self.layout.as_ref().filter(|_| self.seen.devices) else {
+        let tables = self.layout.as_ref().zip(self.devices.as_ref());
+        let Some((layout, devices)) = tables.filter(|_| self.seen.devices) else {
             return Err(fail(Misbehaved::Order {
                 kind: Kind::SetupEnd,
             }));
@@ -913,7 +944,11 @@ impl Control {
             layout.regions().len() as u64,
             end.regions.into(),
         )?;
-        agree("setup_end.devices", 0, end.devices.into())?;
+        agree(
+            "setup_end.devices",
+            devices.len() as u64,
+            end.devices.into(),
+        )?;
         agree(
             "setup_end.memory_bytes",
             layout.pages_total().value() * PAGE_BYTES_U64,
@@ -1002,8 +1037,11 @@ impl Control {
             VmmDone::Prepared(result, took) => {
                 self.timeline.prepare_ms = ms(took);
                 result
-                    .map_err(refused("build the machine"))
-                    .and_then(|memory| self.machine_ready(memory))
+                    .map_err(|fault| Error::new(phase, fault))
+                    .and_then(|(memory, sinks)| {
+                        self.sinks = sinks;
+                        self.machine_ready(memory)
+                    })
             }
             VmmDone::Loaded(..) if self.void_loads > 0 => {
                 self.loads = self.loads.saturating_sub(1);
@@ -1017,10 +1055,11 @@ impl Control {
                     .map_err(refused("load the VM state"))
                     .map(|()| Event::Loaded)
             }
-            VmmDone::Resumed(result, took) => {
+            VmmDone::Resumed(result, took, sinks) => {
                 self.timeline.resume_ms = ms(took);
+                self.sinks = sinks;
                 result
-                    .map_err(refused("run the guest"))
+                    .map_err(|fault| Error::new(phase, fault))
                     .map(|()| Event::Resumed)
             }
         };
@@ -1043,6 +1082,104 @@ impl Control {
         })?;
         self.landing = Some(Arc::new(landing));
         Ok(Event::MachineReady)
+    }
+
+    // ── devices ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// SPEC: FEAT-4, DEVICE-3, SETUP-3
+    fn device_table(&mut self, table: Vec<Device>) -> Result<(), Error> {
+        let fail = |fault: Fault| Error::new(Phase::Setup, fault);
+        let agreed = self.features.contains(Features::DEVICE_STATE);
+        if !table.is_empty() && !agreed {
+            let kind = Kind::Devices;
+            return Err(fail(Misbehaved::Feature { kind }.into()));
+        }
+        let config = &self.shared.config;
+        check_table(&table, config.device_window_bytes, config.device_bytes_max).map_err(fail)?;
+        if agreed {
+            let inventory = Inventory::new(&table, config.device_window_bytes);
+            self.inventory = Some(Arc::new(inventory));
+        }
+        if let Some(session) = self.session.as_mut().filter(|_| !table.is_empty()) {
+            session.expect_devices();
+        }
+        self.devices = Some(table);
+        Ok(())
+    }
+
+    fn start_loaders(&mut self) -> Result<(), Error> {
+        if let Some((inventory, table)) = self.inventory.as_ref().zip(self.devices.as_ref()) {
+            let sinks = std::mem::take(&mut self.sinks);
+            let loaders = inventory.start(table, sinks, &self.shared);
+            self.loaders = loaders.map_err(|fault| Error::new(Phase::Setup, fault))?;
+        }
+        Ok(())
+    }
+
+    fn device(&mut self, note: DeviceNote) {
+        let now = self.now();
+        if let Some(session) = &mut self.session {
+            session.progressed(now);
+        }
+        match note {
+            DeviceNote::Credit { device, offset_max } => {
+                let credits = [RawCredit::from(Credit { device, offset_max })];
+                self.send(Credits { credits: &credits });
+                // What was loaded was handled: the source can let go of it, and read on.
+                self.ack_due = self.now();
+            }
+            DeviceNote::InitialLoaded {
+                device,
+                generation,
+                bytes,
+                took,
+            } => self.send(SwitchoverAck {
+                device,
+                generation,
+                bytes,
+                load_us: micros(took),
+            }),
+            DeviceNote::Loaded(loaded) => {
+                self.send(DeviceLoaded {
+                    device: loaded.device,
+                    bytes: loaded.bytes,
+                    load_us: micros(loaded.load),
+                    config_us: micros(loaded.config),
+                });
+                self.timeline.device_loaded(&loaded);
+                self.devices_loaded += 1;
+                if self.devices.as_ref().map(Vec::len) == Some(self.devices_loaded) {
+                    self.drive(Event::DevicesLoaded);
+                }
+            }
+            DeviceNote::Restarted { device } => {
+                if self.timeline.device_restarted(device) {
+                    self.devices_loaded -= 1;
+                    self.drive(Event::DeviceRestarted);
+                }
+            }
+            DeviceNote::Failed(fault) => {
+                let error = Error::new(self.phase(), fault);
+                self.drive(Event::Failed(error));
+            }
+        }
+    }
+
+    /// Ends the loaders and takes their devices back; notes are read meanwhile so that none blocks on them.
+    fn sinks_home(&mut self) -> Sinks {
+        let Some(inventory) = &self.inventory else {
+            return std::mem::take(&mut self.sinks);
+        };
+        inventory.end();
+        let mut sinks = std::mem::take(&mut self.sinks);
+        for loader in std::mem::take(&mut self.loaders) {
+            sinks.extend(loader.home(|| {
+                if self.inbox.is_full() {
+                    let _ = self.inbox.try_recv();
+                }
+            }));
+        }
+        sinks
     }
 
     fn count_lanes(&self) {
@@ -1075,16 +1212,23 @@ impl Control {
         self.join_lanes();
         self.join_stragglers();
         self.later.clear();
+        let sinks = self.sinks_home();
         // Dropping it stops the accept thread and closes the listeners.
         self.acceptor = None;
         let vmm = self.vmm_home();
+        let devices = sinks;
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
         let report = Report::new(&self.timeline, &outcome, &self.shared.counters.snapshot());
         let error = match outcome {
             Outcome::Running => None,
             Outcome::Failed(error) | Outcome::Stranded(error) => Some(error),
         };
-        Finished { report, error, vmm }
+        Finished {
+            report,
+            error,
+            vmm,
+            devices,
+        }
     }
 
     fn join_lanes(&mut self) {
@@ -1165,11 +1309,19 @@ fn vmm_life(
     for task in orders {
         let began = Instant::now();
         let done = match task {
-            VmmTask::Prepare(configs, layout) => {
-                VmmDone::Prepared(vmm.prepare(configs, &layout), began.elapsed())
-            }
+            VmmTask::Prepare(configs, layout, devices) => VmmDone::Prepared(
+                prepare_machine(&mut *vmm, configs, &layout, &devices),
+                began.elapsed(),
+            ),
             VmmTask::Load(states) => VmmDone::Loaded(vmm.load(states), began.elapsed()),
-            VmmTask::Resume(proof) => VmmDone::Resumed(vmm.resume(proof), began.elapsed()),
+            VmmTask::Resume(proof, mut sinks) => {
+                let done = start(&mut sinks).and_then(|()| {
+                    let step = "run the guest";
+                    vmm.resume(proof)
+                        .map_err(|source| Fault::Vmm { step, source })
+                });
+                VmmDone::Resumed(done, began.elapsed(), sinks)
+            }
             VmmTask::Discard => {
                 vmm.discard();
                 continue;
@@ -1189,6 +1341,27 @@ fn failure(error: Error) -> Event {
     } else {
         Event::Failed(error)
     }
+}
+
+/// The machine, its memory, and its devices where they can be written.
+fn prepare_machine(
+    vmm: &mut dyn Vmm,
+    configs: Vec<Blob>,
+    layout: &Layout,
+    devices: &[Device],
+) -> Result<(GuestMemory, Sinks), Fault> {
+    let refused = |step| move |source| Fault::Vmm { step, source };
+    let memory = vmm
+        .prepare(configs, layout)
+        .map_err(refused("build the machine"))?;
+    let mut sinks = Vec::new();
+    if !devices.is_empty() {
+        sinks = vmm
+            .devices(devices)
+            .map_err(refused("give the machine's devices"))?;
+        open(devices, &mut sinks)?;
+    }
+    Ok((memory, sinks))
 }
 
 fn micros(time: Duration) -> u64 {

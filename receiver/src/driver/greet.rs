@@ -25,6 +25,7 @@ pub(super) struct Opened {
     pub(super) session: SessionId,
     /// Whether the session may outlive its channels.
     pub(super) kept: bool,
+    pub(super) features: Features,
     pub(super) ticket: Token,
     pub(super) resume_secret: Token,
     pub(super) description: String,
@@ -207,18 +208,12 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
     let deadline = Instant::now() + shared.config.hello_deadline;
     tx.set_deadline(Some(deadline));
     rx.set_deadline(Some(deadline));
-    // SPEC: FEAT-5
-    let features = if shared.config.suspend.is_zero() {
-        Features::NONE
-    } else {
-        Features::RESUME
-    };
     let mut octets = [0u8; HELLO_BYTES];
     rx.receive(&mut octets)?;
     let hello = match Hello::decode(&octets) {
         Ok(hello) => hello,
         Err(error) => {
-            let offer = shared.desk.offer_for(Intent::Start, features);
+            let offer = shared.desk.offer_for(Intent::Start, Features::DEVICE_STATE);
             return refuse(
                 shared,
                 &mut *tx,
@@ -234,6 +229,14 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         let reply = HelloReply::refused(reason, text, hello.session);
         return refuse(shared, &mut *tx, &mut *rx, &reply);
     }
+    // SPEC: FEAT-5. A session with devices is not kept: their streams would have to begin anew at both ends.
+    let asks = hello.features_mandatory.union(hello.features_optional);
+    let keeps = !shared.config.suspend.is_zero() && !asks.contains(Features::DEVICE_STATE);
+    let features = if keeps {
+        Features::DEVICE_STATE.union(Features::RESUME)
+    } else {
+        Features::DEVICE_STATE
+    };
     let reply = negotiate::answer(&hello, &shared.desk.offer_for(hello.intent, features));
     let agreement = match negotiate::accept(&hello, &reply) {
         Ok(agreement) => agreement,
@@ -251,6 +254,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 closer,
                 session: hello.session,
                 kept: agreement.features.contains(Features::RESUME),
+                features: agreement.features,
                 ticket,
                 resume_secret,
                 description,
@@ -277,6 +281,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 closer,
                 session: hello.session,
                 kept: true,
+                features: agreement.features,
                 ticket,
                 resume_secret,
                 description,

@@ -11,9 +11,10 @@ use crossbeam_channel::Sender;
 use multifd_transport::{ChannelError, ReceiveHalf, Span};
 use multifd_wire::frame::{Pages, Zeros};
 use multifd_wire::{
-    ChannelKind, Frame, HEADER_BYTES, Header, Incarnation, LaneId, Misbehaved, PageRun, Round,
+    ChannelKind, Frame, HEADER_BYTES, Header, Incarnation, Kind, LaneId, Misbehaved, PageRun, Round,
 };
 
+use super::device::Inventory;
 use super::gate::Gate;
 use super::link::{read_head, skip_body};
 use super::{Note, Shared, thread_cpu};
@@ -29,6 +30,8 @@ pub(super) struct LaneThread {
     pub(super) shared: Arc<Shared>,
     pub(super) landing: Arc<Landing>,
     pub(super) gate: Arc<Gate>,
+    /// Where items of devices go; `None` if the feature was not agreed on.
+    pub(super) inventory: Option<Arc<Inventory>>,
     /// Every frame below this number was handled; read by the control thread for acknowledgements.
     pub(super) handled: Arc<AtomicU64>,
     /// Set when nobody wants anything more of this channel, which is closed then.
@@ -120,8 +123,10 @@ impl LaneThread {
                     };
                 }
             }
+            Frame::DeviceChunk(chunk) => self.devices(header.kind())?.chunk(rx, &chunk, &header)?,
+            Frame::DeviceMark(mark) => self.devices(header.kind())?.mark(&mark)?,
             Frame::Skipped(_) => skip_body(rx, header.body_bytes())?,
-            // Device state is a feature, and this version agrees to none.
+            // Only kinds that the table does not let travel here.
             other => return Err(Misbehaved::Feature { kind: other.kind() }.into()),
         }
         let counters = &self.shared.counters;
@@ -133,6 +138,13 @@ impl LaneThread {
         // Release: whoever acknowledges this frame has seen what became of its pages.
         self.handled.store(lane.frames(), Ordering::Release);
         Ok(step)
+    }
+
+    /// SPEC: FEAT-4
+    fn devices(&self, kind: Kind) -> Result<&Inventory, Misbehaved> {
+        self.inventory
+            .as_deref()
+            .ok_or(Misbehaved::Feature { kind })
     }
 
     fn pages(

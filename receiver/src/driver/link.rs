@@ -2,7 +2,7 @@
 
 use crossbeam_channel::Sender;
 use multifd_transport::{ChannelError, ReceiveHalf, SendHalf};
-use multifd_wire::frame::{BlobPart, Commit, Final, Regions, SetupEnd, Switchover};
+use multifd_wire::frame::{BlobPart, Commit, Device, Final, Regions, SetupEnd, Switchover};
 use multifd_wire::{
     Body, ChannelKind, ChannelRef, Frame, HEADER_BYTES, Header, Incarnation, LaneId, Layout,
     Malformed, Misbehaved, Phase, Reason, Role, Sequence,
@@ -75,7 +75,7 @@ fn receive_first(rx: &mut dyn ReceiveHalf, octets: &mut [u8]) -> Result<(), Chan
 pub(super) enum Inbound {
     Config(BlobPart, Vec<u8>),
     Regions(Layout),
-    Devices(u32),
+    Devices(Vec<Device>),
     SetupEnd(SetupEnd),
     KeepAlive {
         stamp_us: u64,
@@ -162,9 +162,7 @@ fn owned(frame: Frame<'_>, body: Vec<u8>) -> Result<Inbound, Malformed> {
     Ok(match frame {
         Frame::Config(config) => Inbound::Config(config.blob, body),
         Frame::Regions(regions) => Inbound::Regions(layout(&regions)?),
-        Frame::Devices(devices) => {
-            Inbound::Devices(u32::try_from(devices.devices.len()).unwrap_or(u32::MAX))
-        }
+        Frame::Devices(devices) => Inbound::Devices(devices.iter().collect::<Result<_, _>>()?),
         Frame::SetupEnd(end) => Inbound::SetupEnd(end),
         Frame::KeepAlive(alive) => Inbound::KeepAlive {
             stamp_us: alive.stamp_us,

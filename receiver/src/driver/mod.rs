@@ -5,16 +5,19 @@
 //!   control reader ◄── control channel                            ── notes ──────────────────► control thread ──► control channel
 //!   lane 0 … lane n-1 ◄── data channels, straight into memory     ── notes ──┘   │  ▲
 //!                                                                                ▼  │
-//!                                                                            VMM thread
+//!   loader of each device ◄── lanes (handover)                    ── notes ──┘  VMM thread
 //! ```
 //! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`GREETERS_MAX`]).
 
 mod accept;
 mod control;
+mod device;
 mod gate;
 mod greet;
 mod lane;
 mod link;
+
+pub(crate) use device::LoadedDevice;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,6 +29,7 @@ use multifd_transport::{Channel, Listener, Spawner, StdSpawner};
 use multifd_wire::Phase;
 
 use crate::config::Config;
+use crate::device::DeviceSink;
 use crate::error::{Error, Fault};
 use crate::progress::{Counters, Snapshot};
 use crate::report::Report;
@@ -57,6 +61,8 @@ pub struct Finished {
     pub error: Option<Error>,
     /// The machine. It runs if, and only if, the report says so.
     pub vmm: Box<dyn Vmm>,
+    /// Its devices, in the order of the table; one whose own code panicked is missing. They run if the machine does.
+    pub devices: Vec<Box<dyn DeviceSink>>,
 }
 
 /// A destination that waits for a migration, or has one under way.
@@ -216,6 +222,7 @@ enum Note {
         runs: Vec<multifd_wire::PageRun>,
     },
     Vmm(control::VmmDone),
+    Device(device::DeviceNote),
     Cancel,
 }
 

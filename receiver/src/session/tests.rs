@@ -99,6 +99,16 @@ fn happy_path() -> Vec<Event> {
     ]
 }
 
+/// With devices whose state travels.
+fn after_with_devices(events: impl IntoIterator<Item = Event>) -> Session {
+    let mut session = Session::new(Config::default(), Duration::ZERO);
+    session.expect_devices();
+    for event in events {
+        let _ = session.handle(event, MS);
+    }
+    session
+}
+
 fn after(events: impl IntoIterator<Item = Event>) -> Session {
     let mut session = Session::new(Config::default(), Duration::ZERO);
     session.keep();
@@ -147,6 +157,13 @@ fn states() -> Vec<(&'static str, Vec<Event>)> {
             ),
         ),
         ("loading", path(12)),
+        ("devices: rounds", path(4)),
+        ("devices: loading", path(12)),
+        ("devices: loading, state loaded", path(13)),
+        (
+            "devices: loading, devices loaded",
+            with(12, vec![Event::DevicesLoaded]),
+        ),
         ("prepared", path(13)),
         ("suspended in round 0", with(5, vec![lost()])),
         ("suspended after PREPARED", with(13, vec![lost()])),
@@ -193,6 +210,8 @@ fn events() -> Vec<(&'static str, Event, Duration)> {
         ("FINAL 1, other digest", final_of(1, OTHER_DIGEST)),
         ("FINAL 2", final_of(2, DIGEST)),
         ("loaded", Event::Loaded),
+        ("devices loaded", Event::DevicesLoaded),
+        ("device restarted", Event::DeviceRestarted),
         ("COMMIT", Event::Commit { digest: DIGEST }),
         (
             "COMMIT, other digest",
@@ -229,7 +248,15 @@ fn state_name(session: &Session) -> String {
             ..
         } => format!("fenced {round}"),
         State::Fenced { round, .. } => format!("fenced {round}, pages missing"),
-        State::Loading { .. } => "loading".into(),
+        State::Loading { loaded, .. } => format!(
+            "loading ({}{})",
+            if *loaded { "state loaded" } else { "state" },
+            if session.devices_loaded {
+                ""
+            } else {
+                ", devices"
+            }
+        ),
         State::Prepared(_) => "prepared".into(),
         State::Suspended { .. } => "suspended".into(),
         State::Owning => "owning".into(),
@@ -294,7 +321,11 @@ fn table() -> String {
 
 fn state_after(wanted: &str) -> Session {
     let found = states().into_iter().find(|(name, _)| *name == wanted);
-    after(found.expect("a state of the list").1)
+    let events = found.expect("a state of the list").1;
+    if wanted.starts_with("devices") {
+        return after_with_devices(events);
+    }
+    after(events)
 }
 
 #[test]
@@ -343,7 +374,11 @@ fn prepared_is_said_only_when_the_state_was_loaded_on_equal_digests() {
         let said = count(effects, |e| matches!(e, Effect::SendPrepared { .. }));
         assert_eq!(
             said == 1,
-            (state, event) == ("loading", "loaded"),
+            matches!(
+                (state, event),
+                ("loading" | "devices: loading, devices loaded", "loaded")
+                    | ("devices: loading, state loaded", "devices loaded")
+            ),
             "{state} × {event}"
         );
         if count(effects, |e| matches!(e, Effect::Load { .. })) == 1 {
@@ -511,6 +546,54 @@ const HAPPY: [&str; 10] = [
 #[test]
 fn a_migration_goes_through_its_states_in_order() {
     assert_eq!(trace(happy_path()), HAPPY);
+}
+
+#[test]
+fn nothing_is_prepared_before_both_the_state_and_every_device_are_loaded() {
+    for both in [
+        [Event::Loaded, Event::DevicesLoaded],
+        [Event::DevicesLoaded, Event::Loaded],
+    ] {
+        let mut session = state_after("devices: loading");
+        let [first, second] = both;
+        assert!(session.handle(first, NOW).is_empty());
+        let words: Vec<String> = session.handle(second, NOW).iter().map(word).collect();
+        assert_eq!(words, ["PREPARED"]);
+    }
+    // Devices that were loaded early, and one of them again.
+    let mut session = state_after("devices: rounds");
+    assert!(session.handle(Event::DevicesLoaded, NOW).is_empty());
+    assert!(session.handle(Event::DeviceRestarted, NOW).is_empty());
+    for event in happy_path().into_iter().skip(4).take(9) {
+        let words: Vec<String> = session.handle(event, NOW).iter().map(word).collect();
+        assert!(!words.contains(&"PREPARED".to_owned()));
+    }
+    let words: Vec<String> = session
+        .handle(Event::DevicesLoaded, NOW)
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(words, ["PREPARED"]);
+}
+
+#[test]
+fn a_device_that_cannot_start_after_the_commit_strands_the_guest_and_says_so() {
+    let mut session = state_after("owning");
+    let source = crate::device::DeviceError::new("no power");
+    let fault = Fault::Device {
+        device: "nic".into(),
+        step: "start",
+        source,
+    };
+    let words: Vec<String> = session
+        .handle(Event::Failed(Error::new(Phase::Commit, fault)), NOW)
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(
+        words,
+        ["ABORT 9", "finish: stranded, receiver.device.failed"]
+    );
 }
 
 #[test]
@@ -694,7 +777,8 @@ fn signs_of_life_alone_are_not_enough() {
         let ends = finishes(&session.handle(Event::Tick, late)) == 1;
         assert_eq!(
             ends,
-            !["loading", "owning", "over", "resumed, tables"].contains(&state),
+            !["loading", "owning", "over", "resumed, tables"].contains(&state)
+                && !state.starts_with("devices: loading"),
             "{state}"
         );
     }

@@ -1,5 +1,6 @@
 //! The control thread of the source: feeds events to the session machine and carries out its effects.
 
+mod devices;
 mod lanes;
 mod resume;
 
@@ -13,8 +14,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_tracking::{CollectPhase, Source};
 use multifd_transport::{Closer, Spawner};
 use multifd_wire::frame::{
-    Abort, Commit, Config as ConfigFrame, Final, Grant, KeepAlive, LaneDown, LaneMark, RawRegion,
-    RawRun, Ready, Regions, SetupEnd, Switchover, VmState, blob_parts,
+    Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, KeepAlive, LaneDown, LaneMark,
+    RawRegion, RawRun, Ready, Regions, SetupEnd, Switchover, VmState, blob_parts,
 };
 use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
 use multifd_wire::negotiate::Agreement;
@@ -23,6 +24,7 @@ use multifd_wire::{
     Round, SessionId, Text, Token,
 };
 
+use super::device::{Fleet, Order};
 use super::lane::LaneCommand;
 use super::link::{ControlSender, Inbound, open};
 use super::redial::{Attempt, Purpose, Redial, lane_life};
@@ -97,6 +99,7 @@ pub(super) struct Control {
     vmm: Box<dyn Vmm>,
     sources: Vec<Box<dyn Source>>,
     tracking: bool,
+    fleet: Fleet,
     dial: Arc<dyn Dial>,
     spawner: Arc<dyn Spawner>,
     notes: Sender<Note>,
@@ -161,6 +164,7 @@ impl Control {
             vmm,
             sources,
             tracking: false,
+            fleet: Fleet::default(),
             dial,
             spawner,
             notes,
@@ -223,6 +227,7 @@ impl Control {
                 },
             )
         })?;
+        let features = self.take_devices()?;
         let mut id = [0u8; 16];
         getrandom::fill(&mut id).map_err(|e| {
             hello_error(Fault::System {
@@ -238,7 +243,7 @@ impl Control {
             .map_err(|e| hello_error(Fault::Dial(e.to_string())))?;
         let opened = open(
             channel,
-            &Hello::start(self.id, Features::NONE, self.wanted()),
+            &Hello::start(self.id, features, self.wanted()),
             deadline,
         )
         .map_err(hello_error)?;
@@ -249,6 +254,9 @@ impl Control {
             self.shared.layout.pages_total().value(),
             now,
         );
+        if !self.fleet.is_empty() {
+            self.session.expect_devices();
+        }
         Ok(())
     }
 
@@ -351,7 +359,21 @@ impl Control {
                 self.shared.counters.set_forecast(forecast);
                 Ok(None)
             }
+            Effect::AwaitDevices => {
+                self.await_devices();
+                Ok(None)
+            }
             Effect::Pause => self.pause().map(Some),
+            Effect::Quiesce => {
+                self.fleet.order(Order::Quiesce);
+                Ok(None)
+            }
+            Effect::StopDevices => {
+                self.timeline.quiesced();
+                let depot = Arc::clone(&self.shared.depot);
+                self.fleet.stop(&depot);
+                Ok(None)
+            }
             Effect::AnnounceSwitchover { round } => {
                 self.paused_from.get_or_insert(round);
                 self.try_send(Switchover { final_round: round })
@@ -367,6 +389,7 @@ impl Control {
                 .map(|()| None)
             }
             Effect::Reclaim { paused, proof } => {
+                self.reclaim_devices(&proof);
                 if paused {
                     self.timeline.reclaimed();
                     if let Err(source) = self.vmm.resume(proof) {
@@ -424,13 +447,12 @@ impl Control {
             None => shared.config.channels.min(granted),
         };
         let memory_bytes = shared.layout.pages_total().value() * multifd_wire::PAGE_BYTES_U64;
-        self.try_send(Frame::Devices(multifd_wire::frame::Devices {
-            devices: &[],
-        }))?;
+        let devices = self.fleet.table();
+        self.try_send(Devices { devices: &devices })?;
         self.try_send(SetupEnd {
             configs,
             regions: u32::try_from(regions.len()).unwrap_or(u32::MAX),
-            devices: 0,
+            devices: u32::try_from(devices.len()).unwrap_or(u32::MAX),
             lanes,
             memory_bytes,
         })?;
@@ -594,12 +616,16 @@ impl Control {
         let pages = self.shared.dirty.dirty_pages();
         if !last {
             self.shared.counters.dirty_pages.store(pages, Relaxed);
+            self.look_at_devices();
         }
         self.timeline.collected(pages, last, began.elapsed());
         Ok(Event::Collected { pages })
     }
 
     fn pause(&mut self) -> Result<Event, Error> {
+        if !self.devices_allow_pause() {
+            return Ok(Event::AcksMissing);
+        }
         self.timeline.pausing(self.session.predicted_downtime());
         self.vmm.pause().map_err(|source| {
             Error::new(
@@ -775,6 +801,7 @@ impl Control {
                     self.lane_ended(lane, fault);
                 }
             }
+            Note::Device(note) => self.device(note),
             Note::Cancel => self.drive(Event::Cancel),
         }
     }
@@ -836,6 +863,10 @@ impl Control {
                     round: closed.round,
                     damaged: closed.damaged_pages,
                 });
+            }
+            Inbound::Acked(ack) => self.device_acked(&ack).map_err(|m| fail(phase, m))?,
+            Inbound::Loaded(loaded) => {
+                self.device_loaded(&loaded).map_err(|m| fail(phase, m))?;
             }
             Inbound::Prepared(prepared) => {
                 self.timeline.prepared(&prepared);
@@ -913,6 +944,7 @@ impl Control {
         };
         self.start_tracking()?;
         self.timeline.ready(self.shared.now(), ready.prepare_us);
+        self.start_devices()?;
         self.drive(Event::Ready);
         Ok(())
     }
@@ -1094,7 +1126,7 @@ impl Control {
         slot.life = Life::Dead;
         slot.dying_since = None;
         let state = Arc::clone(&slot.state);
-        self.give_back_ledger(&state);
+        let items = self.give_back_ledger(&state);
         self.count_lanes();
         // The control channel was lost meanwhile, perhaps by answering: the way back is made with all lanes.
         if self.session.phase() == Phase::Suspended {
@@ -1120,17 +1152,19 @@ impl Control {
         if self.outcome.is_some() {
             return;
         }
+        // Items of devices are missing like pages are: with the guest paused they need a round that is open.
         self.drive(Event::LaneLost {
-            pages: self.shared.dirty.dirty_pages(),
+            pages: self.shared.dirty.dirty_pages() + items,
         });
         self.check_encoded();
     }
 
-    /// Everything of a lane's connection that is not acknowledged comes back.
-    fn give_back_ledger(&self, state: &LaneState) {
-        let Some(lane) = lock(&state.lane).take() else {
-            return;
+    /// Everything of a lane's connection that is not acknowledged comes back. Gives how many items of devices that is.
+    fn give_back_ledger(&self, state: &LaneState) -> u64 {
+        let Some(mut lane) = lock(&state.lane).take() else {
+            return 0;
         };
+        let items = self.shared.depot.outbox.again(lane.take_items());
         let counters = &self.shared.counters;
         counters
             .octets_lost
@@ -1141,6 +1175,7 @@ impl Control {
             self.shared.dirty.give_back(tracked(run));
         }
         counters.pages_given_back.fetch_add(pages, Relaxed);
+        items
     }
 
     /// Tells the machine once that the present round is encoded: by every living lane, with no lane's fate unsettled.
@@ -1261,6 +1296,8 @@ impl Control {
                 }
             }
         }
+        let gone = matches!(outcome, Outcome::Migrated | Outcome::Unknown(_));
+        let devices = self.end_devices(gone);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
         self.shared.counters.note_sources(&self.sources);
         let report = Report::new(
@@ -1269,6 +1306,7 @@ impl Control {
             &self.shared.counters.snapshot(),
             &self.shared.config,
             &self.sources,
+            devices,
         );
         let error = match outcome {
             Outcome::Migrated => None,
@@ -1282,6 +1320,7 @@ impl Control {
             error,
             vmm: self.vmm,
             sources: self.sources,
+            devices: self.fleet.sources,
         }
     }
 

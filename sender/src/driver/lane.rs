@@ -17,8 +17,9 @@ use multifd_wire::limits::{RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX};
 use multifd_wire::{Body, Frame, HEADER_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence};
 use zerocopy::byteorder::little_endian::U32;
 
-use super::work::{RoundWork, Unsent};
+use super::work::{EXTENT_PAGES, RoundWork, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
+use crate::device::stream::Head;
 use crate::error::Fault;
 
 /// Frames a lane may have sent and not acknowledged. At 256 KiB a frame this is 1 GiB, far more than sockets hold: it
@@ -30,6 +31,12 @@ const ZERO_PAGES_PER_FRAME_MAX: u64 = 1 << 16;
 
 /// How long a wait may be before it looks whether the migration is over.
 const NAP: Duration = Duration::from_millis(10);
+
+/// How long an idle lane waits for a token before it looks whether there is an item all the same.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The table of a chunk, and of a mark.
+const ITEM_TABLE_BYTES: usize = 32;
 
 /// What the control thread asks of a lane.
 #[derive(Debug)]
@@ -54,20 +61,35 @@ pub(super) fn serve(
     notes: &Sender<Note>,
 ) -> Result<(), Fault> {
     let mut feeder = Feeder::new(shared, state, tx);
-    for LaneCommand::Round {
-        work,
-        round,
-        last,
-        behind,
-    } in commands
-    {
-        for (round, last) in behind {
-            feeder.end_empty(round, last)?;
+    loop {
+        // Between rounds items of devices go out as they come (SPEC: DEVSTREAM-7).
+        let command = crossbeam_channel::select! {
+            recv(commands) -> command => match command {
+                Ok(command) => Some(command),
+                Err(_) => return Ok(()),
+            },
+            recv(shared.depot.outbox.tokens()) -> _ => None,
+            default(LOOK) => None,
+        };
+        match command {
+            Some(LaneCommand::Round {
+                work,
+                round,
+                last,
+                behind,
+            }) => {
+                for (round, last) in behind {
+                    feeder.end_empty(round, last)?;
+                }
+                feeder.round(&work, round, last, notes)?;
+            }
+            None => {
+                feeder.check_stop()?;
+                feeder.item()?;
+            }
         }
-        feeder.round(&work, round, last, notes)?;
         shared.counters.add_cpu(thread_cpu(&mut feeder.cpu));
     }
-    Ok(())
 }
 
 struct Feeder<'s> {
@@ -115,6 +137,7 @@ impl<'s> Feeder<'s> {
         let mut unsent = Unsent::new(self.shared.dirty.clone());
         loop {
             self.shared.check_stop()?;
+            self.items(last)?;
             let left = work.take(&mut unsent.extent);
             self.shared.counters.round_pages_left.store(left, Relaxed);
             if unsent.extent.is_empty() {
@@ -127,6 +150,9 @@ impl<'s> Feeder<'s> {
         }
         self.send_zeros(&mut unsent, round)?;
         self.send_pages(&mut unsent, round)?;
+        if last {
+            self.rest_of_devices()?;
+        }
         let (mark, sequence) = self.with_lane(crate::lane::Lane::end_round)?;
         // Before the mark is sent: a slow lane must not keep the others from beginning the next round (SPEC: ROUND-2 needs
         // only that what this lane sends of the round was taken from memory before).
@@ -139,6 +165,77 @@ impl<'s> Feeder<'s> {
         self.head.clear();
         Frame::from(mark).encode(sequence, Body::None, &mut self.head)?;
         Ok(self.tx.send(&self.head, &[])?)
+    }
+
+    /// Items of devices, between two extents of pages: with the guest paused all that are there, otherwise as many octets as an extent
+    /// has, so that devices and memory share the lane.
+    fn items(&mut self, last: bool) -> Result<(), Fault> {
+        if !self.shared.depot.outbox.is_used() {
+            return Ok(());
+        }
+        let mut octets = 0;
+        while last || octets < EXTENT_PAGES * PAGE_BYTES_U64 {
+            match self.item()? {
+                Some(bytes) => octets += bytes,
+                None => break,
+            }
+            self.check_stop()?;
+        }
+        Ok(())
+    }
+
+    /// Nothing of a device may follow the mark of a round with the guest paused (SPEC: DEVSTREAM-7): sends what is left of all
+    /// streams, and waits for what was not read yet. It waits for devices and for no other lane.
+    fn rest_of_devices(&mut self) -> Result<(), Fault> {
+        let depot = Arc::clone(&self.shared.depot);
+        while !depot.outbox.is_drained() {
+            self.check_stop()?;
+            if self.item()?.is_none() {
+                // Nothing to send now: what was held back must not wait.
+                let _ = depot.outbox.tokens().recv_timeout(NAP);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the most urgent item, if there is one; gives its size. From the ledger it comes back if the lane dies.
+    fn item(&mut self) -> Result<Option<u64>, Fault> {
+        let depot = Arc::clone(&self.shared.depot);
+        let Some(item) = depot.outbox.take() else {
+            return Ok(None);
+        };
+        let octets = (HEADER_BYTES + ITEM_TABLE_BYTES + item.octets().len()) as u64;
+        let entered = self
+            .wait_for_turn(octets)
+            .and_then(|()| self.with_lane(|lane| Ok(lane.item(Arc::clone(&item), octets))));
+        let sequence = match entered {
+            Ok(sequence) => sequence,
+            Err(fault) => {
+                depot.outbox.again(vec![item]);
+                return Err(fault);
+            }
+        };
+        self.head.clear();
+        let frame = match item.head() {
+            Head::Chunk(chunk) => Frame::from(chunk),
+            Head::Mark(mark) => Frame::from(mark),
+        };
+        if item.octets().is_empty() {
+            frame.encode(sequence, Body::None, &mut self.head)?;
+            self.tx.send(&self.head, &[])?;
+        } else {
+            let body = Body::Octets(item.octets());
+            frame.encode(sequence, body, &mut self.head)?;
+            let sources = [IoSource::Octets(item.octets())];
+            self.tx.send(&self.head, &sources)?;
+        }
+        depot.sent(&item);
+        let counters = &self.shared.counters;
+        counters.octets_sent.fetch_add(octets, Relaxed);
+        counters
+            .device_bytes
+            .fetch_add(item.octets().len() as u64, Relaxed);
+        Ok(Some(octets))
     }
 
     /// Sorts the pages of one run into zeros and content, and sends frames as they fill up.

@@ -1,11 +1,13 @@
 //! Frames over a channel: the hello exchange, the control channel's two directions.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::{
-    Grant, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed, Running,
+    DeviceLoaded, Grant, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed, Running,
+    SwitchoverAck,
 };
 use multifd_wire::limits::TABLE_BYTES_MAX;
 use multifd_wire::negotiate::{Agreement, accept};
@@ -15,6 +17,7 @@ use multifd_wire::{
 };
 
 use super::Note;
+use super::device::Depot;
 use crate::error::{Error, Fault};
 
 /// A channel whose hello was accepted.
@@ -115,6 +118,8 @@ pub(super) enum Inbound {
         runs: Vec<RawRun>,
     },
     Closed(RoundClosed),
+    Acked(SwitchoverAck),
+    Loaded(DeviceLoaded),
     Prepared(Prepared),
     Running(Running),
     KeepAlive {
@@ -140,10 +145,16 @@ pub(super) enum Inbound {
 }
 
 /// Reads the control channel until it ends, and passes every frame on. Never returns without a last word to the control thread.
-pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, epoch: u32, notes: &Sender<Note>) {
+pub(super) fn read_control(
+    mut rx: Box<dyn ReceiveHalf>,
+    depot: Arc<Depot>,
+    epoch: u32,
+    notes: &Sender<Note>,
+) {
     let mut reader = Reader {
         expected: Sequence::new(0),
         table: Vec::new(),
+        depot,
     };
     loop {
         let note = match reader.next(&mut *rx) {
@@ -165,6 +176,8 @@ pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fau
     let mut reader = Reader {
         expected: Sequence::new(0),
         table: Vec::new(),
+        // No device is spoken of there.
+        depot: Arc::new(Depot::new()),
     };
     match reader.next(rx)? {
         Inbound::Outcome(state) => Ok(state),
@@ -177,6 +190,7 @@ pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fau
 struct Reader {
     expected: Sequence,
     table: Vec<u8>,
+    depot: Arc<Depot>,
 }
 
 impl Reader {
@@ -196,7 +210,17 @@ impl Reader {
         );
         self.table.resize(header.table_bytes(), 0);
         rx.receive(&mut self.table)?;
-        let inbound = owned(Frame::decode(&header, &self.table)?)?;
+        let frame = Frame::decode(&header, &self.table)?;
+        // Straight to the devices: the control thread may be busy pausing the guest, and they must not stand still for that.
+        let devices = !self.depot.desks().is_empty();
+        if let Frame::Credit(credits) = &frame
+            && devices
+        {
+            for credit in credits.iter() {
+                self.depot.desk(credit.device)?.grant(credit.offset_max)?;
+            }
+        }
+        let inbound = owned(frame, devices)?;
         skip_body(rx, header.body_bytes())?;
         Ok(inbound)
     }
@@ -213,7 +237,7 @@ fn skip_body(rx: &mut dyn ReceiveHalf, mut octets: usize) -> Result<(), ChannelE
     Ok(())
 }
 
-fn owned(frame: Frame<'_>) -> Result<Inbound, Misbehaved> {
+fn owned(frame: Frame<'_>, devices: bool) -> Result<Inbound, Misbehaved> {
     Ok(match frame {
         Frame::Grant(grant) => Inbound::Granted(grant),
         Frame::Ready(ready) => Inbound::Ready(ready),
@@ -224,6 +248,9 @@ fn owned(frame: Frame<'_>) -> Result<Inbound, Misbehaved> {
             runs: back.runs.to_vec(),
         },
         Frame::RoundClosed(closed) => Inbound::Closed(closed),
+        Frame::SwitchoverAck(ack) if devices => Inbound::Acked(ack),
+        Frame::DeviceLoaded(loaded) if devices => Inbound::Loaded(loaded),
+        Frame::Credit(_) if devices => Inbound::Other,
         Frame::Prepared(prepared) => Inbound::Prepared(prepared),
         Frame::Running(running) => Inbound::Running(running),
         Frame::KeepAlive(alive) => Inbound::KeepAlive {
@@ -245,7 +272,7 @@ fn owned(frame: Frame<'_>) -> Result<Inbound, Misbehaved> {
         },
         Frame::Outcome(outcome) => Inbound::Outcome(outcome.state),
         Frame::Progress(_) | Frame::Skipped(_) => Inbound::Other,
-        // Devices are a feature, and this version does not ask for it (SPEC: FEAT-4).
+        // Devices are a feature that was not agreed on (SPEC: FEAT-4).
         other => return Err(Misbehaved::Feature { kind: other.kind() }),
     })
 }

@@ -4,12 +4,14 @@
 //!   control thread ── commands ──► lane 0 … lane n-1 ──► data channels
 //!        ▲  ▲  └─────────────────────────────────────► control channel (sending)
 //!        │  └── notes ── lanes (up, encoded, ended)
+//!        ├───── notes ── reader of each device ── items ──► any lane
 //!        └───── notes ── control reader ◄──────────── control channel (receiving)
 //! ```
 //! The control thread alone talks to the VMM and to the sources of dirty pages. Queues are bounded: at most one command per
 //! lane is under way, and [`NOTES_MAX`] notes.
 
 mod control;
+mod device;
 mod dial;
 mod lane;
 mod link;
@@ -31,6 +33,7 @@ use multifd_wire::{
 
 pub use self::dial::{Dial, Dialer, SpreadDialer};
 use crate::config::Config;
+use crate::device::DeviceSource;
 use crate::error::{Error, Fault};
 use crate::pacer::Pacer;
 use crate::progress::{Counters, Snapshot};
@@ -67,6 +70,8 @@ pub struct Finished {
     pub vmm: Box<dyn Vmm>,
     /// The sources, stopped.
     pub sources: Vec<Box<dyn Source>>,
+    /// The devices; one whose own code panicked is missing. They run if the guest runs here.
+    pub devices: Vec<Box<dyn DeviceSource>>,
 }
 
 /// A migration under way.
@@ -144,6 +149,7 @@ impl Migration {
             pacer: Pacer::new(parts.config.bandwidth),
             began: Instant::now(),
             stop: AtomicBool::new(false),
+            depot: Arc::new(device::Depot::new()),
             cancelled: Arc::clone(&handle.cancelled),
             config: parts.config,
         });
@@ -212,6 +218,7 @@ struct Shared {
     pacer: Pacer,
     began: Instant,
     stop: AtomicBool,
+    depot: Arc<device::Depot>,
     cancelled: Arc<AtomicBool>,
 }
 
@@ -287,6 +294,7 @@ enum Note {
         incarnation: Incarnation,
         fault: Option<Fault>,
     },
+    Device(device::DeviceNote),
     Cancel,
 }
 

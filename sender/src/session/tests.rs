@@ -43,6 +43,13 @@ fn after(steps: usize) -> Session {
         SUSPENDED => kept(6, vec![lost()]),
         REJOINING => kept(3, vec![lost(), Event::Reconnected, Event::Granted]),
         ASKING => kept(12, vec![lost()]),
+        WAITING => with_devices(5),
+        DEVICES_PAUSING => with_devices(7),
+        QUIESCING => with_devices(8),
+        STOPPING => with_devices(9),
+        DEVICES_COLLECTING => with_devices(10),
+        DEVICES_LAST => with_devices(11),
+        DEVICES_SAVED => with_devices(12),
         _ => led(config(), steps),
     }
 }
@@ -77,6 +84,54 @@ const DRAINING: usize = usize::MAX;
 const SUSPENDED: usize = usize::MAX - 1;
 const REJOINING: usize = usize::MAX - 2;
 const ASKING: usize = usize::MAX - 3;
+
+const WAITING: usize = usize::MAX - 4;
+const DEVICES_PAUSING: usize = usize::MAX - 5;
+const QUIESCING: usize = usize::MAX - 6;
+const STOPPING: usize = usize::MAX - 7;
+const DEVICES_COLLECTING: usize = usize::MAX - 8;
+const DEVICES_LAST: usize = usize::MAX - 9;
+const DEVICES_SAVED: usize = usize::MAX - 10;
+
+fn outlook(unacked: &[&str]) -> Event {
+    Event::Devices(DeviceOutlook {
+        stop_bytes: 1 << 20,
+        load: MS,
+        unacked: unacked.iter().map(|name| (*name).to_owned()).collect(),
+    })
+}
+
+/// A session with devices, after so many steps of its own path.
+fn with_devices(steps: usize) -> Session {
+    devices_with(config(), steps)
+}
+
+fn devices_with(config: Config, steps: usize) -> Session {
+    let mut session = Session::new(config, 1 << 20, Duration::ZERO);
+    session.expect_devices();
+    for (event, at) in device_path().into_iter().take(steps) {
+        let _ = session.handle(event, at);
+    }
+    session
+}
+
+/// As [`happy_path`], with a device that is acknowledged late.
+fn device_path() -> Vec<(Event, Duration)> {
+    let mut path: Vec<_> = happy_path().into_iter().take(3).collect();
+    path.insert(2, (outlook(&["nic"]), 60 * MS));
+    path.extend([
+        // Waiting, then acknowledged: back to the decision and on.
+        (Event::Collected { pages: 10 }, 67 * MS),
+        (outlook(&[]), 67 * MS),
+        (Event::Collected { pages: 10 }, 67 * MS),
+        (Event::Paused, 68 * MS),
+        (Event::DevicesQuiesced, 68 * MS),
+        (Event::DevicesStopped, 68 * MS),
+        (Event::Collected { pages: 12 }, 69 * MS),
+        (Event::DevicesSaved, 70 * MS),
+    ]);
+    path
+}
 
 /// A session of an almost idle guest whose link was slow for a while: far more is on its way than fits the downtime limit.
 fn draining() -> Session {
@@ -133,7 +188,7 @@ fn happy_path() -> Vec<(Event, Duration)> {
 const NOW: Duration = Duration::from_millis(1080);
 
 /// Each state by name, with the steps of the happy path that lead to it.
-const STATES: [(&str, usize); 14] = [
+const STATES: [(&str, usize); 21] = [
     ("set-up", 0),
     ("set-up, granted", 1),
     ("sending", 2),
@@ -148,9 +203,16 @@ const STATES: [(&str, usize); 14] = [
     ("rejoining", REJOINING),
     ("asking", ASKING),
     ("over", 13),
+    ("devices: waiting", WAITING),
+    ("devices: pausing", DEVICES_PAUSING),
+    ("devices: quiescing", QUIESCING),
+    ("devices: stopping", STOPPING),
+    ("devices: collecting", DEVICES_COLLECTING),
+    ("devices: last", DEVICES_LAST),
+    ("devices: last, devices saved", DEVICES_SAVED),
 ];
 
-const EVENTS: [&str; 30] = [
+const EVENTS: [&str; 36] = [
     "granted",
     "ready",
     "encoded",
@@ -158,6 +220,12 @@ const EVENTS: [&str; 30] = [
     "collected 5",
     "paused",
     "saved",
+    "devices, acknowledged",
+    "devices, one not acknowledged",
+    "acknowledgements missing",
+    "devices quiesced",
+    "devices stopped",
+    "devices saved",
     "final sent",
     "closed, whole",
     "closed, damaged",
@@ -195,6 +263,12 @@ fn event(name: &str) -> (Event, Duration) {
         "collected 5" => Event::Collected { pages: 5 },
         "paused" => Event::Paused,
         "saved" => Event::Saved,
+        "devices, acknowledged" => outlook(&[]),
+        "devices, one not acknowledged" => outlook(&["nic"]),
+        "acknowledgements missing" => Event::AcksMissing,
+        "devices quiesced" => Event::DevicesQuiesced,
+        "devices stopped" => Event::DevicesStopped,
+        "devices saved" => Event::DevicesSaved,
         "final sent" => Event::FinalSent { digest: DIGEST },
         "closed, whole" => Event::Closed {
             round: Round::new(1),
@@ -247,7 +321,10 @@ fn state_name(session: &Session) -> String {
         State::Sending { round, .. } => format!("sending {round}"),
         State::Deciding { round, .. } => format!("deciding {round}"),
         State::Draining { round, .. } => format!("draining {round}"),
+        State::Waiting { round, .. } => format!("waiting {round}"),
         State::Pausing { round } => format!("pausing {round}"),
+        State::Quiescing { round } => format!("quiescing {round}"),
+        State::Stopping { round } => format!("stopping {round}"),
         State::Collecting { round } => format!("collecting {round}"),
         State::Last(last) => format!("last {}", last.round),
         State::Committed { .. } => "committed".into(),
@@ -269,6 +346,9 @@ fn word(effect: &Effect) -> String {
         Effect::Collect { last: true } => "collect (paused)".into(),
         Effect::Forecast(_) => "forecast".into(),
         Effect::Pause => "pause".into(),
+        Effect::AwaitDevices => "await devices".into(),
+        Effect::Quiesce => "quiesce devices".into(),
+        Effect::StopDevices => "stop devices".into(),
         Effect::AnnounceSwitchover { round } => format!("SWITCHOVER {round}"),
         Effect::Save => "save".into(),
         Effect::Disconnect => "disconnect".into(),
@@ -371,6 +451,107 @@ fn reclaims(effects: &[Effect]) -> usize {
     count(effects, |e| matches!(e, Effect::Reclaim { .. }))
 }
 
+fn spoken(effects: &[Effect]) -> Vec<String> {
+    effects.iter().map(word).collect()
+}
+
+#[test]
+fn without_an_acknowledgement_the_guest_runs_on_and_rounds_are_made_that_do_not_count() {
+    let config = Config::builder().max_rounds(2).build().unwrap();
+    let mut session = devices_with(config, 5);
+    let mut at = 67 * MS;
+    for round in 0..20 {
+        let State::Waiting { again, .. } = session.state else {
+            panic!("{round}: {:?}", session.state);
+        };
+        assert_eq!(session.next_deadline(), again);
+        at = again;
+        assert_eq!(spoken(&session.handle(Event::Tick, at)), ["collect"]);
+        // Far too much is dirty by now: another live round.
+        let dirty = Event::Collected { pages: 200_000 };
+        let opens = spoken(&session.handle(dirty, at));
+        assert!(opens.contains(&format!("open {}", round + 1)), "{opens:?}");
+        at += 700 * MS;
+        session.heard(at);
+        let encoded = Event::Encoded {
+            octets: 700 << 20,
+            unacked_octets: 0,
+        };
+        let _ = session.handle(encoded, at);
+        let waits = spoken(&session.handle(Event::Collected { pages: 10 }, at));
+        assert!(waits.contains(&"await devices".to_owned()), "{waits:?}");
+    }
+    assert_eq!(spoken(&session.handle(outlook(&[]), at)), ["collect"]);
+    let switches = spoken(&session.handle(Event::Collected { pages: 10 }, at));
+    assert!(switches.contains(&"pause".to_owned()), "{switches:?}");
+}
+
+#[test]
+fn past_the_acknowledgement_deadline_the_users_choice_decides() {
+    let late = |choice| {
+        let config = Config::builder()
+            .ack_deadline(Some(100 * MS))
+            .when_ack_late(choice);
+        let mut session = devices_with(config.build().unwrap(), 5);
+        assert_eq!(session.next_deadline(), 167 * MS);
+        assert!(session.handle(Event::Tick, 166 * MS).is_empty());
+        assert_eq!(spoken(&session.handle(Event::Tick, 167 * MS)), ["collect"]);
+        spoken(&session.handle(Event::Collected { pages: 10 }, 167 * MS))
+    };
+    let fails = late(WhenAckLate::Fail);
+    assert_eq!(
+        fails.last().unwrap(),
+        "finish: failed, sender.device.ack-deadline"
+    );
+    assert_eq!(late(WhenAckLate::GoOn).last().unwrap(), "pause");
+}
+
+#[test]
+fn the_last_collection_comes_after_the_state_and_every_device_were_saved() {
+    for [first, second] in [["saved", "devices saved"], ["devices saved", "saved"]] {
+        let mut session = after(DEVICES_LAST);
+        assert!(session.handle(event(first).0, NOW).is_empty(), "{first}");
+        let effects = session.handle(event(second).0, NOW);
+        assert_eq!(spoken(&effects), ["collect (paused)"]);
+    }
+    // A device may be read to its end before the others even stand still.
+    for early in [STOPPING, DEVICES_COLLECTING] {
+        let mut session = after(early);
+        assert!(session.handle(Event::DevicesSaved, NOW).is_empty());
+        if early == STOPPING {
+            let _ = session.handle(Event::DevicesStopped, NOW);
+        }
+        let _ = session.handle(Event::Collected { pages: 1 }, NOW);
+        let effects = session.handle(Event::Saved, NOW);
+        assert_eq!(spoken(&effects), ["collect (paused)"]);
+    }
+}
+
+#[test]
+fn what_devices_have_left_counts_for_the_downtime() {
+    let decide = |stop_bytes: u64, load: Duration| {
+        let mut session = with_devices(2);
+        let event = Event::Devices(DeviceOutlook {
+            stop_bytes,
+            load,
+            unacked: Vec::new(),
+        });
+        let _ = session.handle(event, 60 * MS);
+        let encoded = Event::Encoded {
+            octets: 64 << 20,
+            unacked_octets: 0,
+        };
+        let _ = session.handle(encoded, 66 * MS);
+        let words = spoken(&session.handle(Event::Collected { pages: 10 }, 67 * MS));
+        words.contains(&"pause".to_owned())
+    };
+    // 64 MiB took 64 ms, and the limit is 300 ms.
+    assert!(decide(250 << 20, Duration::ZERO));
+    assert!(!decide(330 << 20, Duration::ZERO));
+    assert!(decide(250 << 20, 250 * MS), "loading overlaps the way");
+    assert!(!decide(250 << 20, 400 * MS));
+}
+
 #[test]
 fn the_guest_is_never_reclaimed_once_committed() {
     each_cell(|state, event, _, effects| {
@@ -393,7 +574,11 @@ fn the_commit_is_made_only_on_prepared_with_the_digest_of_final() {
 
 #[test]
 fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
-    for (state, steps) in STATES {
+    // Waiting for devices ends by looking again, not by an error: see the tests about that.
+    for (state, steps) in STATES
+        .into_iter()
+        .filter(|(state, _)| *state != "devices: waiting")
+    {
         let mut session = after(steps);
         let deadline = session.next_deadline();
         assert!(
@@ -423,7 +608,8 @@ fn silence_ends_every_state_and_a_sign_of_life_puts_that_off() {
     {
         let mut session = after(*steps);
         session.heard(NOW);
-        assert!(session.handle(Event::Tick, STALL).is_empty(), "{state}");
+        let looks = session.handle(Event::Tick, STALL);
+        assert!(looks.is_empty() || *state == "devices: waiting", "{state}");
         let effects = session.handle(Event::Tick, STALL + NOW);
         assert_eq!(finishes(&effects), 1, "{state}");
     }
@@ -505,8 +691,9 @@ fn a_paused_guest_is_resumed_and_a_running_one_is_left_alone() {
         let mut session = after(steps);
         for effect in session.handle(failure(), NOW) {
             if let Effect::Reclaim { paused, .. } = effect {
-                let was_paused =
-                    ["pausing", "collecting", "last", "last, final sent"].contains(&state);
+                let was_paused = ["pausing", "collecting", "last", "last, final sent"]
+                    .contains(&state)
+                    || (state.starts_with("devices") && state != "devices: waiting");
                 assert_eq!(paused, was_paused, "{state}");
             }
         }
@@ -792,7 +979,11 @@ fn expected(session: &Session) -> Event {
         },
         State::Deciding { .. } => Event::Collected { pages: 3 },
         State::Draining { round, .. } => Event::Closed { round, damaged: 0 },
+        State::Waiting { .. } => outlook(&[]),
         State::Pausing { .. } => Event::Paused,
+        State::Quiescing { .. } => Event::DevicesQuiesced,
+        State::Stopping { .. } => Event::DevicesStopped,
+        State::Last(_) if !session.devices_saved => Event::DevicesSaved,
         State::Collecting { .. } => Event::Collected { pages: 3 },
         State::Last(last) if !last.saved => Event::Saved,
         State::Last(last) if !last.collected => Event::Collected { pages: 0 },
@@ -818,11 +1009,14 @@ proptest! {
         walk in proptest::collection::vec((any::<bool>(), 0..EVENTS.len(), 0u64..3000), 1..80),
         is_kept in any::<bool>(),
         afresh in any::<bool>(),
+        devices in any::<bool>(),
     ) {
         let choice = if afresh { WhenDestinationLost::StartAfresh } else { WhenDestinationLost::Fail };
         let mut session = Session::new(keeping(choice), 1 << 20, Duration::ZERO);
         if is_kept {
             session.kept_for(Some(KEPT));
+        } else if devices {
+            session.expect_devices();
         }
         let (mut now, mut final_digest, mut committed, mut ended) = (Duration::ZERO, None, false, 0);
         for (well, index, pause_ms) in walk {

@@ -2,10 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use multifd_guest::{Config, Guest};
-use multifd_receiver::{Blob, Ownership, Vmm, VmmError};
+use multifd_guest::{Config, DEVICES_BLOB_KIND, DeviceConfig, Guest, ModelDevice};
+use multifd_receiver::{Blob, DeviceSink, Ownership, Vmm, VmmError};
 use multifd_transport::GuestMemory;
 use multifd_wire::Layout;
+use multifd_wire::frame::Device;
 
 /// The guest, once there is one: shared with the program, which looks after it when the migration is over.
 #[derive(Clone, Default)]
@@ -28,11 +29,15 @@ impl GuestHandle {
 /// Builds the guest that the source describes.
 pub(crate) struct Machine {
     guest: GuestHandle,
+    devices: Vec<DeviceConfig>,
 }
 
 impl Machine {
     pub(crate) fn new(guest: GuestHandle) -> Self {
-        Self { guest }
+        Self {
+            guest,
+            devices: Vec::new(),
+        }
     }
 
     fn guest(&self) -> Result<Arc<Guest>, VmmError> {
@@ -44,12 +49,19 @@ impl Machine {
 
 impl Vmm for Machine {
     fn prepare(&mut self, configs: Vec<Blob>, _: &Layout) -> Result<GuestMemory, VmmError> {
-        let [blob] = &configs[..] else {
-            return Err(VmmError::new(format!(
-                "{} configuration blobs, and the built-in guest has one",
-                configs.len()
-            )));
+        let (blob, devices) = match &configs[..] {
+            [blob] => (blob, None),
+            [blob, devices] => (blob, Some(devices)),
+            _ => {
+                return Err(VmmError::new(format!(
+                    "{} configuration blobs, and the built-in guest has one, and one for its devices",
+                    configs.len()
+                )));
+            }
         };
+        if let Some(devices) = devices {
+            self.devices = described(devices)?;
+        }
         if blob.kind != multifd_guest::BLOB_KIND {
             return Err(VmmError::new(
                 "the source does not send the built-in guest: use the destination of its own VMM",
@@ -60,6 +72,19 @@ impl Vmm for Machine {
         let memory = guest.memory().to_channels();
         self.guest.set(Some(guest));
         Ok(memory)
+    }
+
+    fn devices(&mut self, table: &[Device]) -> Result<Vec<Box<dyn DeviceSink>>, VmmError> {
+        let make = |entry: &Device| {
+            let config = self
+                .devices
+                .iter()
+                .find(|config| config.name == entry.name.as_str())
+                .ok_or_else(|| VmmError::new(format!("device {} is not described", entry.name)))?;
+            let device = ModelDevice::new(config.clone()).map_err(VmmError::new)?;
+            Ok(Box::new(device) as Box<dyn DeviceSink>)
+        };
+        table.iter().map(make).collect()
     }
 
     fn load(&mut self, states: Vec<Blob>) -> Result<(), VmmError> {
@@ -83,4 +108,15 @@ impl Vmm for Machine {
     fn discard(&mut self) {
         self.guest.set(None);
     }
+}
+
+/// The devices of the source's machine, a line each.
+fn described(blob: &Blob) -> Result<Vec<DeviceConfig>, VmmError> {
+    if blob.kind != DEVICES_BLOB_KIND {
+        return Err(VmmError::new("the second blob does not describe devices"));
+    }
+    let text = std::str::from_utf8(&blob.octets).map_err(VmmError::new)?;
+    text.lines()
+        .map(|line| line.parse().map_err(VmmError::new))
+        .collect()
 }

@@ -62,7 +62,13 @@ impl Control {
         }
         let mut slot = Slot::new(joined);
         if let (Some(begins), Some(landing)) = (begins, &self.landing)
-            && let Err(error) = slot.start(&self.shared, landing, &self.gate, begins)
+            && let Err(error) = slot.start(
+                &self.shared,
+                landing,
+                &self.gate,
+                self.inventory.as_ref(),
+                begins,
+            )
         {
             return self.drive(Event::Failed(error.at(ChannelRef::Lane(lane))));
         }

@@ -98,7 +98,7 @@ impl Control {
             resume_secret: opened.resume_secret,
             lanes_max: self.shared.config.lanes_max,
             suspend_ms: u32::try_from(suspend.as_millis()).unwrap_or(u32::MAX),
-            device_window_bytes: 0,
+            device_window_bytes: self.shared.config.device_window_bytes,
         });
     }
 

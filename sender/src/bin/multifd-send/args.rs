@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
-use multifd_guest::{Device, Fill, Pattern, Tracking};
+use multifd_guest::{Device, DeviceConfig, Fill, Pattern, Tracking};
 use multifd_sender::config::WhenDestinationLost;
-use multifd_sender::{Config, DirtyScan, WhenNotConverging};
+use multifd_sender::{Config, DirtyScan, WhenAckLate, WhenNotConverging};
 use multifd_transport::rdma::{self, Registration};
 use multifd_transport::tls::{TlsClient, TlsPem};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
@@ -163,6 +163,18 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Guest")]
     pub(crate) seed: u64,
 
+    /// A device to move with the guest; may be given many times. See "Devices" below
+    #[arg(long, value_name = "MODEL", help_heading = "Devices")]
+    pub(crate) device: Vec<DeviceConfig>,
+
+    /// How long the switchover waits for devices' initial bytes to be loaded there. Default: as long as it takes, with the guest running
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, help_heading = "Devices")]
+    pub(crate) ack_deadline: Option<Duration>,
+
+    /// When that is over: give up (the guest runs on here), or switch over without
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = AckLate::Fail, help_heading = "Devices")]
+    pub(crate) if_ack_late: AckLate,
+
     /// Let the guest run this long before the migration begins
     #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = humantime::parse_duration, help_heading = "Guest")]
     pub(crate) warm_up: Duration,
@@ -197,6 +209,24 @@ Examples:
     multifd-send --loopback --debug-dirty-scan --guest-device dma-unreported
   for programs:
     multifd-send --loopback --report json | jq .downtime_ms
+
+  with two devices, of which one gives most of its state while the guest runs:
+    multifd-send --loopback --device model:name=a,size=100M,initial=80M,growth=1M \
+                            --device model:name=b,size=50M,config=4K
+
+Devices:
+  model:KEY=VALUE,...   a device without hardware, whose content is checked where it is loaded
+    name=NAME           its name, the same on both sides
+    size=SIZE           its whole state
+    initial=SIZE        of it, read and loaded before the guest is paused
+    growth=SIZE         what it changes in a second while it runs
+    read=SIZE write=SIZE  how fast it can be read and loaded, in a second
+    config=SIZE         its configuration, loaded after the rest
+    reinit=N            how often it announces new initial bytes
+    p2p=no              it has no P2P-quiescent state: then it can only be moved alone
+    ack=no pre-copy=yes after-memory=yes seed=N
+    fail=WHAT           read@SIZE, write@SIZE, corrupt@SIZE, save-config, load-config, finish,
+                        step@STATE or break@STATE: to see what a failure does
 
 Sizes take K, M, G and T, powers of 1024.
 Ctrl-C cancels the migration; the guest goes on running here. A second Ctrl-C ends
@@ -303,6 +333,15 @@ pub(crate) enum NotConverging {
     Switch,
 }
 
+/// See `--if-ack-late`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum AckLate {
+    /// The guest runs on at the source; the error names the devices
+    Fail,
+    /// Switch over; what is missing is loaded while the guest stands still
+    GoOn,
+}
+
 /// See `--pattern`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum WritePattern {
@@ -352,6 +391,12 @@ impl Args {
     pub(crate) fn checked(&self) -> anyhow::Result<(Config, multifd_guest::Config, Way)> {
         let guest = self.guest();
         guest.validate()?;
+        if let Some(device) = self.device.iter().find(|device| device.dma > 0) {
+            anyhow::bail!(
+                "device {}: the built-in guest checks all of its memory and has none to spare for dma=",
+                device.name
+            );
+        }
         Ok((self.migration()?, guest, self.way()?))
     }
 
@@ -409,6 +454,11 @@ impl Args {
             .bandwidth(self.bandwidth)
             .max_rounds(self.max_rounds)
             .when_not_converging(when)
+            .ack_deadline(self.ack_deadline)
+            .when_ack_late(match self.if_ack_late {
+                AckLate::Fail => WhenAckLate::Fail,
+                AckLate::GoOn => WhenAckLate::GoOn,
+            })
             .body_bytes(self.body)
             .stall(self.stall)
             .reconnect_deadline(self.reconnect_deadline)

@@ -89,6 +89,13 @@ impl Display {
 }
 
 fn message(now: &Snapshot) -> String {
+    if now.devices_awaited > 0 && now.reconnect.is_none() {
+        return format!(
+            "waiting for the initial bytes of {} devices to be loaded there, guest running here; {} of devices sent",
+            now.devices_awaited,
+            mib(now.device_bytes)
+        );
+    }
     if let Some(back) = now.reconnect {
         let guest = if now.phase == Phase::Commit {
             "asking the destination whether the guest runs there"

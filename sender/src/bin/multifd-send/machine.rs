@@ -3,31 +3,51 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use multifd_guest::Guest;
-use multifd_sender::{Blob, Reclaimed, Vmm, VmmError};
+use multifd_guest::{DEVICES_BLOB_KIND, DeviceConfig, Guest, ModelDevice};
+use multifd_sender::{Blob, DeviceSource, Reclaimed, Vmm, VmmError};
 
 /// The encoding of the guest's blobs; the guest checks its own version inside.
 const BLOB_VERSION: u32 = 1;
 
 /// The guest that leaves. The program keeps a handle of its own, for what comes after.
-pub(crate) struct Machine(pub(crate) Arc<Guest>);
+pub(crate) struct Machine {
+    pub(crate) guest: Arc<Guest>,
+    pub(crate) devices: Vec<DeviceConfig>,
+}
 
 impl Vmm for Machine {
     fn config(&mut self) -> Result<Vec<Blob>, VmmError> {
-        Ok(vec![Blob {
+        let mut blobs = vec![Blob {
             kind: multifd_guest::BLOB_KIND,
             version: BLOB_VERSION,
-            octets: Bytes::from(self.0.config_blob()),
-        }])
+            octets: Bytes::from(self.guest.config_blob()),
+        }];
+        if !self.devices.is_empty() {
+            let lines: Vec<String> = self.devices.iter().map(ToString::to_string).collect();
+            blobs.push(Blob {
+                kind: DEVICES_BLOB_KIND,
+                version: BLOB_VERSION,
+                octets: Bytes::from(lines.join("\n")),
+            });
+        }
+        Ok(blobs)
+    }
+
+    fn devices(&mut self) -> Result<Vec<Box<dyn DeviceSource>>, VmmError> {
+        let make = |config: &DeviceConfig| {
+            let device = ModelDevice::new(config.clone()).map_err(VmmError::new)?;
+            Ok(Box::new(device) as Box<dyn DeviceSource>)
+        };
+        self.devices.iter().map(make).collect()
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {
         tracing::info!("the guest is paused for the switchover");
-        self.0.pause().map_err(VmmError::new)
+        self.guest.pause().map_err(VmmError::new)
     }
 
     fn save(&mut self) -> Result<Vec<Blob>, VmmError> {
-        let state = self.0.save_state().map_err(VmmError::new)?;
+        let state = self.guest.save_state().map_err(VmmError::new)?;
         Ok(vec![Blob {
             kind: multifd_guest::BLOB_KIND,
             version: BLOB_VERSION,
@@ -37,6 +57,6 @@ impl Vmm for Machine {
 
     fn resume(&mut self, _: Reclaimed) -> Result<(), VmmError> {
         tracing::info!("the guest runs on here");
-        self.0.run().map_err(VmmError::new)
+        self.guest.run().map_err(VmmError::new)
     }
 }

@@ -123,7 +123,10 @@ fn run(
     let mut options = way.options;
     options.rdma = RdmaOptions::with_memory(guest.memory().to_channels(), args.rdma_registration);
     let parts = Parts {
-        vmm: Box::new(Machine(Arc::clone(&guest))),
+        vmm: Box::new(Machine {
+            guest: Arc::clone(&guest),
+            devices: args.device.clone(),
+        }),
         memory: guest.memory().to_channels(),
         sources,
         dial: Box::new(SpreadDialer {

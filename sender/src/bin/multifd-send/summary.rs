@@ -131,6 +131,7 @@ impl Summary {
                 d.commit_ms
             );
         }
+        self.devices();
         println!(
             "  memory       {}: sent {} with content, {} as zero pages, {} on the wire",
             mib(r.memory_bytes),
@@ -217,6 +218,59 @@ impl Summary {
                 );
             }
             other => println!("  guest check  FAILED: {other}"),
+        }
+    }
+
+    fn devices(&self) {
+        let r = &self.report;
+        if let Some(d) = r.downtime.and_then(|downtime| downtime.devices) {
+            println!(
+                "               devices: quiesce {:.1}, stop {:.1}, read {:.1}, wire {:.1}, load {:.1} (config {:.1}); memory after them {:.1}",
+                d.quiesce_ms,
+                d.stop_ms,
+                d.read_ms,
+                d.wire_ms,
+                d.load_ms,
+                d.config_ms,
+                d.memory_tail_ms
+            );
+        }
+        if r.ack_wait_ms > 0.0 {
+            println!(
+                "               waited {:.1} ms before it for initial bytes to be loaded, with the guest running",
+                r.ack_wait_ms
+            );
+        }
+        for device in &r.devices {
+            let part = |ms: Option<f64>| ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1} ms"));
+            println!(
+                "  device       {}: {} while the guest ran ({} initial, generation {} of {} loaded), {} while it stood still",
+                device.name,
+                mib(device.pre_copy_bytes),
+                mib(device.initial_bytes),
+                device.acked,
+                device.generations,
+                mib(device.stop_copy_bytes)
+            );
+            println!(
+                "               read after {}, sent after {}, loaded after {} (loading {}, config {}); now {}{}{}",
+                part(device.saved_after_ms),
+                part(device.sent_after_ms),
+                part(device.loaded_after_ms),
+                part(device.load_ms),
+                part(device.config_ms),
+                device.state,
+                if device.was_reset {
+                    ", WAS RESET: its state is lost"
+                } else {
+                    ""
+                },
+                device
+                    .error
+                    .as_ref()
+                    .map(|text| format!("; {text}"))
+                    .unwrap_or_default()
+            );
         }
     }
 

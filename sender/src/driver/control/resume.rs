@@ -127,7 +127,8 @@ impl Control {
 
     /// The features that this side would like.
     pub(super) fn wanted(&self) -> Features {
-        if self.shared.config.reconnect.is_zero() {
+        // With devices nothing is kept: their streams would have to begin anew at both ends.
+        if self.shared.config.reconnect.is_zero() || !self.fleet.is_empty() {
             Features::NONE
         } else {
             Features::RESUME
@@ -201,7 +202,8 @@ impl Control {
     pub(super) fn take_control(&mut self, opened: Open) -> Result<(), Error> {
         tracing::info!(channel = %opened.description, session = ?self.id, "control channel open");
         let (notes, epoch, rx) = (self.notes.clone(), self.epoch, opened.rx);
-        let body = Box::new(move || read_control(rx, epoch, &notes));
+        let depot = Arc::clone(&self.shared.depot);
+        let body = Box::new(move || read_control(rx, depot, epoch, &notes));
         let reader = self.spawner.spawn("mfd-reader", body).map_err(|source| {
             Error::new(
                 Phase::Hello,

@@ -1,0 +1,322 @@
+//! One device's stream at the destination, as a machine without I/O: admits items from any lane and puts them in order.
+//!
+//! ```text
+//!                 loaded          next (lowest missing)                     granted
+//!                   ▼               ▼                                          ▼
+//!    ── gone ───────┼── ready ──────┼── missing ── held ── missing ── held ────┼── refused ──
+//!                   └───────────────── the window, in octets ──────────────────┘
+//! ```
+//! The rules it keeps: nothing past the granted offset is admitted (SPEC: CREDIT-3), items never overlap, so what is held is
+//! never more than the window; the lowest missing item lies inside the window and so always has room (SPEC: CREDIT-4); what
+//! is handed over is in the order of the indices and follows the grammar of a stream (SPEC: DEVSTREAM-1 to DEVSTREAM-5).
+
+use std::collections::{BTreeMap, VecDeque};
+
+use multifd_wire::frame::{DeviceChunk, DeviceMark, Mark, Section};
+use multifd_wire::{DeviceId, Generation, Misbehaved};
+
+use crate::error::Fault;
+
+/// Items of one device that are held at most, chunks and marks, besides one for each 4 KiB of the window. A source that sends
+/// smaller chunks in such numbers is refused with reason 10: each item costs some hundred octets beside its own.
+const ITEMS_SPARE: u64 = 64;
+
+/// What is handed over, in order.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Item {
+    /// Octets of the data section.
+    Data(Vec<u8>),
+    /// Octets of the configuration.
+    Config(Vec<u8>),
+    /// The initial bytes of this generation are complete.
+    InitialEnd(Generation),
+    /// The data is complete.
+    DataEnd,
+    /// The configuration is complete, and with it the stream.
+    ConfigEnd,
+    /// All before this is void.
+    Restart,
+}
+
+/// Whether a chunk is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admit {
+    /// Its body is to be read, and brought with [`Assembler::arrived`] or given up.
+    Take,
+    /// It is here already: its body is to be read over (SPEC: DEVSTREAM-1).
+    Have,
+}
+
+/// An item ahead of the lowest missing one, or that one while its body is being read.
+#[derive(Debug)]
+struct Held {
+    offset: u64,
+    end: u64,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// A lane is reading its body.
+    Coming(Section),
+    Chunk(Section, Vec<u8>),
+    Mark(Mark, Generation),
+}
+
+/// Where in the grammar the lowest missing item stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Data,
+    Config,
+    Over,
+}
+
+/// The machine of one device's stream.
+#[derive(Debug)]
+pub struct Assembler {
+    device: DeviceId,
+    chunk_bytes_max: u64,
+    window: u64,
+    /// The lowest missing index, and the offset at which it begins.
+    next: u64,
+    offset: u64,
+    stage: Stage,
+    generation: Generation,
+    held: BTreeMap<u64, Held>,
+    ready: VecDeque<Item>,
+    loaded: u64,
+    granted: u64,
+}
+
+impl Assembler {
+    /// A stream of which nothing came yet. The source has the credit `window` already (SPEC: CREDIT-2).
+    #[must_use]
+    pub fn new(device: DeviceId, chunk_bytes_max: u64, window: u64) -> Self {
+        Self {
+            device,
+            chunk_bytes_max,
+            window,
+            next: 0,
+            offset: 0,
+            stage: Stage::Data,
+            generation: Generation::new(0),
+            held: BTreeMap::new(),
+            ready: VecDeque::new(),
+            loaded: 0,
+            granted: window,
+        }
+    }
+
+    /// A chunk's head came, with a body of this size.
+    ///
+    /// # Errors
+    /// [`Misbehaved::Credit`], [`Misbehaved::DeviceStream`]; [`Fault::Limit`] for too many small items. Nothing has changed then.
+    pub fn admit(&mut self, chunk: &DeviceChunk, bytes: u64) -> Result<Admit, Fault> {
+        let (index, offset) = (chunk.index, chunk.offset);
+        if bytes == 0 || bytes > self.chunk_bytes_max {
+            return Err(self.misfit(index).into());
+        }
+        if !self.fits(index, offset, bytes)? {
+            return Ok(Admit::Have);
+        }
+        self.hold(index, offset, bytes, Content::Coming(chunk.section));
+        Ok(Admit::Take)
+    }
+
+    /// The body of an admitted chunk is here, whole and right.
+    ///
+    /// # Errors
+    /// [`Misbehaved::DeviceStream`] when what is now complete is no stream.
+    pub fn arrived(&mut self, index: u64, octets: Vec<u8>) -> Result<(), Misbehaved> {
+        let Some(held) = self.held.get_mut(&index) else {
+            return Err(self.misfit(index));
+        };
+        let Content::Coming(section) = held.content else {
+            return Err(self.misfit(index));
+        };
+        held.content = Content::Chunk(section, octets);
+        self.advance()
+    }
+
+    /// The body of an admitted chunk will not come: its lane is gone. It is missing again.
+    pub fn give_up(&mut self, index: u64) {
+        let coming = |held: &Held| matches!(held.content, Content::Coming(_));
+        if self.held.get(&index).is_some_and(coming) {
+            self.held.remove(&index);
+        }
+    }
+
+    /// A mark came.
+    ///
+    /// # Errors
+    /// As for a chunk.
+    pub fn mark(&mut self, mark: &DeviceMark) -> Result<(), Fault> {
+        if self.fits(mark.index, mark.offset, 0)? {
+            let content = Content::Mark(mark.mark, mark.generation);
+            self.hold(mark.index, mark.offset, 0, content);
+            self.advance()?;
+        }
+        Ok(())
+    }
+
+    /// The next item to load.
+    pub fn pop(&mut self) -> Option<Item> {
+        self.ready.pop_front()
+    }
+
+    /// Whether there is a next item.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// So many octets that were popped are loaded and their memory is free.
+    pub fn loaded(&mut self, bytes: u64) {
+        self.loaded += bytes;
+    }
+
+    /// Up to where the source may send, if that is worth telling: at least a quarter of the window more than it knows, or whatever
+    /// there is when its next chunk may not fit.
+    pub fn credit(&mut self) -> Option<u64> {
+        let possible = self.loaded.saturating_add(self.window);
+        let tight = self.granted - self.offset < self.chunk_bytes_max;
+        let more = possible - self.granted;
+        if more == 0 || (more < self.window / 4 && !tight) {
+            return None;
+        }
+        self.granted = possible;
+        Some(possible)
+    }
+
+    /// Octets held here now: what waits for its turn, and what was popped and is not loaded yet.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        let early: u64 = self.held.values().map(|held| held.end - held.offset).sum();
+        early + (self.offset - self.loaded)
+    }
+
+    /// Whether the stream is complete: everything up to its end came.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.stage == Stage::Over
+    }
+
+    /// Whether an item has a place here; false if it is here already.
+    fn fits(&self, index: u64, offset: u64, bytes: u64) -> Result<bool, Fault> {
+        if index < self.next {
+            return Ok(false);
+        }
+        if let Some(held) = self.held.get(&index) {
+            return match held.content {
+                // Two lanes bring it at once: it is sent again only once its lane was given up (SPEC: DEVSTREAM-1).
+                Content::Coming(_) => Err(self.misfit(index).into()),
+                _ => Ok(false),
+            };
+        }
+        let end = offset.saturating_add(bytes);
+        // SPEC: CREDIT-3
+        if end > self.granted {
+            return Err(Fault::from(Misbehaved::Credit {
+                device: self.device.value(),
+                end,
+                offset_max: self.granted,
+            }));
+        }
+        let below = self.held.range(..index).next_back();
+        let (below, floor) = below.map_or((self.next.checked_sub(1), self.offset), |(at, held)| {
+            (Some(*at), held.end)
+        });
+        let adjacent = below.map_or(index == 0, |below| below.checked_add(1) == Some(index));
+        let above = self.held.range(index..).next();
+        let under = above.is_none_or(|(at, held)| {
+            if index.checked_add(1) == Some(*at) {
+                end == held.offset
+            } else {
+                end <= held.offset
+            }
+        });
+        // SPEC: DEVSTREAM-2, DEVSTREAM-3: offsets go on without gap and overlap.
+        let over = if adjacent {
+            offset == floor
+        } else {
+            offset >= floor
+        };
+        if !over || !under || index == u64::MAX {
+            return Err(self.misfit(index).into());
+        }
+        let most = self.window / 4096 + ITEMS_SPARE;
+        if (self.held.len() + self.ready.len()) as u64 >= most {
+            return Err(Fault::Limit {
+                what: "chunks and marks of one device",
+                wanted: most + 1,
+                most,
+            });
+        }
+        Ok(true)
+    }
+
+    fn hold(&mut self, index: u64, offset: u64, bytes: u64, content: Content) {
+        let end = offset + bytes;
+        self.held.insert(
+            index,
+            Held {
+                offset,
+                end,
+                content,
+            },
+        );
+    }
+
+    /// Moves what has become complete at the front to where it is popped.
+    fn advance(&mut self) -> Result<(), Misbehaved> {
+        while let Some(entry) = self.held.first_entry() {
+            if *entry.key() != self.next || matches!(entry.get().content, Content::Coming(_)) {
+                break;
+            }
+            let held = entry.remove();
+            let item = self.in_turn(held.content)?;
+            self.next += 1;
+            self.offset = held.end;
+            self.ready.push_back(item);
+        }
+        Ok(())
+    }
+
+    /// The grammar: what may come now (SPEC: DEVSTREAM-3, DEVSTREAM-4).
+    fn in_turn(&mut self, content: Content) -> Result<Item, Misbehaved> {
+        let newest = self.generation;
+        Ok(match (self.stage, content) {
+            (Stage::Data, Content::Chunk(Section::Data, octets)) => Item::Data(octets),
+            (Stage::Config, Content::Chunk(Section::Config, octets)) => Item::Config(octets),
+            (Stage::Data, Content::Mark(Mark::InitialEnd, generation))
+                if newest.next() == Some(generation) =>
+            {
+                self.generation = generation;
+                Item::InitialEnd(generation)
+            }
+            (Stage::Data, Content::Mark(Mark::DataEnd, generation)) if generation == newest => {
+                self.stage = Stage::Config;
+                Item::DataEnd
+            }
+            (Stage::Config, Content::Mark(Mark::ConfigEnd, generation)) if generation == newest => {
+                self.stage = Stage::Over;
+                Item::ConfigEnd
+            }
+            (_, Content::Mark(Mark::Restart, generation)) if generation == newest => {
+                self.stage = Stage::Data;
+                Item::Restart
+            }
+            _ => return Err(self.misfit(self.next)),
+        })
+    }
+
+    fn misfit(&self, index: u64) -> Misbehaved {
+        Misbehaved::DeviceStream {
+            device: self.device.value(),
+            index,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

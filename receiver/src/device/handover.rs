@@ -1,0 +1,181 @@
+//! Where lanes leave the items of one device and its loader takes them up: the assembler behind a lock, and its buffers.
+//!
+//! ```text
+//!   lanes:   admit ─► (read the body) ─► arrived ──┐            loader:  next ─► write to the device ─► loaded ─► credit
+//!            mark ─────────────────────────────────┴─► wakes ──►
+//! ```
+//! The rule it keeps: a lane never waits here for the loader, only for the lock. The loader waits, and an item that is there, or
+//! the end, always wakes it. `sync` is `std::sync`; the model in the tests puts another in its place.
+
+use multifd_wire::Misbehaved;
+use multifd_wire::frame::{DeviceChunk, DeviceMark};
+
+use super::assembler::{Admit, Assembler, Item};
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use crate::error::Fault;
+
+/// The place itself.
+pub(crate) struct Handover {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    assembler: Assembler,
+    /// Buffers that were loaded, for the next chunks: fresh memory costs several times what filling it costs.
+    free: Vec<Vec<u8>>,
+    free_max: usize,
+    chunk_bytes_max: usize,
+    memory_landed: bool,
+    ended: bool,
+}
+
+/// What came of waiting for memory.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Waited {
+    /// All memory has landed.
+    Landed,
+    /// The stream begins anew: what it was waited for is void.
+    Restarted,
+    /// The migration has ended.
+    Ended,
+}
+
+/// What a lane is to do with a chunk's body.
+pub(crate) enum Body {
+    /// Read it into this, which has its size, and bring it.
+    Take(Vec<u8>),
+    /// Read over it.
+    Have,
+}
+
+impl Handover {
+    pub(crate) fn new(assembler: Assembler, chunk_bytes_max: u64, window: u64) -> Self {
+        let chunks = window / chunk_bytes_max.max(1);
+        Self {
+            state: Mutex::new(State {
+                assembler,
+                free: Vec::new(),
+                free_max: usize::try_from(chunks).unwrap_or(usize::MAX),
+                chunk_bytes_max: usize::try_from(chunk_bytes_max).unwrap_or(usize::MAX),
+                memory_landed: false,
+                ended: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// A chunk's head came.
+    pub(crate) fn admit(&self, chunk: &DeviceChunk, bytes: usize) -> Result<Body, Fault> {
+        let mut state = self.lock();
+        match state.assembler.admit(chunk, bytes as u64)? {
+            Admit::Have => Ok(Body::Have),
+            Admit::Take => Ok(Body::Take(state.buffer(bytes))),
+        }
+    }
+
+    /// Its body is here.
+    pub(crate) fn arrived(&self, index: u64, octets: Vec<u8>) -> Result<(), Misbehaved> {
+        let result = self.lock().assembler.arrived(index, octets);
+        self.changed.notify_all();
+        result
+    }
+
+    /// Its body will not come.
+    pub(crate) fn give_up(&self, index: u64) {
+        self.lock().assembler.give_up(index);
+    }
+
+    /// A mark came.
+    pub(crate) fn mark(&self, mark: &DeviceMark) -> Result<(), Fault> {
+        let result = self.lock().assembler.mark(mark);
+        self.changed.notify_all();
+        result
+    }
+
+    /// Waits for the next item in order; `None` when the migration has ended.
+    pub(crate) fn next(&self) -> Option<Item> {
+        let mut state = self.lock();
+        loop {
+            if state.ended {
+                return None;
+            }
+            if let Some(item) = state.assembler.pop() {
+                return Some(item);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// An item's octets are loaded. Gives the credit that the source is to be told of, if it is time.
+    pub(crate) fn loaded(&self, octets: Vec<u8>) -> Option<u64> {
+        let mut state = self.lock();
+        state.assembler.loaded(octets.len() as u64);
+        // What is held and what is kept for later are together no more than the window, in whole buffers.
+        let held = state.assembler.held_bytes() / state.chunk_bytes_max.max(1) as u64;
+        let room = (state.free_max as u64).saturating_sub(held);
+        if octets.capacity() >= state.chunk_bytes_max && (state.free.len() as u64) < room {
+            state.free.push(octets);
+        }
+        state.assembler.credit()
+    }
+
+    /// Waits until all memory has landed.
+    pub(crate) fn wait_for_memory(&self) -> Waited {
+        let mut state = self.lock();
+        loop {
+            if state.ended {
+                return Waited::Ended;
+            }
+            if state.memory_landed {
+                return Waited::Landed;
+            }
+            if state.assembler.has_more() {
+                return Waited::Restarted;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The stream begins anew: memory will have to land again.
+    pub(crate) fn restarted(&self) {
+        self.lock().memory_landed = false;
+    }
+
+    /// All memory has landed.
+    pub(crate) fn memory_landed(&self) {
+        self.lock().memory_landed = true;
+        self.changed.notify_all();
+    }
+
+    /// The migration has ended: the loader goes home.
+    pub(crate) fn end(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// A buffer of this size. Small chunks get small ones, so that what is held costs at most twice its octets.
+    fn buffer(&mut self, bytes: usize) -> Vec<u8> {
+        if bytes < self.chunk_bytes_max / 2 {
+            return vec![0; bytes];
+        }
+        let mut buffer = self
+            .free
+            .pop()
+            .unwrap_or_else(|| Vec::with_capacity(self.chunk_bytes_max));
+        buffer.resize(bytes, 0);
+        buffer
+    }
+}

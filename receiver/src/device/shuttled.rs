@@ -1,0 +1,164 @@
+//! The hand-over between lanes and loader under random and systematic thread schedules.
+//!
+//! The file of the hand-over is compiled once more here, with the model's lock and condition variable in the place of the
+//! standard ones. A lost wake-up shows as a deadlock, which the model reports.
+
+use multifd_wire::frame::{DeviceChunk, DeviceMark, Mark, Section};
+use multifd_wire::{DeviceId, Generation};
+use shuttle::sync::Arc;
+use shuttle::thread;
+
+use super::assembler;
+use assembler::{Assembler, Item};
+
+mod sync {
+    pub(super) use shuttle::sync::{Condvar, Mutex, MutexGuard};
+    pub(super) use std::sync::PoisonError;
+}
+
+#[allow(clippy::duplicate_mod)] // on purpose: with another lock
+#[path = "handover.rs"]
+mod handover;
+
+use handover::{Body, Handover, Waited};
+
+const RANDOM: usize = 3000;
+
+fn handover() -> Arc<Handover> {
+    let assembler = Assembler::new(DeviceId::new(0), 4, 8);
+    Arc::new(Handover::new(assembler, 4, 8))
+}
+
+/// A data chunk of four octets that all are its index.
+fn bring(handover: &Handover, index: u64) {
+    let head = DeviceChunk {
+        device: DeviceId::new(0),
+        section: Section::Data,
+        index,
+        offset: index * 4,
+    };
+    match handover.admit(&head, 4).unwrap() {
+        Body::Take(mut octets) => {
+            octets.fill(index as u8);
+            handover.arrived(index, octets).unwrap();
+        }
+        Body::Have => {}
+    }
+}
+
+fn mark(handover: &Handover, what: Mark, index: u64, offset: u64) {
+    let mark = DeviceMark {
+        device: DeviceId::new(0),
+        mark: what,
+        generation: Generation::new(0),
+        index,
+        offset,
+    };
+    handover.mark(&mark).unwrap();
+}
+
+/// Loads to the end of the stream; gives the octets and the last credit.
+fn load(handover: &Handover) -> (Vec<u8>, u64) {
+    let (mut got, mut credit) = (Vec::new(), 8);
+    loop {
+        match handover.next().expect("the stream ends, not the migration") {
+            Item::Data(octets) | Item::Config(octets) => {
+                got.extend_from_slice(&octets);
+                credit = handover.loaded(octets).unwrap_or(credit);
+            }
+            Item::ConfigEnd => return (got, credit),
+            Item::InitialEnd(_) | Item::DataEnd | Item::Restart => {}
+        }
+    }
+}
+
+/// Two lanes bring two chunks and the marks between them, a third thread loads.
+fn two_lanes_and_a_loader() {
+    let place = handover();
+    let lanes: Vec<_> = (0..2u64)
+        .map(|lane| {
+            let place = Arc::clone(&place);
+            thread::spawn(move || {
+                bring(&place, lane);
+                let what = if lane == 0 {
+                    Mark::ConfigEnd
+                } else {
+                    Mark::DataEnd
+                };
+                mark(&place, what, 3 - lane, 8);
+            })
+        })
+        .collect();
+    let (got, credit) = load(&place);
+    assert_eq!(got, [0, 0, 0, 0, 1, 1, 1, 1]);
+    assert_eq!(credit, 16, "all of it is credit again");
+    lanes.into_iter().for_each(|lane| lane.join().unwrap());
+}
+
+/// One lane is cut off in a body; another brings the same chunk later. The loader may wait meanwhile.
+fn a_lane_dies_in_a_body() {
+    let place = handover();
+    let dying = Arc::clone(&place);
+    let lane = thread::spawn(move || {
+        let head = DeviceChunk {
+            device: DeviceId::new(0),
+            section: Section::Data,
+            index: 0,
+            offset: 0,
+        };
+        assert!(matches!(dying.admit(&head, 4).unwrap(), Body::Take(_)));
+        dying.give_up(0);
+        let heir = Arc::clone(&dying);
+        thread::spawn(move || bring(&heir, 0)).join().unwrap();
+        mark(&dying, Mark::DataEnd, 1, 4);
+        mark(&dying, Mark::ConfigEnd, 2, 4);
+    });
+    assert_eq!(load(&place).0, [0; 4]);
+    lane.join().unwrap();
+}
+
+/// The end of the migration sends the loader home, wherever it waits; so does the end of memory where that is waited for.
+fn the_end_wakes_the_loader() {
+    let place = handover();
+    let loader = Arc::clone(&place);
+    let waiting = thread::spawn(move || loader.next().is_none());
+    let last = Arc::clone(&place);
+    let gate = thread::spawn(move || {
+        while last.wait_for_memory() == Waited::Restarted {}
+        last.wait_for_memory()
+    });
+    bring(&place, 1);
+    place.end();
+    assert!(waiting.join().unwrap(), "chunk 0 never came");
+    assert_eq!(gate.join().unwrap(), Waited::Ended);
+    let place = handover();
+    let last = Arc::clone(&place);
+    let gate = thread::spawn(move || last.wait_for_memory());
+    place.memory_landed();
+    assert_eq!(gate.join().unwrap(), Waited::Landed);
+    // A stream that begins anew waits anew, and what comes behind it is heard.
+    place.restarted();
+    let last = Arc::clone(&place);
+    let gate = thread::spawn(move || last.wait_for_memory());
+    mark(&place, Mark::Restart, 0, 0);
+    assert_eq!(gate.join().unwrap(), Waited::Restarted);
+}
+
+#[test]
+fn two_lanes_and_a_loader_under_every_small_and_many_random_schedules() {
+    shuttle::check_dfs(two_lanes_and_a_loader, Some(20_000));
+    shuttle::check_random(two_lanes_and_a_loader, RANDOM);
+    shuttle::check_pct(two_lanes_and_a_loader, RANDOM, 3);
+}
+
+#[test]
+fn a_chunk_whose_lane_dies_is_loaded_once_under_random_schedules() {
+    shuttle::check_random(a_lane_dies_in_a_body, RANDOM);
+    shuttle::check_pct(a_lane_dies_in_a_body, RANDOM, 3);
+}
+
+#[test]
+fn nobody_sleeps_past_the_end_under_random_schedules() {
+    shuttle::check_random(the_end_wakes_the_loader, RANDOM);
+    shuttle::check_pct(the_end_wakes_the_loader, RANDOM, 3);
+}

@@ -1,0 +1,409 @@
+//! The devices at the destination: where lanes leave their items, and one loader thread for each.
+//!
+//! The loader begins with the first chunk. It alone calls its device until everything is loaded; after that, and before
+//! the rounds, the VMM's thread does. What it must never do: keep a lane waiting, or start a device.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use multifd_transport::ReceiveHalf;
+use multifd_wire::frame::{Device, DeviceChunk, DeviceFlags, DeviceMark};
+use multifd_wire::limits::BLOB_BYTES_MAX;
+use multifd_wire::{DeviceId, DeviceState, Generation, Header, Misbehaved};
+
+use super::link::skip_body;
+use super::{Note, Shared, thread_cpu};
+use crate::device::assembler::{Assembler, Item};
+use crate::device::handover::{Body, Handover, Waited};
+use crate::device::{DeviceError, DeviceSink};
+use crate::error::Fault;
+
+/// What a loader tells the control thread.
+#[derive(Debug)]
+pub(super) enum DeviceNote {
+    /// The initial bytes of a generation are loaded.
+    InitialLoaded {
+        device: DeviceId,
+        generation: Generation,
+        bytes: u64,
+        took: Duration,
+    },
+    /// The source may send up to here.
+    Credit { device: DeviceId, offset_max: u64 },
+    /// Everything is loaded, and the device stands still.
+    Loaded(LoadedDevice),
+    /// What was loaded is void.
+    Restarted { device: DeviceId },
+    /// The device failed.
+    Failed(Fault),
+}
+
+/// A device that has everything, and how long that took.
+#[derive(Debug, Clone)]
+pub(crate) struct LoadedDevice {
+    pub(crate) device: DeviceId,
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
+    pub(crate) load: Duration,
+    pub(crate) config: Duration,
+}
+
+/// Where lanes leave what belongs to devices. Shared by all lanes.
+pub(super) struct Inventory {
+    devices: Vec<Arc<Handover>>,
+}
+
+impl Inventory {
+    /// Places for the devices of the table, each with a window of so many octets.
+    pub(super) fn new(table: &[Device], window: u64) -> Self {
+        let place = |device: &Device| {
+            let assembler = Assembler::new(device.id, device.chunk_bytes_max, window);
+            Arc::new(Handover::new(assembler, device.chunk_bytes_max, window))
+        };
+        Self {
+            devices: table.iter().map(place).collect(),
+        }
+    }
+
+    fn place(&self, device: DeviceId) -> Result<&Handover, Misbehaved> {
+        self.devices
+            .get(device.value() as usize)
+            .map(Arc::as_ref)
+            .ok_or(Misbehaved::UnknownDevice {
+                device: device.value(),
+            })
+    }
+
+    /// A chunk's head came on a lane: reads its body to where it belongs.
+    pub(super) fn chunk(
+        &self,
+        rx: &mut dyn ReceiveHalf,
+        chunk: &DeviceChunk,
+        header: &Header,
+    ) -> Result<(), Fault> {
+        let place = self.place(chunk.device)?;
+        match place.admit(chunk, header.body_bytes())? {
+            Body::Have => Ok(skip_body(rx, header.body_bytes())?),
+            Body::Take(mut octets) => {
+                // SPEC: ERR-4
+                let read = rx
+                    .receive(&mut octets)
+                    .map_err(Fault::from)
+                    .and_then(|()| Ok(header.check_body(&octets)?));
+                if let Err(fault) = read {
+                    place.give_up(chunk.index);
+                    return Err(fault);
+                }
+                Ok(place.arrived(chunk.index, octets)?)
+            }
+        }
+    }
+
+    /// A mark came on a lane.
+    pub(super) fn mark(&self, mark: &DeviceMark) -> Result<(), Fault> {
+        self.place(mark.device)?.mark(mark)
+    }
+
+    /// Memory is complete: configurations that had to wait for it are loaded now (SPEC: DEVSTREAM-6).
+    pub(super) fn memory_landed(&self) {
+        self.devices.iter().for_each(|place| place.memory_landed());
+    }
+
+    /// Sends the loaders home.
+    pub(super) fn end(&self) {
+        self.devices.iter().for_each(|place| place.end());
+    }
+
+    /// Starts a loader for each device.
+    pub(super) fn start(
+        &self,
+        table: &[Device],
+        sinks: Vec<Box<dyn DeviceSink>>,
+        shared: &Arc<Shared>,
+    ) -> Result<Vec<LoaderThread>, Fault> {
+        let mut threads = Vec::new();
+        for ((device, sink), place) in table.iter().zip(sinks).zip(&self.devices) {
+            let (give, back) = crossbeam_channel::bounded(1);
+            let loader = Loader {
+                device: *device,
+                name: device.name.as_str().to_owned(),
+                sink,
+                place: Arc::clone(place),
+                shared: Arc::clone(shared),
+                config: Vec::new(),
+                bytes: 0,
+                load: Duration::ZERO,
+                generation_bytes: 0,
+                generation_load: Duration::ZERO,
+            };
+            let body = Box::new(move || {
+                let _ = give.send(loader.run());
+            });
+            let name = format!("mfd-dev{}", device.id);
+            let thread = shared
+                .spawner
+                .spawn(&name, body)
+                .map_err(|source| Fault::System {
+                    step: "start a thread",
+                    source,
+                })?;
+            threads.push(LoaderThread { thread, back });
+        }
+        Ok(threads)
+    }
+}
+
+/// A loader at work. It gives its device back when it has everything, or when it is sent home.
+pub(super) struct LoaderThread {
+    thread: JoinHandle<()>,
+    back: Receiver<Box<dyn DeviceSink>>,
+}
+
+impl LoaderThread {
+    /// Its device; `None` if the device's own code panicked. Meanwhile the queue of notes must not stay full: `make_room`.
+    pub(super) fn home(self, make_room: impl Fn()) -> Option<Box<dyn DeviceSink>> {
+        let sink = loop {
+            match self.back.recv_timeout(Duration::from_millis(1)) {
+                Ok(sink) => break Some(sink),
+                Err(RecvTimeoutError::Timeout) => make_room(),
+                Err(RecvTimeoutError::Disconnected) => break None,
+            }
+        };
+        let _ = self.thread.join();
+        sink
+    }
+}
+
+struct Loader {
+    device: Device,
+    name: String,
+    sink: Box<dyn DeviceSink>,
+    place: Arc<Handover>,
+    shared: Arc<Shared>,
+    config: Vec<u8>,
+    bytes: u64,
+    load: Duration,
+    /// Of the present generation of initial bytes.
+    generation_bytes: u64,
+    generation_load: Duration,
+}
+
+impl Loader {
+    fn run(mut self) -> Box<dyn DeviceSink> {
+        let mut cpu = Duration::ZERO;
+        // Also after the end of the stream: it may begin anew.
+        while let Some(item) = self.place.next() {
+            let done = self.item(item);
+            self.shared.counters.add_cpu(thread_cpu(&mut cpu));
+            if let Err(fault) = done {
+                self.tell(DeviceNote::Failed(fault));
+                break;
+            }
+        }
+        self.sink
+    }
+
+    fn item(&mut self, item: Item) -> Result<(), Fault> {
+        match item {
+            Item::Data(octets) => {
+                let began = Instant::now();
+                self.sink
+                    .write(&octets)
+                    .map_err(|e| self.fault("take its state in", e))?;
+                let (took, bytes) = (began.elapsed(), octets.len() as u64);
+                self.load += took;
+                self.generation_load += took;
+                self.bytes += bytes;
+                self.generation_bytes += bytes;
+                let counters = &self.shared.counters;
+                counters.device_bytes.fetch_add(bytes, Ordering::Relaxed);
+                self.give_credit(octets);
+            }
+            Item::Config(octets) => {
+                let wanted = self.config.len() as u64 + octets.len() as u64;
+                if wanted > BLOB_BYTES_MAX {
+                    return Err(Fault::Limit {
+                        what: "octets of a device's configuration",
+                        wanted,
+                        most: BLOB_BYTES_MAX,
+                    });
+                }
+                self.config.extend_from_slice(&octets);
+                self.give_credit(octets);
+            }
+            Item::InitialEnd(generation) => {
+                let began = Instant::now();
+                self.sink
+                    .initial_end()
+                    .map_err(|e| self.fault("finish its initial bytes", e))?;
+                self.load += began.elapsed();
+                let took = self.generation_load + began.elapsed();
+                self.tell(DeviceNote::InitialLoaded {
+                    device: self.device.id,
+                    generation,
+                    bytes: self.generation_bytes,
+                    took,
+                });
+                (self.generation_bytes, self.generation_load) = (0, Duration::ZERO);
+            }
+            Item::DataEnd => {}
+            Item::ConfigEnd => self.finish()?,
+            Item::Restart => {
+                self.place.restarted();
+                // One that had everything stands still already.
+                if self.sink.state() == DeviceState::Resuming {
+                    self.sink
+                        .restart()
+                        .map_err(|e| self.fault("begin anew", e))?;
+                } else {
+                    lead(&mut *self.sink, DeviceState::Resuming)?;
+                }
+                self.tell(DeviceNote::Restarted {
+                    device: self.device.id,
+                });
+                self.config.clear();
+                (self.bytes, self.load) = (0, Duration::ZERO);
+                (self.generation_bytes, self.generation_load) = (0, Duration::ZERO);
+            }
+        }
+        Ok(())
+    }
+
+    /// The configuration, when its time has come, and the device's own check of it all.
+    fn finish(&mut self) -> Result<(), Fault> {
+        let late = DeviceFlags::CONFIG_AFTER_MEMORY;
+        if self.device.flags.contains(late) && self.place.wait_for_memory() != Waited::Landed {
+            return Ok(());
+        }
+        let began = Instant::now();
+        if !self.config.is_empty() {
+            let config = std::mem::take(&mut self.config);
+            self.sink
+                .load_config(&config)
+                .map_err(|e| self.fault("take its configuration in", e))?;
+        }
+        self.sink
+            .set_state(DeviceState::Stop)
+            .map_err(|e| self.fault("finish its state", e))?;
+        self.tell(DeviceNote::Loaded(LoadedDevice {
+            device: self.device.id,
+            name: self.name.clone(),
+            bytes: self.bytes,
+            load: self.load,
+            config: began.elapsed(),
+        }));
+        Ok(())
+    }
+
+    fn give_credit(&self, octets: Vec<u8>) {
+        if let Some(offset_max) = self.place.loaded(octets) {
+            self.tell(DeviceNote::Credit {
+                device: self.device.id,
+                offset_max,
+            });
+        }
+    }
+
+    fn tell(&self, note: DeviceNote) {
+        let _ = self.shared.notes.send(Note::Device(note));
+    }
+
+    fn fault(&self, step: &'static str, source: DeviceError) -> Fault {
+        Fault::Device {
+            device: self.name.clone(),
+            step,
+            source,
+        }
+    }
+}
+
+/// Checks that these are the devices of the table and can be moved together, and leads each to where its state can be written.
+pub(super) fn open(table: &[Device], sinks: &mut [Box<dyn DeviceSink>]) -> Result<(), Fault> {
+    let refuse = |text: String| Err(Fault::Devices { text });
+    if sinks.len() != table.len() {
+        return refuse(format!("the VMM gave {} for {}", sinks.len(), table.len()));
+    }
+    for (device, sink) in table.iter().zip(sinks.iter()) {
+        if sink.name() != device.name.as_str() {
+            return refuse(format!("the VMM gave {} for {}", sink.name(), device.name));
+        }
+    }
+    let without = sinks
+        .iter()
+        .find(|sink| !sink.flags().contains(DeviceFlags::P2P));
+    if let Some(sink) = without.filter(|_| sinks.len() > 1) {
+        return refuse(format!(
+            "{} has no P2P-quiescent state, so it can only be moved alone",
+            sink.name()
+        ));
+    }
+    for sink in sinks {
+        lead(&mut **sink, DeviceState::Resuming)?;
+    }
+    Ok(())
+}
+
+/// Starts all devices, which have all been loaded: first every one to where none disturbs another, then on.
+pub(super) fn start(sinks: &mut [Box<dyn DeviceSink>]) -> Result<(), Fault> {
+    for sink in sinks.iter_mut() {
+        if sink.flags().contains(DeviceFlags::P2P) {
+            lead(&mut **sink, DeviceState::RunningP2p)?;
+        }
+    }
+    sinks
+        .iter_mut()
+        .try_for_each(|sink| lead(&mut **sink, DeviceState::Running))
+}
+
+/// Step by step.
+fn lead(sink: &mut dyn DeviceSink, to: DeviceState) -> Result<(), Fault> {
+    while let Some(next) = sink.state().step_to(to, sink.flags()) {
+        sink.set_state(next).map_err(|source| Fault::Device {
+            device: sink.name().to_owned(),
+            step: to_step(to),
+            source,
+        })?;
+    }
+    if sink.state() == to {
+        return Ok(());
+    }
+    Err(Fault::Device {
+        device: sink.name().to_owned(),
+        step: to_step(to),
+        source: DeviceError::new(format!("it is in {}", sink.state())),
+    })
+}
+
+fn to_step(to: DeviceState) -> &'static str {
+    match to {
+        DeviceState::Resuming => "get ready for its state",
+        DeviceState::RunningP2p => "start, quiescent",
+        _ => "start",
+    }
+}
+
+/// Refuses a table that is more than this side holds or can serve (SPEC: SETUP-3, DEVICE-3).
+pub(super) fn check_table(table: &[Device], window: u64, bytes_max: u64) -> Result<(), Fault> {
+    let limit = |what, wanted, most| Err(Fault::Limit { what, wanted, most });
+    let wanted = window.saturating_mul(table.len() as u64);
+    if wanted > bytes_max {
+        return limit("octets for all devices' windows", wanted, bytes_max);
+    }
+    if let Some(device) = table.iter().find(|device| device.chunk_bytes_max > window) {
+        let what = "octets of a device's chunk";
+        return limit(what, device.chunk_bytes_max, window);
+    }
+    let without = |device: &&Device| !device.flags.contains(DeviceFlags::P2P);
+    if let Some(device) = table.iter().find(without).filter(|_| table.len() > 1) {
+        return Err(Fault::Devices {
+            text: format!(
+                "{} has no P2P-quiescent state, so it can only be moved alone",
+                device.name
+            ),
+        });
+    }
+    Ok(())
+}

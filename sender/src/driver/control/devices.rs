@@ -1,0 +1,173 @@
+//! What the control thread does about devices (SPEC: section 13).
+//!
+//! The rules it keeps: the guest is not paused before every acknowledgement that counts is here, unless the user waived it;
+//! and whenever the guest comes back to the source, its devices have come back before it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use multifd_wire::frame::{DeviceLoaded, SwitchoverAck};
+use multifd_wire::{Features, Misbehaved, Phase};
+
+use super::Control;
+use crate::driver::device::{Desk, DeviceNote};
+use crate::error::{Error, Fault};
+use crate::report::{DeviceReport, ms};
+use crate::session::Event;
+use crate::vmm::Reclaimed;
+
+impl Control {
+    /// The VMM's devices, and the feature that they need.
+    pub(super) fn take_devices(&mut self) -> Result<Features, Error> {
+        let fail = |fault| Error::new(Phase::Hello, fault);
+        let step = "give its devices";
+        let sources = self
+            .vmm
+            .devices()
+            .map_err(|source| fail(Fault::Vmm { step, source }))?;
+        let chunk = self.shared.config.device_chunk;
+        self.fleet.take(sources, chunk).map_err(fail)?;
+        Ok(if self.fleet.is_empty() {
+            Features::NONE
+        } else {
+            Features::DEVICE_STATE
+        })
+    }
+
+    /// The destination is ready: readers start, and devices that can begin pre-copy.
+    pub(super) fn start_devices(&mut self) -> Result<(), Error> {
+        let window = self.grant.map_or(0, |grant| grant.device_window_bytes);
+        if self.fleet.is_empty() {
+            return Ok(());
+        }
+        self.fleet
+            .start(window, &self.shared.depot, &*self.spawner, &self.notes)
+            .map_err(|fault| Error::new(Phase::Setup, fault))
+    }
+
+    /// Tells the machine what devices would add to the downtime, before it decides.
+    pub(super) fn look_at_devices(&mut self) {
+        if !self.fleet.is_empty() {
+            // A decision follows anyway: it is not asked for here.
+            let _ = self
+                .session
+                .handle(Event::Devices(self.fleet.outlook()), self.shared.now());
+        }
+    }
+
+    /// The last look at the acknowledgements: from here on no device announces anything.
+    pub(super) fn devices_allow_pause(&mut self) -> bool {
+        let unacked = self.fleet.close();
+        self.shared.counters.devices_awaited.store(0, Relaxed);
+        if unacked.is_empty() {
+            return true;
+        }
+        if self.session.acks_waived(self.shared.now()) {
+            tracing::warn!(devices = %unacked.join(", "), "switching over although initial bytes are not loaded yet");
+            return true;
+        }
+        self.fleet.reopen();
+        false
+    }
+
+    /// The guest runs on: says why.
+    pub(super) fn await_devices(&mut self) {
+        let unacked = self.fleet.outlook().unacked;
+        let count = u32::try_from(unacked.len()).unwrap_or(u32::MAX);
+        let before = self.shared.counters.devices_awaited.swap(count, Relaxed);
+        self.timeline.awaiting(self.shared.now());
+        if before == 0 {
+            tracing::info!(devices = %unacked.join(", "), "the switchover waits for initial bytes to be loaded at the destination; the guest runs on");
+        }
+    }
+
+    pub(super) fn device(&mut self, note: DeviceNote) {
+        let phase = self.session.phase();
+        match self.fleet.note(note) {
+            Ok(event) => {
+                if let Some(event) = event {
+                    self.drive(event);
+                }
+            }
+            Err(fault) => self.drive(Event::Failed(Error::new(phase, fault))),
+        }
+    }
+
+    pub(super) fn device_acked(&mut self, ack: &SwitchoverAck) -> Result<(), Misbehaved> {
+        let desk = Arc::clone(self.shared.depot.desk(ack.device)?);
+        desk.acked(
+            ack.generation,
+            ack.bytes,
+            Duration::from_micros(ack.load_us),
+        )?;
+        tracing::info!(device = %desk.name, generation = %ack.generation, bytes = ack.bytes, load_ms = ack.load_us / 1000, "initial bytes loaded");
+        self.drive(Event::Devices(self.fleet.outlook()));
+        Ok(())
+    }
+
+    pub(super) fn device_loaded(&mut self, loaded: &DeviceLoaded) -> Result<(), Misbehaved> {
+        let desk = self.shared.depot.desk(loaded.device)?;
+        desk.loaded(
+            Duration::from_micros(loaded.load_us),
+            Duration::from_micros(loaded.config_us),
+        );
+        tracing::debug!(device = %desk.name, load_us = loaded.load_us, config_us = loaded.config_us, "loaded");
+        Ok(())
+    }
+
+    /// Before the guest: its devices come back, quiescent first.
+    pub(super) fn reclaim_devices(&mut self, proof: &Reclaimed) {
+        let broken = self.fleet.reclaim(proof, self.shared.config.stall);
+        if !broken.is_empty() {
+            // The machine is over already: this can only be told.
+            tracing::error!(devices = %broken.join(", "), "devices could not be brought back to running at the source");
+        }
+    }
+
+    /// The migration is over: devices that do not run here any more stand still, and all come back from their readers.
+    pub(super) fn end_devices(&mut self, gone: bool) -> Vec<DeviceReport> {
+        if gone {
+            self.fleet.retire(self.shared.config.stall);
+        }
+        let inbox = self.inbox.clone();
+        self.fleet.end(|| {
+            let _ = inbox.recv_timeout(Duration::from_millis(1));
+        });
+        let desks = self.shared.depot.desks();
+        desks.iter().map(|desk| device_report(desk)).collect()
+    }
+}
+
+fn device_report(desk: &Desk) -> DeviceReport {
+    let figures = desk.figures();
+    let since_stop = |at: Option<Instant>| {
+        let stopped = figures.stopped_at?;
+        Some(ms(at?.saturating_duration_since(stopped)))
+    };
+    DeviceReport {
+        name: desk.name.clone(),
+        state: figures.state.map_or("unknown", |state| state.name()),
+        initial_bytes: figures.initial_bytes,
+        pre_copy_bytes: figures.pre_copy_bytes,
+        stop_copy_bytes: figures.stop_copy_bytes,
+        config_bytes: figures.config_bytes,
+        generations: figures.announced.max(figures.acked),
+        acked: figures.acked,
+        ack_load_ms: ms(figures.acked_load),
+        quiesce_ms: ms(figures.quiesce),
+        stop_ms: ms(figures.stop),
+        read_ms: ms(figures.read),
+        saved_after_ms: since_stop(figures.saved_at),
+        sent_after_ms: since_stop(figures.sent_at),
+        loaded_after_ms: since_stop(figures.loaded_at),
+        load_ms: figures.loaded.map(|(load, _)| ms(load)),
+        config_ms: figures.loaded.map(|(_, config)| ms(config)),
+        was_reset: figures.was_reset,
+        error: figures.trouble,
+        stopped_at: figures.stopped_at,
+        saved_at: figures.saved_at,
+        sent_at: figures.sent_at,
+        loaded_at: figures.loaded_at,
+    }
+}

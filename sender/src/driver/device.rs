@@ -1,0 +1,831 @@
+//! The devices at the source: one reader thread for each, and the outbox from which lanes take what the readers put there.
+//!
+//! ```text
+//!   control ── orders ──► reader of a device ── items ──► outbox ──► whichever lane is free
+//!      ▲                     │    ▲                                        │
+//!      └────── notes ────────┘    └── credit, buffers that came home ◄── acknowledgements
+//! ```
+//! A reader numbers an item only when the credit reaches so far, so what is in the outbox can be sent at once. What it must
+//! never do: let go of octets that it read before they are in the outbox, or keep an order waiting for credit or for a buffer.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use multifd_wire::frame::{DeviceFlags, Mark, Section};
+use multifd_wire::limits::{BLOB_BYTES_MAX, LANES_MAX};
+use multifd_wire::{DeviceId, DeviceState, Generation, Misbehaved};
+
+use super::{Note, lock};
+use crate::device::stream::{Home, Item, Stream};
+use crate::device::{DeviceError, DeviceSource, DeviceTraits, Read};
+use crate::error::Fault;
+
+/// Tokens that may lie in the outbox: more items than any number of devices has buffers for. A lane looks without a token as well,
+/// from time to time, so one that does not fit is not lost.
+const TOKENS_MAX: usize = 1 << 16;
+
+/// How often a device that has nothing to say is asked again.
+const POLL: Duration = Duration::from_millis(10);
+
+/// How often one without pre-copy is asked how much it would have.
+const POLL_IDLE: Duration = Duration::from_millis(100);
+
+/// Octets that changed in a device are read once there is a chunk of them, or after this time.
+const LINGER: Duration = Duration::from_millis(50);
+
+/// What the control thread wants of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Begin pre-copy, if it has it.
+    PreCopy,
+    /// Into the P2P-quiescent state, if it has one.
+    Quiesce,
+    /// Stand still, and be read to the end.
+    Stop,
+    /// The migration failed: back to where it runs, quiescent.
+    Back,
+    /// Run.
+    Run,
+    /// The guest is gone: stand still for good.
+    Retire,
+    /// Go home.
+    End,
+}
+
+/// What a reader tells the control thread.
+#[derive(Debug)]
+pub(super) enum DeviceNote {
+    /// An order was carried out.
+    Done { device: DeviceId, order: Order },
+    /// The device was read to its end.
+    Saved { device: DeviceId },
+    /// The device failed.
+    Failed(Fault),
+}
+
+/// What is known of a device, and what it did. Read by the control thread.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Figures {
+    pub(super) state: Option<DeviceState>,
+    /// Octets that it would give if it were stopped now.
+    pub(super) stop_bytes: u64,
+    /// The generation that has to be acknowledged, and the newest that is.
+    pub(super) announced: u32,
+    pub(super) acked: u32,
+    /// Octets and time of what was loaded for acknowledgements.
+    pub(super) acked_bytes: u64,
+    pub(super) acked_load: Duration,
+    pub(super) initial_bytes: u64,
+    pub(super) pre_copy_bytes: u64,
+    pub(super) stop_copy_bytes: u64,
+    pub(super) config_bytes: u64,
+    pub(super) quiesce: Duration,
+    pub(super) stop: Duration,
+    /// Spent in the device's own read calls since it was stopped.
+    pub(super) read: Duration,
+    pub(super) stopped_at: Option<Instant>,
+    pub(super) saved_at: Option<Instant>,
+    /// When the last item was handed to a channel.
+    pub(super) sent_at: Option<Instant>,
+    pub(super) loaded: Option<(Duration, Duration)>,
+    pub(super) loaded_at: Option<Instant>,
+    pub(super) was_reset: bool,
+    pub(super) trouble: Option<String>,
+}
+
+/// What the reader of one device shares with the others.
+pub(super) struct Desk {
+    pub(super) id: DeviceId,
+    pub(super) name: String,
+    pub(super) flags: DeviceFlags,
+    state: Mutex<DeskState>,
+    changed: Condvar,
+}
+
+struct DeskState {
+    order: Option<Order>,
+    done: Option<Order>,
+    stream: Stream,
+    free: Vec<Vec<u8>>,
+    /// Buffers that were made; no more than [`DeskState::buffers_max`].
+    buffers: usize,
+    buffers_max: usize,
+    chunk: usize,
+    /// From here on no new generation is announced: the guest is about to be paused.
+    closed: bool,
+    figures: Figures,
+}
+
+impl Desk {
+    fn new(id: DeviceId, traits: &DeviceTraits, window: u64, chunk: u64) -> Self {
+        let wants_ack = traits.flags.contains(DeviceFlags::SWITCHOVER_ACK);
+        // One window on its way, one loaded and not acknowledged yet.
+        let buffers_max = usize::try_from(window / chunk.max(1) * 2).unwrap_or(usize::MAX);
+        Self {
+            id,
+            name: traits.name.clone(),
+            flags: traits.flags,
+            state: Mutex::new(DeskState {
+                order: None,
+                done: None,
+                stream: Stream::new(id, window),
+                free: Vec::new(),
+                buffers: 0,
+                buffers_max: buffers_max.max(2),
+                chunk: usize::try_from(chunk).unwrap_or(usize::MAX),
+                closed: false,
+                figures: Figures {
+                    stop_bytes: traits.state_bytes,
+                    announced: u32::from(wants_ack),
+                    ..Figures::default()
+                },
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, DeskState> {
+        lock(&self.state)
+    }
+
+    pub(super) fn figures(&self) -> Figures {
+        self.lock().figures.clone()
+    }
+
+    fn note(&self, how: impl FnOnce(&mut Figures)) {
+        how(&mut self.lock().figures);
+    }
+
+    fn order(&self, order: Order) {
+        let mut state = self.lock();
+        (state.order, state.done) = (Some(order), None);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The next order, or none after so long.
+    fn take_order(&self, wait: Duration) -> Option<Order> {
+        let state = self.lock();
+        let idle = |state: &mut DeskState| state.order.is_none();
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(state, wait, idle)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.order.take()
+    }
+
+    fn has_order(&self) -> bool {
+        self.lock().order.is_some()
+    }
+
+    fn answer(&self, order: Order) {
+        self.lock().done = Some(order);
+        self.changed.notify_all();
+    }
+
+    /// Waits until an order was carried out.
+    fn wait_for(&self, order: Order, until: Instant) -> bool {
+        let left = until.saturating_duration_since(Instant::now());
+        let open = |state: &mut DeskState| state.done != Some(order);
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), left, open)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.done == Some(order)
+    }
+
+    /// A buffer, unless an order comes first.
+    fn buffer(&self, bytes: usize) -> Option<Vec<u8>> {
+        let mut state = self.lock();
+        loop {
+            if state.order.is_some() {
+                return None;
+            }
+            if let Some(mut buffer) = state.free.pop() {
+                buffer.resize(bytes, 0);
+                return Some(buffer);
+            }
+            if state.buffers < state.buffers_max {
+                state.buffers += 1;
+                let mut buffer = Vec::with_capacity(state.chunk.max(bytes));
+                buffer.resize(bytes, 0);
+                return Some(buffer);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A place for octets that were read, as soon as the credit reaches so far; the octets back if an order comes first.
+    fn place(self: &Arc<Self>, section: Section, octets: Vec<u8>) -> Result<Arc<Item>, Vec<u8>> {
+        let mut state = self.lock();
+        loop {
+            if let Some(chunk) = state.stream.chunk(section, octets.len() as u64) {
+                drop(state);
+                return Ok(Item::chunk(
+                    chunk,
+                    octets,
+                    Arc::clone(self) as Arc<dyn Home>,
+                ));
+            }
+            if state.order.is_some() {
+                return Err(octets);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// More credit.
+    pub(super) fn grant(&self, offset_max: u64) -> Result<(), Misbehaved> {
+        let result = self.lock().stream.grant(offset_max);
+        self.changed.notify_all();
+        result
+    }
+
+    /// The destination has loaded the initial bytes of a generation. Gives whether that was news.
+    pub(super) fn acked(
+        &self,
+        generation: Generation,
+        bytes: u64,
+        load: Duration,
+    ) -> Result<(), Misbehaved> {
+        let mut state = self.lock();
+        let newest = state.stream.generation();
+        if generation > newest || generation.value() <= state.figures.acked {
+            return Err(Misbehaved::Amount {
+                field: "switchover_ack.generation",
+                expected: newest.value().into(),
+                found: generation.value().into(),
+            });
+        }
+        let figures = &mut state.figures;
+        figures.acked = generation.value();
+        figures.acked_bytes += bytes;
+        figures.acked_load += load;
+        Ok(())
+    }
+}
+
+impl Desk {
+    /// The destination has loaded everything of it.
+    pub(super) fn loaded(&self, load: Duration, config: Duration) {
+        self.note(|figures| {
+            figures.loaded = Some((load, config));
+            figures.loaded_at = Some(Instant::now());
+        });
+    }
+}
+
+impl Home for Desk {
+    fn take_back(&self, octets: Vec<u8>) {
+        self.lock().free.push(octets);
+        self.changed.notify_all();
+    }
+}
+
+/// What lanes and the control channel's reader see of the devices.
+pub(super) struct Depot {
+    pub(super) outbox: Outbox,
+    desks: OnceLock<Vec<Arc<Desk>>>,
+}
+
+impl Depot {
+    pub(super) fn new() -> Self {
+        Self {
+            outbox: Outbox::new(),
+            desks: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn desks(&self) -> &[Arc<Desk>] {
+        self.desks.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// The destination speaks of a device.
+    pub(super) fn desk(&self, device: DeviceId) -> Result<&Arc<Desk>, Misbehaved> {
+        self.desks()
+            .get(device.value() as usize)
+            .ok_or(Misbehaved::UnknownDevice {
+                device: device.value(),
+            })
+    }
+
+    /// A lane handed an item to its channel.
+    pub(super) fn sent(&self, item: &Item) {
+        if item.is_last()
+            && let Ok(desk) = self.desk(item.device())
+        {
+            desk.note(|figures| figures.sent_at = Some(Instant::now()));
+        }
+    }
+}
+
+/// Items that can be sent at once. While the guest runs devices take turns; when it is paused the one with most left goes first.
+pub(super) struct Outbox {
+    state: Mutex<OutboxState>,
+    /// One token for each item, so that a lane can wait for items and commands at once.
+    tokens: (Sender<()>, Receiver<()>),
+    any: AtomicBool,
+}
+
+#[derive(Default)]
+struct OutboxState {
+    /// Items of lanes that were lost: before all others.
+    again: VecDeque<Arc<Item>>,
+    queues: Vec<Queue>,
+    turn: usize,
+    paused: bool,
+}
+
+#[derive(Default)]
+struct Queue {
+    items: VecDeque<Arc<Item>>,
+    /// Estimate of the octets that are still to be taken after the stop.
+    left: u64,
+    /// The end of its stream was taken.
+    over: bool,
+}
+
+impl Outbox {
+    fn new() -> Self {
+        Self {
+            state: Mutex::default(),
+            tokens: crossbeam_channel::bounded(TOKENS_MAX),
+            any: AtomicBool::new(false),
+        }
+    }
+
+    fn open(&self, devices: usize) {
+        lock(&self.state)
+            .queues
+            .resize_with(devices, Queue::default);
+        self.any.store(devices > 0, Ordering::Relaxed);
+    }
+
+    /// Whether there are devices at all.
+    pub(super) fn is_used(&self) -> bool {
+        self.any.load(Ordering::Relaxed)
+    }
+
+    /// What a lane waits on.
+    pub(super) fn tokens(&self) -> &Receiver<()> {
+        &self.tokens.1
+    }
+
+    fn token(&self) -> bool {
+        !matches!(self.tokens.0.try_send(()), Err(TrySendError::Full(())))
+    }
+
+    fn push(&self, item: Arc<Item>) {
+        let mut state = lock(&self.state);
+        if let Some(queue) = state.queues.get_mut(item.device().value() as usize) {
+            queue.items.push_back(item);
+        }
+        drop(state);
+        self.token();
+    }
+
+    /// Items that were lost with a lane, or that a lane could not send, the oldest first. Gives how many.
+    pub(super) fn again(&self, items: Vec<Arc<Item>>) -> u64 {
+        let count = items.len() as u64;
+        let mut state = lock(&self.state);
+        for item in items.into_iter().rev() {
+            state.again.push_front(item);
+        }
+        drop(state);
+        for _ in 0..count {
+            self.token();
+        }
+        count
+    }
+
+    /// The guest is paused: the longest first from here on.
+    fn pause(&self, left: impl Fn(usize) -> u64) {
+        let mut state = lock(&self.state);
+        state.paused = true;
+        for (index, queue) in state.queues.iter_mut().enumerate() {
+            queue.left = left(index);
+        }
+    }
+
+    /// The item that is most urgent now.
+    pub(super) fn take(&self) -> Option<Arc<Item>> {
+        let mut state = lock(&self.state);
+        let item = match state.again.pop_front() {
+            Some(item) => item,
+            None => state.take_new()?,
+        };
+        if item.is_last() && state.is_drained() {
+            drop(state);
+            // Lanes that wait for the end of all streams look up.
+            for _ in 0..LANES_MAX {
+                if !self.token() {
+                    break;
+                }
+            }
+        }
+        Some(item)
+    }
+
+    /// Whether every stream was taken to its end, and nothing is to be sent again.
+    pub(super) fn is_drained(&self) -> bool {
+        !self.is_used() || lock(&self.state).is_drained()
+    }
+}
+
+impl OutboxState {
+    fn take_new(&mut self) -> Option<Arc<Item>> {
+        let count = self.queues.len();
+        let ready = |(_, queue): &(usize, &Queue)| !queue.items.is_empty();
+        let index = if self.paused {
+            let most = self.queues.iter().enumerate().filter(ready);
+            most.max_by_key(|(_, queue)| queue.left)?.0
+        } else {
+            let turn = self.turn;
+            let next = self.queues.iter().enumerate().filter(ready);
+            next.min_by_key(|(index, _)| (index + count - turn % count) % count)?
+                .0
+        };
+        self.turn = index + 1;
+        let queue = self.queues.get_mut(index)?;
+        let item = queue.items.pop_front()?;
+        queue.left = queue.left.saturating_sub(item.octets().len() as u64);
+        queue.over |= item.is_last();
+        Some(item)
+    }
+
+    fn is_drained(&self) -> bool {
+        self.again.is_empty() && self.queues.iter().all(|queue| queue.over)
+    }
+}
+
+/// What a reader does between orders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// Nothing: it runs without pre-copy, or everything was read, or it failed.
+    Idle,
+    PreCopy,
+    StopCopy,
+}
+
+/// The reader of one device.
+pub(super) struct Reader {
+    pub(super) desk: Arc<Desk>,
+    source: Box<dyn DeviceSource>,
+    depot: Arc<Depot>,
+    notes: Sender<Note>,
+    chunk: usize,
+    mode: Mode,
+    /// Read and not placed yet.
+    pending: Option<(Section, Vec<u8>)>,
+    /// Octets of the initial ones that were announced and not read yet.
+    initial_left: u64,
+    /// The end of the newest generation was marked.
+    initial_marked: bool,
+    linger: Option<Instant>,
+    /// Its configuration, once it was read, and how much of it was cut.
+    config: Option<(Bytes, usize)>,
+}
+
+impl Reader {
+    /// Until it is sent home; gives the device back.
+    pub(super) fn run(mut self) -> Box<dyn DeviceSource> {
+        let mut wait = Duration::ZERO;
+        loop {
+            match self.desk.take_order(wait) {
+                Some(Order::End) => return self.source,
+                Some(order) => {
+                    let begun = Instant::now();
+                    match self.obey(order) {
+                        Ok(()) => self.done(order, begun.elapsed()),
+                        Err(fault) => self.failed(order, fault),
+                    }
+                    wait = Duration::ZERO;
+                }
+                None => {
+                    wait = match self.turn() {
+                        Ok(wait) => wait,
+                        Err(fault) => {
+                            self.mode = Mode::Idle;
+                            self.tell(DeviceNote::Failed(fault));
+                            POLL_IDLE
+                        }
+                    };
+                }
+            }
+        }
+    }
+
+    fn done(&self, order: Order, took: Duration) {
+        let state = self.source.state();
+        self.desk.note(|figures| {
+            figures.state = Some(state);
+            match order {
+                Order::Quiesce => figures.quiesce = took,
+                Order::Stop => {
+                    figures.stop = took;
+                    figures.stopped_at = Some(Instant::now());
+                }
+                _ => {}
+            }
+        });
+        self.desk.answer(order);
+        self.tell(DeviceNote::Done {
+            device: self.desk.id,
+            order,
+        });
+    }
+
+    fn failed(&mut self, order: Order, fault: Fault) {
+        self.mode = Mode::Idle;
+        let (state, text) = (self.source.state(), fault.to_string());
+        self.desk.note(|figures| {
+            figures.state = Some(state);
+            figures.trouble.get_or_insert(text);
+        });
+        // Whoever waits for it looks at the state; one that failed is as far as it gets.
+        self.desk.answer(order);
+        self.tell(DeviceNote::Failed(fault));
+    }
+
+    /// Says it, unless nobody listens any more.
+    fn tell(&self, note: DeviceNote) {
+        let mut note = Note::Device(note);
+        while let Err(error) = self.notes.send_timeout(note, POLL) {
+            if error.is_disconnected() || self.desk.has_order() {
+                return;
+            }
+            note = error.into_inner();
+        }
+    }
+
+    fn obey(&mut self, order: Order) -> Result<(), Fault> {
+        use DeviceState::{PreCopy, PreCopyP2p, Running, RunningP2p, Stop, StopCopy};
+        let flags = self.desk.flags;
+        let p2p = flags.contains(DeviceFlags::P2P);
+        match order {
+            Order::PreCopy if flags.contains(DeviceFlags::PRE_COPY) => {
+                self.lead(PreCopy, "begin pre-copy")?;
+                self.mode = Mode::PreCopy;
+            }
+            Order::Quiesce if p2p => {
+                let to = if self.source.state() == PreCopy {
+                    PreCopyP2p
+                } else {
+                    RunningP2p
+                };
+                self.mode = Mode::Idle;
+                self.lead(to, "become quiescent")?;
+            }
+            Order::PreCopy | Order::Quiesce | Order::End => {}
+            Order::Stop => {
+                self.lead(StopCopy, "stop")?;
+                self.mode = Mode::StopCopy;
+            }
+            Order::Back => {
+                self.mode = Mode::Idle;
+                self.pending = None;
+                let reset = self.source.state() == DeviceState::Error;
+                if reset {
+                    self.source.reset().map_err(|e| self.fault("be reset", e))?;
+                    self.desk.note(|figures| figures.was_reset = true);
+                }
+                // One that was never made quiescent need not become so now.
+                if p2p && (reset || self.source.state().is_quiescent()) {
+                    self.lead(RunningP2p, "come back, quiescent")?;
+                }
+            }
+            Order::Run => self.lead(Running, "run again")?,
+            Order::Retire => {
+                self.mode = Mode::Idle;
+                if self.source.state() != DeviceState::Error {
+                    self.lead(Stop, "stop for good")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Step by step along the arcs.
+    fn lead(&mut self, to: DeviceState, step: &'static str) -> Result<(), Fault> {
+        while let Some(next) = self.source.state().step_to(to, self.desk.flags) {
+            self.source
+                .set_state(next)
+                .map_err(|source| self.fault(step, source))?;
+        }
+        let state = self.source.state();
+        if state == to {
+            return Ok(());
+        }
+        Err(self.fault(step, DeviceError::new(format!("it is in {state}"))))
+    }
+
+    /// A bounded piece of work; gives how long to wait for an order before the next.
+    fn turn(&mut self) -> Result<Duration, Fault> {
+        if let Some((section, octets)) = self.pending.take() {
+            match self.desk.place(section, octets) {
+                Ok(item) => self.depot.outbox.push(item),
+                Err(octets) => self.pending = Some((section, octets)),
+            }
+            return Ok(Duration::ZERO);
+        }
+        match self.mode {
+            Mode::Idle => {
+                if self.source.state() == DeviceState::Running
+                    && let Ok(bytes) = self.source.stop_copy_bytes()
+                {
+                    self.desk.note(|figures| figures.stop_bytes = bytes);
+                }
+                Ok(POLL_IDLE)
+            }
+            Mode::PreCopy => self.pre_copy_turn(),
+            Mode::StopCopy => self.stop_copy_turn(),
+        }
+    }
+
+    fn pre_copy_turn(&mut self) -> Result<Duration, Fault> {
+        if self.initial_left > 0 {
+            let read = self.read(self.initial_left, false)?;
+            self.initial_left -= read.min(self.initial_left);
+            self.desk.note(|figures| {
+                figures.initial_bytes += read;
+                figures.stop_bytes = figures.stop_bytes.saturating_sub(read);
+            });
+            // A device that said that there is more and gives nothing is asked again, in a while.
+            return Ok(if read == 0 { POLL } else { Duration::ZERO });
+        }
+        let info = self
+            .source
+            .pre_copy_info()
+            .map_err(|e| self.fault("say what it has to give", e))?;
+        if info.reinit {
+            self.announce();
+        }
+        if let Ok(bytes) = self.source.stop_copy_bytes() {
+            self.desk.note(|figures| figures.stop_bytes = bytes);
+        }
+        self.initial_left = info.initial_bytes;
+        if info.initial_bytes > 0 {
+            return Ok(Duration::ZERO);
+        }
+        if !self.initial_marked {
+            self.initial_marked = true;
+            self.mark(Mark::InitialEnd);
+        }
+        if info.dirty_bytes == 0 {
+            self.linger = None;
+            return Ok(POLL);
+        }
+        let since = *self.linger.get_or_insert_with(Instant::now);
+        if info.dirty_bytes < self.chunk as u64 && since.elapsed() < LINGER {
+            return Ok(POLL);
+        }
+        self.linger = None;
+        let read = self.read(info.dirty_bytes, false)?;
+        Ok(if read == 0 { POLL } else { Duration::ZERO })
+    }
+
+    /// New initial bytes: the destination has to load them before the guest is paused, unless it is about to be.
+    fn announce(&mut self) {
+        let mut state = self.desk.lock();
+        if state.closed {
+            return;
+        }
+        if self.desk.flags.contains(DeviceFlags::SWITCHOVER_ACK) {
+            state.figures.announced = state.stream.generation().value() + 1;
+        }
+        drop(state);
+        if !self.initial_marked {
+            // The batch before was not even complete: both are one.
+            return;
+        }
+        self.initial_marked = false;
+    }
+
+    fn stop_copy_turn(&mut self) -> Result<Duration, Fault> {
+        if let Some((config, cut)) = &mut self.config {
+            let rest = config.get(*cut..).unwrap_or(&[]);
+            if rest.is_empty() {
+                self.mark(Mark::ConfigEnd);
+                self.mode = Mode::Idle;
+                self.desk
+                    .note(|figures| figures.saved_at = Some(Instant::now()));
+                self.tell(DeviceNote::Saved {
+                    device: self.desk.id,
+                });
+                return Ok(Duration::ZERO);
+            }
+            let bytes = rest.len().min(self.chunk);
+            if let Some(mut buffer) = self.desk.buffer(bytes) {
+                buffer.copy_from_slice(&rest[..bytes]);
+                *cut += bytes;
+                self.pending = Some((Section::Config, buffer));
+            }
+            return Ok(Duration::ZERO);
+        }
+        if self.read(u64::MAX, true)? > 0 || self.pending.is_some() || self.desk.has_order() {
+            return Ok(Duration::ZERO);
+        }
+        Ok(Duration::from_millis(1))
+    }
+
+    /// Reads up to a chunk, and leaves it pending. Gives how much.
+    fn read(&mut self, most: u64, last: bool) -> Result<u64, Fault> {
+        let wanted = usize::try_from(most).unwrap_or(usize::MAX).min(self.chunk);
+        let Some(mut buffer) = self.desk.buffer(wanted) else {
+            return Ok(0);
+        };
+        let (mut filled, mut ended) = (0, false);
+        let began = Instant::now();
+        while filled < wanted {
+            let room = buffer.get_mut(filled..).unwrap_or(&mut []);
+            match self.source.read(room) {
+                Ok(Read::Octets(count)) if count <= wanted - filled => filled += count,
+                Ok(Read::Octets(_)) => {
+                    return Err(self.fault("be read", DeviceError::new("it gave more than asked")));
+                }
+                Ok(Read::NothingNow) => break,
+                Ok(Read::End) => {
+                    ended = true;
+                    break;
+                }
+                Err(source) => return Err(self.fault("be read", source)),
+            }
+            if self.desk.has_order() {
+                break;
+            }
+        }
+        let (took, read) = (began.elapsed(), filled as u64);
+        self.desk.note(|figures| {
+            if last {
+                figures.read += took;
+                figures.stop_copy_bytes += read;
+            } else {
+                figures.pre_copy_bytes += read;
+            }
+        });
+        if filled > 0 {
+            buffer.truncate(filled);
+            self.pending = Some((Section::Data, buffer));
+        } else {
+            self.desk.take_back(buffer);
+        }
+        if ended && last {
+            // What is pending goes first.
+            if let Some((section, octets)) = self.pending.take() {
+                match self.desk.place(section, octets) {
+                    Ok(item) => self.depot.outbox.push(item),
+                    Err(octets) => {
+                        // An order came: the end is found again after it.
+                        self.pending = Some((section, octets));
+                        return Ok(read);
+                    }
+                }
+            }
+            self.end_of_data()?;
+        }
+        Ok(read)
+    }
+
+    fn end_of_data(&mut self) -> Result<(), Fault> {
+        self.mark(Mark::DataEnd);
+        let config = self
+            .source
+            .config()
+            .map_err(|e| self.fault("give its configuration", e))?;
+        if config.len() as u64 > BLOB_BYTES_MAX {
+            let text = format!("it has {} octets, {BLOB_BYTES_MAX} at most", config.len());
+            return Err(self.fault("give its configuration", DeviceError::new(text)));
+        }
+        let bytes = config.len() as u64;
+        self.desk.note(|figures| figures.config_bytes = bytes);
+        self.config = Some((config, 0));
+        Ok(())
+    }
+
+    fn mark(&self, mark: Mark) {
+        let placed = self.desk.lock().stream.mark(mark);
+        self.depot.outbox.push(Item::mark(placed));
+    }
+
+    fn fault(&self, step: &'static str, source: DeviceError) -> Fault {
+        Fault::Device {
+            device: self.desk.name.clone(),
+            step,
+            source,
+        }
+    }
+}
+
+mod fleet;
+
+pub(super) use fleet::Fleet;
