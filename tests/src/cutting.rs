@@ -110,6 +110,10 @@ impl SendHalf for Half<Box<dyn SendHalf>> {
         self.inner.set_more(more);
     }
 
+    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
+        self.inner.wait_for_room()
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }

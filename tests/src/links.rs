@@ -255,6 +255,13 @@ impl SendHalf for Leaky {
         self.inner.set_more(more);
     }
 
+    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
+        if self.hole.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.inner.wait_for_room()
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }

@@ -201,6 +201,11 @@ impl SendHalf for MemorySend {
         self.patience.stall = stall;
     }
 
+    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
+        // Nothing is gained by waiting, but an end is told as by the other kinds.
+        self.check(&self.outlet.0.lock())
+    }
+
     fn describe(&self) -> String {
         self.name.to_owned()
     }

@@ -241,14 +241,6 @@ impl<'s> Feeder<'s> {
     /// Sorts the pages of one run into zeros and content, and sends frames as they fill up.
     fn sort(&mut self, run: Run, unsent: &mut Unsent, round: Round) -> Result<(), Fault> {
         for page in run.first..run.first + run.count {
-            // A page leaves the extent for a list in one step, as seen from outside: nothing below can fail in between.
-            if let Some(left) = unsent.extent.last_mut() {
-                *left = Run {
-                    first: page + 1,
-                    count: run.first + run.count - page - 1,
-                    ..run
-                };
-            }
             let Ok(span) =
                 self.shared
                     .memory
@@ -261,7 +253,7 @@ impl<'s> Feeder<'s> {
                 continue;
             };
             if span.is_zero() {
-                unsent.zeros.push(run.region, page);
+                unsent.sort_first(Sorted::Zero);
                 if unsent.zeros.runs() >= RUNS_PER_ZEROS_MAX
                     || unsent.zeros.pages() >= ZERO_PAGES_PER_FRAME_MAX
                 {
@@ -269,10 +261,11 @@ impl<'s> Feeder<'s> {
                 }
             } else {
                 if unsent.pages.is_empty() {
+                    // May fail: the page is still in the extent.
                     self.tx.wait_for_room()?;
                 }
                 self.checksums.push(U32::new(span.crc32()));
-                unsent.pages.push(run.region, page);
+                unsent.sort_first(Sorted::Content);
                 if unsent.pages.pages() >= self.shared.config.body_pages
                     || unsent.pages.runs() >= RUNS_PER_PAGES_MAX
                 {

@@ -67,6 +67,30 @@ impl Unsent {
     }
 }
 
+/// What a look at a page said.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Sorted {
+    Zero,
+    Content,
+}
+
+impl Unsent {
+    /// Moves the first page of the extent's last run to its list, in one step: whatever fails before or after, the page is
+    /// in exactly one of them. A run of which nothing is left stays, with no pages, until it is popped.
+    pub(super) fn sort_first(&mut self, sorted: Sorted) {
+        let Some(run) = self.extent.last_mut().filter(|run| run.count > 0) else {
+            return;
+        };
+        let (region, page) = (run.region, run.first);
+        run.first += 1;
+        run.count -= 1;
+        match sorted {
+            Sorted::Zero => self.zeros.push(region, page),
+            Sorted::Content => self.pages.push(region, page),
+        }
+    }
+}
+
 impl Drop for Unsent {
     fn drop(&mut self) {
         for run in self
@@ -74,6 +98,7 @@ impl Drop for Unsent {
             .iter()
             .chain(&self.pages.runs)
             .chain(&self.zeros.runs)
+            .filter(|run| run.count > 0)
         {
             self.set.give_back(*run);
         }
@@ -194,6 +219,33 @@ mod tests {
         let mut extent = Vec::new();
         assert_eq!(work.take(&mut extent), 256);
         assert_eq!(extent.len(), 256);
+    }
+
+    #[test]
+    fn a_page_is_in_the_extent_or_in_a_list_at_every_step() {
+        let set = set();
+        for page in [3, 4, 5, 9] {
+            set.mark_page(1, page);
+        }
+        for steps in 0..=6 {
+            let work = RoundWork::new(set.take_round(), 64);
+            let mut unsent = Unsent::new(set.clone());
+            work.take(&mut unsent.extent);
+            for step in 0..steps {
+                unsent.sort_first(if step % 2 == 0 {
+                    Sorted::Content
+                } else {
+                    Sorted::Zero
+                });
+                if unsent.extent.last().is_some_and(|run| run.count == 0) {
+                    unsent.extent.pop();
+                }
+            }
+            let sorted = unsent.pages.pages() + unsent.zeros.pages();
+            assert_eq!(sorted, 4.min(steps));
+            drop((unsent, work));
+            assert_eq!(set.dirty_pages(), 4, "after {steps} steps");
+        }
     }
 
     #[test]

@@ -538,6 +538,10 @@ impl SendHalf for SimSend {
         self.limits.stall = stall;
     }
 
+    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
+        self.check(0, 0)
+    }
+
     fn describe(&self) -> String {
         self.name.clone()
     }
