@@ -15,3 +15,4 @@ pub mod peer;
 pub mod programs;
 pub mod proxy;
 pub mod sim;
+pub mod vfio_machine;
