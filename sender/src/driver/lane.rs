@@ -17,7 +17,7 @@ use multifd_wire::limits::{RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX};
 use multifd_wire::{Body, Frame, HEADER_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence};
 use zerocopy::byteorder::little_endian::U32;
 
-use super::work::{EXTENT_PAGES, RoundWork, Unsent};
+use super::work::{EXTENT_PAGES, RoundWork, Sorted, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
 use crate::device::stream::Head;
 use crate::error::Fault;
@@ -246,11 +246,9 @@ impl<'s> Feeder<'s> {
                     .memory
                     .span(run.region, page * PAGE_BYTES_U64, PAGE_BYTES_U64)
             else {
-                debug_assert!(
-                    false,
-                    "the dirty set and guest memory disagree about {run:?}"
-                );
-                continue;
+                return Err(Fault::OutOfTurn {
+                    what: format!("the dirty set and guest memory disagree about {run:?}"),
+                });
             };
             if span.is_zero() {
                 unsent.sort_first(Sorted::Zero);
