@@ -235,12 +235,16 @@ fn a_state_is_refused_by_a_guest_of_another_shape() {
 }
 
 #[test]
-fn a_state_loads_once() {
-    for tracking in kinds("a_state_loads_once") {
+fn a_loaded_state_may_be_replaced_until_the_guest_runs() {
+    for tracking in kinds("a_loaded_state_may_be_replaced_until_the_guest_runs") {
         let source = Guest::create(&small(tracking)).unwrap();
         let destination = moved(&source);
+        let state = source.save_state().unwrap();
+        destination.load_state(&state).unwrap();
+        destination.run().unwrap();
+        destination.pause().unwrap();
         assert!(matches!(
-            destination.load_state(&source.save_state().unwrap()),
+            destination.load_state(&state),
             Err(Error::Misuse { .. })
         ));
     }

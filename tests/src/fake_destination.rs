@@ -2,16 +2,17 @@
 //!
 //! It lands nothing: of the pages it keeps only what the digest needs.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use multifd_transport::{Address, Channel, Listener, TcpOptions};
 use multifd_wire::digest::page_value;
-use multifd_wire::frame::{Grant, Prepared, Ready, Running};
+use multifd_wire::frame::{Acks, Grant, LaneMark, Prepared, RawLaneMark, Ready, Running};
 use multifd_wire::{
-    Digest, Features, Frame, HelloReply, Intent, Kind, Layout, PageValues, SessionId, Token,
-    VERSION,
+    Digest, Features, Frame, HelloReply, Incarnation, Intent, Kind, LaneId, Layout, PageValues,
+    SessionId, Token, VERSION,
 };
 
 use crate::peer::{PATIENCE, Peer};
@@ -45,6 +46,8 @@ struct Landed {
     layout: Layout,
     values: PageValues,
     digest: Mutex<Digest>,
+    /// Frames that were read, of each lane.
+    frames: Vec<AtomicU64>,
 }
 
 impl Default for FakeDestination {
@@ -271,14 +274,16 @@ impl Taking {
         let landed = Arc::new(Landed {
             values: PageValues::new(&layout).expect("memory for the values"),
             digest: Mutex::new(Digest::EMPTY),
+            frames: self.lanes.iter().map(|_| AtomicU64::new(0)).collect(),
             layout,
         });
         self.landed = Some(Arc::clone(&landed));
-        for mut lane in self.lanes.drain(..) {
+        for (number, mut lane) in self.lanes.drain(..).enumerate() {
             let landed = Arc::clone(&landed);
             self.readers.push(std::thread::spawn(move || {
                 while let Ok(heard) = lane.hear(Duration::from_secs(60)) {
                     landed.take(&heard.frame());
+                    landed.frames[number].fetch_add(1, Ordering::SeqCst);
                 }
                 lane
             }));
@@ -317,6 +322,29 @@ impl Taking {
         while landed.digest() == Digest::EMPTY {
             assert!(since.elapsed() < PATIENCE, "no pages come");
             std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// For this long, acknowledges what is read from the lanes, again and again.
+    ///
+    /// # Panics
+    /// If the lanes are not read.
+    pub fn acknowledge(&self, time: Duration) {
+        let landed = self.landed.as_ref().expect("the lanes are read");
+        let since = Instant::now();
+        while since.elapsed() < time {
+            let marks: Vec<RawLaneMark> = (0..)
+                .zip(&landed.frames)
+                .map(|(lane, frames)| {
+                    RawLaneMark::from(LaneMark {
+                        lane: LaneId::new(lane),
+                        incarnation: Incarnation::new(0),
+                        frames: frames.load(Ordering::SeqCst),
+                    })
+                })
+                .collect();
+            self.control.send(Acks { lanes: &marks });
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 

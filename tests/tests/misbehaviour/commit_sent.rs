@@ -63,7 +63,7 @@ fn running_before_commit_is_refused_and_the_guest_runs_on() {
 #[test]
 fn whatever_fails_after_final_gives_the_guest_back() {
     type Act = fn(&mut Taking);
-    let cases: [(&str, Act, &str, Option<Reason>, Duration); 5] = [
+    let cases: [(&str, Act, &str, Option<Reason>, Duration); 6] = [
         (
             "silence",
             |t| t.control.fall_silent(),
@@ -74,6 +74,13 @@ fn whatever_fails_after_final_gives_the_guest_back() {
         (
             "signs of life and nothing else",
             |_| {},
+            "sender.channel.all-lanes-lost",
+            Some(Reason::ChannelsLost),
+            COMMIT_DEADLINE,
+        ),
+        (
+            "acknowledgements and nothing else",
+            |t| t.acknowledge(COMMIT_DEADLINE),
             "sender.timeout",
             Some(Reason::Timeout),
             COMMIT_DEADLINE,

@@ -334,6 +334,7 @@ fn a_destination_that_never_says_what_it_has_of_a_lost_lane_is_given_up() {
     taking.hear_pages();
     // It goes on reading the other lane and says that it lives.
     taking.control.hear_kind(Kind::LaneDown);
+    taking.acknowledge(4 * STALL);
     assert_eq!(taking.control.hear_abort().reason, Reason::Timeout);
     source.fails(GRACE, "sender.timeout", "a lane that is never settled");
     assert!(
