@@ -172,6 +172,8 @@ impl Listener {
             if self.inner.shut.load(Ordering::SeqCst) {
                 return Err(ListenError::ShutDown);
             }
+            // Without RDMA there is one kind of source only.
+            #[cfg_attr(not(feature = "rdma"), allow(clippy::infallible_destructuring_match))]
             let socket = match &self.inner.source {
                 Requests::Socket(socket) => socket,
                 #[cfg(feature = "rdma")]
