@@ -165,6 +165,8 @@ fn storm(source: &mut DmaSource, device: &HostDevice, memory: &GuestMemory) {
     let mut copy = Copy::new(memory);
     source.start(&copy.set).unwrap();
     let before = read(device, Register::DmaPages);
+    // The device counts since it was loaded, and others may have used it.
+    let errors = read(device, Register::DmaErrors);
     fill(device, IOVA + 100 * PAGE, 7);
     let want: BTreeSet<u64> = (100..107).collect();
     assert_eq!(copy.collect(source, CollectPhase::PreCopy), want);
@@ -183,7 +185,7 @@ fn storm(source: &mut DmaSource, device: &HostDevice, memory: &GuestMemory) {
     reported += copy.collect(source, CollectPhase::Final).len();
     assert_eq!(copy.collect(source, CollectPhase::Final), BTreeSet::new());
     copy.assert_equal();
-    assert_eq!(read(device, Register::DmaErrors), 0);
+    assert_eq!(read(device, Register::DmaErrors), errors);
     let written = read(device, Register::DmaPages) - before;
     let figures = source.figures();
     eprintln!(
