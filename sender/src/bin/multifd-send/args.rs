@@ -268,20 +268,15 @@ pub(crate) struct TlsFiles {
 impl TlsFiles {
     /// What TLS needs to dial; nothing if no authority was given.
     fn client(&self) -> anyhow::Result<Option<TlsClient>> {
-        let file = |path: &Option<PathBuf>| path.clone();
-        let (ca, cert, key) = (
-            file(&self.tls_ca),
-            file(&self.tls_cert),
-            file(&self.tls_key),
-        );
-        if ca.is_none() {
+        if self.tls_ca.is_none() {
             return Ok(None);
         }
-        let client = TlsClient::new(&TlsPem::read(
-            ca.as_deref(),
-            cert.as_deref(),
-            key.as_deref(),
-        )?)?;
+        let pem = TlsPem::read(
+            self.tls_ca.as_deref(),
+            self.tls_cert.as_deref(),
+            self.tls_key.as_deref(),
+        )?;
+        let client = TlsClient::new(&pem)?;
         Ok(Some(match &self.tls_server_name {
             Some(name) => client.with_server_name(name)?,
             None => client,
