@@ -55,6 +55,7 @@ pub enum WhenAckLate {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub(crate) channels: u32,
+    pub(crate) lanes_at_work: u32,
     pub(crate) downtime_limit: Duration,
     pub(crate) bandwidth: Option<u64>,
     pub(crate) rounds_max: u32,
@@ -121,6 +122,7 @@ impl Default for ConfigBuilder {
         Self {
             config: Config {
                 channels: 4,
+                lanes_at_work: two_a_processor(),
                 downtime_limit: Duration::from_millis(300),
                 bandwidth: None,
                 rounds_max: 30,
@@ -143,11 +145,24 @@ impl Default for ConfigBuilder {
     }
 }
 
+fn two_a_processor() -> u32 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(processors).map_or(u32::MAX, |count| count.saturating_mul(2))
+}
+
 impl ConfigBuilder {
     /// Data channels, 1 to `wire::limits::LANES_MAX`.
     #[must_use]
     pub fn channels(mut self, channels: u32) -> Self {
         self.config.channels = channels;
+        self
+    }
+
+    /// How many lanes take pages at the same time as long as they keep the processors busy, from 1; with more channels the
+    /// others wait until the network is what limits, and serve devices meanwhile. The default is two for each processor.
+    #[must_use]
+    pub fn lanes_at_work(mut self, lanes: u32) -> Self {
+        self.config.lanes_at_work = lanes;
         self
     }
 
@@ -283,6 +298,7 @@ impl ConfigBuilder {
         const SHORTEST: Duration = Duration::from_millis(100);
         let c = &self.config;
         within("channels", &c.channels, &1, &LANES_MAX)?;
+        within("lanes at work", &c.lanes_at_work, &1, &u32::MAX)?;
         within_time(
             "downtime limit",
             c.downtime_limit,
