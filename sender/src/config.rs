@@ -64,6 +64,7 @@ pub struct Config {
     pub(crate) device_chunk: u64,
     pub(crate) ack_deadline: Option<Duration>,
     pub(crate) when_ack_late: WhenAckLate,
+    pub(crate) device_deadline: Duration,
     pub(crate) hello_deadline: Duration,
     pub(crate) setup_deadline: Duration,
     pub(crate) stall: Duration,
@@ -131,6 +132,7 @@ impl Default for ConfigBuilder {
                 device_chunk: 256 << 10,
                 ack_deadline: None,
                 when_ack_late: WhenAckLate::default(),
+                device_deadline: Duration::from_secs(10),
                 hello_deadline: Duration::from_secs(5),
                 setup_deadline: Duration::from_secs(60),
                 stall: Duration::from_secs(10),
@@ -221,6 +223,14 @@ impl ConfigBuilder {
     #[must_use]
     pub fn when_ack_late(mut self, choice: WhenAckLate) -> Self {
         self.config.when_ack_late = choice;
+        self
+    }
+
+    /// How long one call of a device's own code may take: a step, a read; 10 ms to 1 hour. One that does not return ends the
+    /// migration, and the guest runs on without waiting for it. The default is 10 s.
+    #[must_use]
+    pub fn device_deadline(mut self, deadline: Duration) -> Self {
+        self.config.device_deadline = deadline;
         self
     }
 
@@ -324,6 +334,8 @@ impl ConfigBuilder {
         if let Some(deadline) = c.ack_deadline {
             within_time("ack deadline", deadline, Duration::from_millis(1), HOUR)?;
         }
+        let least = Duration::from_millis(10);
+        within_time("device deadline", c.device_deadline, least, HOUR)?;
         within_time(
             "hello deadline",
             c.hello_deadline,
@@ -424,6 +436,9 @@ mod tests {
         good(b().ack_deadline(Some(ms(1))));
         bad(b().ack_deadline(Some(Duration::ZERO)), "ack deadline");
         bad(b().ack_deadline(Some(hour + ms(1))), "ack deadline");
+        good(b().device_deadline(ms(10)));
+        bad(b().device_deadline(ms(9)), "device deadline");
+        bad(b().device_deadline(hour + ms(1)), "device deadline");
         good(b().stall(ms(100)).keep_alive(ms(50)));
         bad(b().stall(ms(99)).keep_alive(ms(20)), "stall");
         bad(b().stall(ms(100)).keep_alive(ms(51)), "keep-alive");
