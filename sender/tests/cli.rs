@@ -30,7 +30,6 @@ const FLAGS: &[&str] = &[
     "--data",
     "--debug-dirty-scan",
     "--device",
-    "--device-deadline",
     "--dirty-rate",
     "--downtime-limit",
     "--guest-device",

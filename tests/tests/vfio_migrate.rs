@@ -257,6 +257,26 @@ fn a_refused_or_breaking_step_leaves_everything_running_at_the_source() {
 }
 
 #[test]
+fn a_device_that_breaks_by_itself_is_reset_and_runs_at_the_source() {
+    const PRE_COPY: u32 = 6;
+    let memory = memory(8 << 20);
+    let pairs = [0, 1].map(|_| pair(&memory, FakeDeviceConfig::default()));
+    let device = pairs[0].devices[0].clone();
+    let breaker = std::thread::spawn(move || {
+        while !device.states_seen().contains(&PRE_COPY) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        device.break_now();
+    });
+    let done = migrate(&memory, &pairs);
+    breaker.join().unwrap();
+    assert_runs_on(&done, &pairs, "nic0");
+    let broken = &done.sent.report.devices[0];
+    assert!(broken.was_reset, "{broken:?}");
+    assert!(!done.sent.report.devices[1].was_reset);
+}
+
+#[test]
 fn a_destination_device_that_refuses_its_state_is_named() {
     const SET: &str = "VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE set";
     let memory = memory(8 << 20);

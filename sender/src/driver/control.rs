@@ -138,8 +138,6 @@ pub(super) struct Control {
     resumed: Option<resume::Resumed>,
     /// Threads of channels that were given up; they end by themselves.
     stragglers: Vec<JoinHandle<()>>,
-    /// Notes of devices that came while something else was waited for.
-    later: VecDeque<Note>,
     timeline: Timeline,
     outcome: Option<Outcome>,
     keep_alive_due: Duration,
@@ -195,7 +193,6 @@ impl Control {
             attempt: 0,
             resumed: None,
             stragglers: Vec::new(),
-            later: VecDeque::new(),
             timeline: Timeline::default(),
             outcome: None,
             keep_alive_due: Duration::ZERO,
@@ -273,12 +270,10 @@ impl Control {
             .min(self.lanes_due())
             .min(self.back_due())
             .min(settle.unwrap_or(Duration::MAX));
-        let left = until.saturating_sub(self.shared.now());
-        let note = match self.later.pop_front() {
-            Some(note) => Ok(note),
-            None => self.inbox.recv_timeout(left),
-        };
-        match note {
+        match self
+            .inbox
+            .recv_timeout(until.saturating_sub(self.shared.now()))
+        {
             Ok(note) => self.note(note),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
@@ -312,7 +307,6 @@ impl Control {
         }
         self.tend_lanes(now);
         self.tend_back(now);
-        self.watch_devices();
         self.drive(Event::Tick);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
     }
@@ -395,13 +389,7 @@ impl Control {
                 .map(|()| None)
             }
             Effect::Reclaim { paused, proof } => {
-                // A switchover that is broken off, or the end.
-                let devices = if self.session.phase() == Phase::Suspended {
-                    self.go_on_with_devices(&proof)
-                } else {
-                    self.reclaim_devices(&proof);
-                    Ok(())
-                };
+                self.reclaim_devices(&proof);
                 if paused {
                     self.timeline.reclaimed();
                     if let Err(source) = self.vmm.resume(proof) {
@@ -410,7 +398,7 @@ impl Control {
                         self.timeline.resume_failed = Some(source.to_string());
                     }
                 }
-                devices.map(|()| None)
+                Ok(None)
             }
             Effect::Abort {
                 reason,

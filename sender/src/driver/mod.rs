@@ -11,7 +11,6 @@
 //! lane is under way, and [`NOTES_MAX`] notes.
 
 mod control;
-mod crew;
 mod device;
 mod dial;
 mod lane;
@@ -40,7 +39,6 @@ use crate::pacer::Pacer;
 use crate::progress::{Counters, Snapshot};
 use crate::report::Report;
 use crate::vmm::Vmm;
-use crew::Crew;
 
 /// Notes to the control thread that may wait: enough that lanes and the control reader never stand still for it while it
 /// pauses the guest or writes to the control channel.
@@ -149,7 +147,6 @@ impl Migration {
             digest: SharedDigest::default(),
             counters,
             pacer: Pacer::new(parts.config.bandwidth),
-            crew: Crew::new(parts.config.channels, parts.config.lanes_at_work),
             began: Instant::now(),
             stop: AtomicBool::new(false),
             depot: Arc::new(device::Depot::new()),
@@ -219,7 +216,6 @@ struct Shared {
     digest: SharedDigest,
     counters: Arc<Counters>,
     pacer: Pacer,
-    crew: Crew,
     began: Instant,
     stop: AtomicBool,
     depot: Arc<device::Depot>,

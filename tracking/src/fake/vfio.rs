@@ -173,6 +173,13 @@ impl FakeDevice {
         self.locked().break_next = true;
     }
 
+    /// Lets the device break by itself: it is in ERROR, and its stream is no more.
+    pub fn break_now(&self) {
+        let mut inner = self.locked();
+        inner.session += 1;
+        inner.enter(State::Error);
+    }
+
     fn locked(&self) -> MutexGuard<'_, Inner> {
         locked(&self.inner)
     }
