@@ -1,6 +1,6 @@
 //! The RDMA kind, on every device that the environment names: `MULTIFD_RDMA=10.9.0.1,10.9.1.1` lists an address of each. The devices are
 //! real kernel verbs (soft-RoCE and soft-iWARP will do). Without the variable the tests are skipped by name, and fail if
-//! `MULTIFD_REQUIRE_RDMA` is 1.
+//! `MULTIFD_REQUIRE_RDMA` is 1. `MULTIFD_CHECK=name,name` runs only these of the suite's checks.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // says what is skipped, and how far a long run is
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -58,12 +58,20 @@ fn pair() -> (Box<dyn Channel>, Box<dyn Channel>) {
 #[test]
 fn every_check_of_the_suite_passes_on_every_device() {
     let only = std::env::var("MULTIFD_CHECK").ok();
+    let known = |name: &str| CHECKS.iter().any(|check| check.name == name);
+    let names = only.iter().flat_map(|only| only.split(','));
+    assert!(
+        names.clone().all(known),
+        "not all checks: {:?}",
+        names.collect::<Vec<_>>()
+    );
     let mut failed = Vec::new();
     for device in devices("every_check_of_the_suite_passes_on_every_device") {
         DEVICE.lock().expect("no panic here").clone_from(&device);
         let kind = Kind { name: "rdma", pair };
         for check in CHECKS {
-            if only.as_ref().is_some_and(|only| only != check.name) {
+            let wanted = |only: &String| only.split(',').any(|name| name == check.name);
+            if !only.as_ref().is_none_or(wanted) {
                 continue;
             }
             let start = Instant::now();
@@ -210,6 +218,46 @@ fn registered_guest_memory_arrives_whole_through_few_chunks() {
             Registration::Chunks {
                 bytes_max: 3 * CHUNK_BYTES,
             },
+        );
+    }
+}
+
+#[test]
+fn a_body_for_a_landing_that_was_withdrawn_ends_the_channel_with_the_verbs_reason() {
+    let mut said = Vec::new();
+    for device in
+        devices("a_body_for_a_landing_that_was_withdrawn_ends_the_channel_with_the_verbs_reason")
+    {
+        let source = guest(1 << 20);
+        let options = RdmaOptions::with_memory(source.clone(), Registration::default());
+        let (left, right) = pair_at(&device, options);
+        let ((mut send, _back, _), (_there, receive, _)) = (left.split(), right.split());
+        // The peer takes nothing more, and its connection stands.
+        drop(receive);
+        send.set_deadline(Some(soon()));
+        let body = [IoSource::Guest(
+            source.span(0, 0, 64 << 10).expect("inside"),
+        )];
+        // Its credit ends before the deadline does.
+        let error = loop {
+            if let Err(error) = send.send(&[1; 48], &body) {
+                break error;
+            }
+        };
+        assert!(
+            matches!(error, ChannelError::Lost(_) | ChannelError::Reset { .. }),
+            "{device}: {error}"
+        );
+        let again = send.send(&[1; 48], &body).expect_err("it stays lost");
+        assert_eq!(again.to_string(), error.to_string());
+        said.push(format!("{device}: {error}"));
+    }
+    // An iWARP device ends the connection instead, and the reason stays with the peer's.
+    if !said.is_empty() {
+        assert!(
+            said.iter()
+                .any(|text| text.contains("RDMA: ") && text.contains("access")),
+            "{said:?}"
         );
     }
 }

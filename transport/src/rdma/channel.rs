@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::link::{Buffers, Fresh, Link, MESSAGES, PIECES, SENDS, Sizes};
+use super::link::{Buffers, Fresh, Link, MESSAGES, NUDGES_MAX, PIECES, SENDS, Sizes};
 use super::receive::RdmaReceive;
 use super::registrar::Registrar;
 use super::send::RdmaSend;
@@ -255,10 +255,21 @@ struct Greeted {
     is_out: bool,
 }
 
+/// How long the dialling side waits for an answer before it makes itself noticed; each time twice as long.
+const NUDGE_AFTER: Duration = Duration::from_millis(200);
+
 /// Waits for the peer's greeting.
+///
+/// Soft-iWARP does not look at what arrives between its answer to a connection and taking the connection over (Linux 6.12): the greeting then
+/// lies in the peer's socket until something follows it. So something follows.
 fn greeting(fresh: &mut Fresh, deadline: Instant, sent: Sent) -> Result<Greeted, EstablishError> {
     let io = |error: io::Error| EstablishError::Channel(ChannelError::Io(Arc::new(error)));
     let mut is_out = sent == Sent::Greeting;
+    let mut nudges = match sent {
+        Sent::Greeting => NUDGES_MAX,
+        Sent::Nothing => 0,
+    };
+    let (mut pause, mut quiet_since) = (NUDGE_AFTER, Instant::now());
     loop {
         fresh.endpoint.arm().map_err(io)?;
         let mut found = [Completion::default()];
@@ -288,9 +299,18 @@ fn greeting(fresh: &mut Fresh, deadline: Instant, sent: Sent) -> Result<Greeted,
         if left.is_zero() {
             return Err(EstablishError::Deadline);
         }
+        let mut at_most = left;
+        if nudges > 0 {
+            if quiet_since.elapsed() >= pause {
+                fresh.nudge();
+                (pause, quiet_since) = (2 * pause, Instant::now());
+                nudges -= 1;
+            }
+            at_most = left.min(pause.saturating_sub(quiet_since.elapsed()));
+        }
         let completions = fresh.endpoint.as_fd();
         let events = fresh.endpoint.id().events().as_fd();
-        wait_any(&[completions, events, events], Some(left)).map_err(io)?;
+        wait_any(&[completions, events, events], Some(at_most)).map_err(io)?;
     }
 }
 

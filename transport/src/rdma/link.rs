@@ -40,6 +40,8 @@ const MESSAGES_OUT: u32 = MESSAGES + 2;
 pub(super) const STAGING_BYTES: usize = 64 << 10;
 /// Credit that may be on its way.
 const CREDITS_OUT: u32 = 16;
+/// Writes of nothing that the dialling side may make while it waits for the greeting.
+pub(super) const NUDGES_MAX: u32 = 8;
 /// Work that the device is asked to queue.
 pub(super) const SENDS: u32 = 512;
 /// Pieces that the device is asked to gather in one piece of work.
@@ -328,6 +330,12 @@ impl Fresh {
         self.endpoint.post_send(OURS, sge(span, &self.keys.out))
     }
 
+    /// Lets the peer's device see something: a write of nothing, for which no key is asked (RFC 5041 section 5.2; it is also what RFC 6581
+    /// section 4.3 lets a peer begin with). It leaves no completion; that it could not be posted shows elsewhere.
+    pub(super) fn nudge(&mut self) {
+        let _ = self.endpoint.post_write(OURS, &[], 0, 0, Signaled::No);
+    }
+
     /// The piece of the first buffer for private octets, for tests that post what no channel would.
     #[cfg(test)]
     pub(super) fn staged(&self, bytes: usize) -> Sge {
@@ -374,7 +382,8 @@ impl Link {
         let events = endpoint.id().events().as_fd().try_clone_to_owned()?;
         let depth = endpoint.depth();
         let mut state = State {
-            works_free: depth.sends,
+            // Work that leaves no completion may still be in the queue.
+            works_free: depth.sends.saturating_sub(NUDGES_MAX),
             endpoint,
             keys,
             pending: VecDeque::new(),
@@ -444,7 +453,7 @@ impl Link {
     /// Work that one message may take, and pieces that one piece of work may gather.
     pub(super) fn works(&self) -> (u32, u32) {
         let depth = self.lock().endpoint.depth();
-        (depth.sends - CREDITS_OUT, depth.pieces)
+        (depth.sends - CREDITS_OUT - NUDGES_MAX, depth.pieces)
     }
 
     /// Waits until `ready` gives something, after completions were taken.
