@@ -1,6 +1,7 @@
 //! A machine with VFIO devices, for whole migrations of devices by their kernel interface, real or fake.
 //!
-//! Each device notes the states that it is led through, so that a test can compare them with what they must be.
+//! Each device notes the states that it is led through, so that a test can compare them with what they must be, and tells who watches it
+//! at that very moment.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,25 +15,66 @@ use multifd_transport::memory::RegionLayout;
 use multifd_wire::frame::{Device, DeviceFlags};
 use multifd_wire::{DeviceState, Layout};
 
+/// Something that happened to a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// It was led to a state, or failed to be: this is where it is.
+    State(DeviceState),
+    /// Source: all initial bytes that it has announced were read. So many octets of its stream are out.
+    InitialRead(u64),
+    /// Destination: the initial bytes that were announced are loaded. So many octets of its stream were written to the device.
+    InitialLoaded(u64),
+}
+
+/// Called when something happens to a device, on the thread that made it happen, before it goes on.
+pub type Watch = Arc<dyn Fn(Step) + Send + Sync>;
+
 /// The states that a device was led to, oldest first; shared with who wants to look.
 #[derive(Clone, Default)]
-pub struct Seen(Arc<Mutex<Vec<DeviceState>>>);
+pub struct Seen {
+    states: Arc<Mutex<Vec<DeviceState>>>,
+    watch: Option<Watch>,
+}
 
 impl Seen {
+    /// Also tells `watch` of each step.
+    #[must_use]
+    pub fn watched(watch: Watch) -> Self {
+        Self {
+            watch: Some(watch),
+            ..Self::default()
+        }
+    }
+
     fn push(&self, state: DeviceState) {
-        self.0
+        self.states
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(state);
+        self.tell(Step::State(state));
+    }
+
+    fn tell(&self, step: Step) {
+        if let Some(watch) = &self.watch {
+            watch(step);
+        }
     }
 
     /// The states so far.
     #[must_use]
     pub fn states(&self) -> Vec<DeviceState> {
-        self.0
+        self.states
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// Forgets them, before another migration of the same device.
+    pub fn clear(&self) {
+        self.states
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
     }
 }
 
@@ -41,6 +83,9 @@ impl Seen {
 pub struct NotedSource {
     device: VfioSource,
     seen: Seen,
+    /// Octets of the stream that were read, and whether the initial ones among them were told.
+    read: u64,
+    told: bool,
 }
 
 impl std::fmt::Debug for Seen {
@@ -54,7 +99,12 @@ impl NotedSource {
     /// Notes the states of `device` in `seen`.
     #[must_use]
     pub fn new(device: VfioSource, seen: Seen) -> Self {
-        Self { device, seen }
+        Self {
+            device,
+            seen,
+            read: 0,
+            told: false,
+        }
     }
 }
 
@@ -68,17 +118,30 @@ impl tx::DeviceSource for NotedSource {
     }
 
     fn set_state(&mut self, to: DeviceState) -> Result<(), tx::DeviceError> {
+        if to == DeviceState::PreCopy {
+            (self.read, self.told) = (0, false);
+        }
         let answer = self.device.set_state(to);
         self.seen.push(self.device.state());
         answer
     }
 
     fn pre_copy_info(&mut self) -> Result<tx::PreCopyInfo, tx::DeviceError> {
-        self.device.pre_copy_info()
+        let info = self.device.pre_copy_info()?;
+        self.told &= !info.reinit;
+        if info.initial_bytes == 0 && !self.told {
+            self.told = true;
+            self.seen.tell(Step::InitialRead(self.read));
+        }
+        Ok(info)
     }
 
     fn read(&mut self, into: &mut [u8]) -> Result<tx::Read, tx::DeviceError> {
-        self.device.read(into)
+        let read = self.device.read(into)?;
+        if let tx::Read::Octets(count) = read {
+            self.read += count as u64;
+        }
+        Ok(read)
     }
 
     fn stop_copy_bytes(&mut self) -> Result<u64, tx::DeviceError> {
@@ -101,13 +164,19 @@ impl tx::DeviceSource for NotedSource {
 pub struct NotedSink {
     device: VfioSink,
     seen: Seen,
+    /// Octets of the stream that were written.
+    written: u64,
 }
 
 impl NotedSink {
     /// Notes the states of `device` in `seen`.
     #[must_use]
     pub fn new(device: VfioSink, seen: Seen) -> Self {
-        Self { device, seen }
+        Self {
+            device,
+            seen,
+            written: 0,
+        }
     }
 }
 
@@ -131,7 +200,15 @@ impl rx::DeviceSink for NotedSink {
     }
 
     fn write(&mut self, octets: &[u8]) -> Result<(), rx::DeviceError> {
-        self.device.write(octets)
+        self.device.write(octets)?;
+        self.written += octets.len() as u64;
+        Ok(())
+    }
+
+    fn initial_end(&mut self) -> Result<(), rx::DeviceError> {
+        self.device.initial_end()?;
+        self.seen.tell(Step::InitialLoaded(self.written));
+        Ok(())
     }
 
     fn load_config(&mut self, octets: &[u8]) -> Result<(), rx::DeviceError> {
@@ -139,6 +216,7 @@ impl rx::DeviceSink for NotedSink {
     }
 
     fn restart(&mut self) -> Result<(), rx::DeviceError> {
+        self.written = 0;
         self.device.restart()
     }
 }
