@@ -57,8 +57,6 @@ pub struct Report {
     pub asked: u32,
     /// Each device that was loaded.
     pub devices: Vec<DeviceReport>,
-    /// Names of devices whose own code did not return: they could not be given back.
-    pub devices_left: Vec<String>,
     /// Connections that were refused.
     pub refused: u64,
     /// CPU seconds of this side's migration threads.
@@ -121,7 +119,6 @@ pub(crate) struct Timeline {
     suspended: Duration,
     pub(crate) digest: Option<u64>,
     devices: Vec<(DeviceId, DeviceReport)>,
-    pub(crate) devices_left: Vec<String>,
 }
 
 impl Timeline {
@@ -189,7 +186,6 @@ impl Report {
                 .iter()
                 .map(|(_, report)| report.clone())
                 .collect(),
-            devices_left: timeline.devices_left.clone(),
             refused: end.refused,
             cpu_receiver_s: end.cpu.as_secs_f64(),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),

@@ -5,6 +5,7 @@ set -euo pipefail
 # The programs that `check` found on the host.
 SEND=${LAB_BIN:-}/multifd-send
 RECEIVE=${LAB_BIN:-}/multifd-receive
+VFIO=${LAB_BIN:-}/multifd-vfio
 
 CLAIMS=0
 # claim TEXT COMMAND...: runs it; its output is shown only if it fails, and then the suite is over.
@@ -55,13 +56,15 @@ verbs_here() {
     rdma link add siw0 type siw netdev iwarp
 }
 
-# The wire between two machines: A is 10.9.0.1, B is 10.9.0.2. PEER is the other one.
+# The wire between two machines: A is 10.9.0.1, B is 10.9.0.2, and the same in 10.9.5.0/24, of which a test may take an address away. PEER is
+# the other one.
 wire() {
-    local own=10.9.0.1
+    local number=1
     PEER=10.9.0.2
-    [[ $LAB_ROLE == A ]] || { own=10.9.0.2 && PEER=10.9.0.1; }
+    [[ $LAB_ROLE == A ]] || { number=2 && PEER=10.9.0.1; }
     lab-modules virtio_net
-    ip addr add $own/24 dev eth0
+    ip addr add 10.9.0.$number/24 dev eth0
+    ip addr add 10.9.5.$number/24 dev eth0
     ip link set eth0 mtu 9000 up
     wait_for 60 busybox ping -c 1 -W 1 "$PEER"
 }
@@ -100,3 +103,60 @@ moved_here() { report_says "$1" outcome='"migrated"' digest_equal=true guest_che
 
 # The programs' options for TLS, with what `check` made on the host: the same for both sides.
 TLS=(--tls-ca "${LAB_TLS-}/ca.pem" --tls-cert "${LAB_TLS-}/own.pem" --tls-key "${LAB_TLS-}/own.key")
+
+# ---- migrations from machine A to machine B: both run the same script, and each plays its part ----
+
+GUEST=(--working-set 4M --dirty-rate 1M --vcpus 1 --warm-up 200ms --downtime-limit 3s --stall 60s --quiet --report json)
+PORT=4444
+DEPART=departs
+MEMORY=64M
+# Where the destination listens besides the first address: `--listen ADDRESS`...
+ALSO=()
+
+# moves TEXT KIND NAME OPTION...: one migration by that kind of channel.
+moves() {
+    local text=$1
+    shift
+    PORT=$((PORT + 1))
+    if [[ $LAB_ROLE == B ]]; then
+        claim "$text (destination)" arrives "$@"
+    else
+        claim "$text (source)" "$DEPART" "$@"
+    fi
+}
+
+arrives() {
+    local kind=$1 report=/tmp/$2.json tls=()
+    [[ $kind != tls ]] || tls=("${TLS[@]}")
+    timeout 250 "$RECEIVE" --transport "$kind" --listen "10.9.0.2:$PORT" "${ALSO[@]}" "${tls[@]}" --run-for 500ms --stall 60s --hello-deadline 60s \
+        --quiet --report json >"$report" || { cat "$report" && return 1; }
+    arrived "$report"
+}
+
+# Until somebody listens there: the source says that nobody does, and nothing has happened yet.
+departs() {
+    local kind=$1 report=/tmp/$2.json tls=() end=$((SECONDS + 120))
+    shift 2
+    [[ $kind != tls ]] || tls=("${TLS[@]}")
+    until timeout 250 "$SEND" --memory "$MEMORY" "${GUEST[@]}" --connect "$PEER:$PORT" --transport "$kind" "${tls[@]}" "$@" >"$report" 2>/tmp/complaint; do
+        if ! grep -qi refused "$report" /tmp/complaint || ((SECONDS > end)); then
+            cat "$report" /tmp/complaint
+            return 1
+        fi
+        sleep 1
+    done
+    departed "$report"
+    grep -q kvm "$report" || { cat "$report" && return 1; }
+}
+
+# departs_with CUTTER KIND NAME OPTION...: departs, while CUTTER destroys a lane in the middle: the report must count it.
+departs_with() {
+    local cutter
+    "$1" &
+    cutter=$!
+    shift
+    departs "$@"
+    wait "$cutter"
+    python3 -c 'import json, sys; lost = json.load(open(sys.argv[1]))["channels_lost"]; sys.exit(None if lost else "no channel was lost")' "/tmp/$2.json"
+    cat /tmp/complaint
+}
