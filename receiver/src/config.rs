@@ -15,6 +15,7 @@ pub struct Config {
     pub(crate) blob_bytes_max: u64,
     pub(crate) device_window_bytes: u64,
     pub(crate) device_bytes_max: u64,
+    pub(crate) device_deadline: Duration,
     pub(crate) hello_deadline: Duration,
     pub(crate) setup_deadline: Duration,
     pub(crate) stall: Duration,
@@ -42,6 +43,7 @@ impl Default for Config {
             blob_bytes_max: 64 << 20,
             device_window_bytes: 16 << 20,
             device_bytes_max: 1 << 30,
+            device_deadline: Duration::from_secs(10),
             hello_deadline: Duration::from_secs(5),
             setup_deadline: Duration::from_secs(60),
             stall: Duration::from_secs(10),
@@ -102,6 +104,14 @@ impl ConfigBuilder {
     #[must_use]
     pub fn device_bytes_max(mut self, octets: u64) -> Self {
         self.config.device_bytes_max = octets;
+        self
+    }
+
+    /// How long one call of a device's own code may take: a step, a write; 10 ms to 1 hour. One that does not return ends the
+    /// migration without waiting for it. The default is 10 s.
+    #[must_use]
+    pub fn device_deadline(mut self, deadline: Duration) -> Self {
+        self.config.device_deadline = deadline;
         self
     }
 
@@ -170,6 +180,8 @@ impl ConfigBuilder {
             &(64 << 10),
             &(1 << 40),
         )?;
+        let least = Duration::from_millis(10);
+        within_time("device deadline", c.device_deadline, least, HOUR)?;
         within_time(
             "hello deadline",
             c.hello_deadline,

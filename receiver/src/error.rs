@@ -62,6 +62,19 @@ pub enum Fault {
         /// Its reason.
         source: DeviceError,
     },
+    /// A device's own code does not return.
+    #[error(
+        "device {device} did not return within {waited_ms} ms when it was to {step}: it is left alone; look into its driver, or \
+         give it more time"
+    )]
+    DeviceStuck {
+        /// Its name.
+        device: String,
+        /// What it was asked for.
+        step: &'static str,
+        /// How long ago, in milliseconds.
+        waited_ms: u128,
+    },
     /// The devices cannot be moved together, or are not the source's.
     #[error("the devices can't be taken: {text}")]
     Devices {
@@ -142,6 +155,7 @@ impl Fault {
             Self::Vmm { .. } => "receiver.vmm.refused",
             Self::MemoryDiffers { .. } => "receiver.vmm.memory-differs",
             Self::Device { .. } => "receiver.device.failed",
+            Self::DeviceStuck { .. } => "receiver.device.stuck",
             Self::Devices { .. } => "receiver.device.refused",
             Self::Limit { .. } => "receiver.limit",
             Self::PeerAborted { .. } => "receiver.peer.aborted",
@@ -165,7 +179,9 @@ impl Fault {
             Self::Channel(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
             Self::Vmm { .. } => Reason::VmmRefused,
             Self::MemoryDiffers { .. } => Reason::MemoryMismatch,
-            Self::Device { .. } | Self::Devices { .. } => Reason::DeviceRefused,
+            Self::Device { .. } | Self::DeviceStuck { .. } | Self::Devices { .. } => {
+                Reason::DeviceRefused
+            }
             Self::Limit { .. } => Reason::ResourceLimit,
             Self::PeerAborted { reason, .. } => *reason,
             Self::Timeout { .. } => Reason::Timeout,

@@ -57,6 +57,8 @@ pub struct Report {
     pub asked: u32,
     /// Each device that was loaded.
     pub devices: Vec<DeviceReport>,
+    /// Names of devices whose own code did not return: they could not be given back.
+    pub devices_left: Vec<String>,
     /// Connections that were refused.
     pub refused: u64,
     /// CPU seconds of this side's migration threads.
@@ -119,6 +121,7 @@ pub(crate) struct Timeline {
     suspended: Duration,
     pub(crate) digest: Option<u64>,
     devices: Vec<(DeviceId, DeviceReport)>,
+    pub(crate) devices_left: Vec<String>,
 }
 
 impl Timeline {
@@ -186,6 +189,7 @@ impl Report {
                 .iter()
                 .map(|(_, report)| report.clone())
                 .collect(),
+            devices_left: timeline.devices_left.clone(),
             refused: end.refused,
             cpu_receiver_s: end.cpu.as_secs_f64(),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),

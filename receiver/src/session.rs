@@ -237,6 +237,8 @@ pub struct Session {
     alone_since: Option<Duration>,
     /// Whether it outlives its channels.
     kept: bool,
+    /// There are devices.
+    devices: bool,
     /// Every device has everything; also true when there are none.
     devices_loaded: bool,
     began: Duration,
@@ -274,6 +276,7 @@ impl Session {
             lane_lost: false,
             alone_since: None,
             kept: false,
+            devices: false,
             devices_loaded: true,
             began: now,
             heard: now,
@@ -308,7 +311,7 @@ impl Session {
 
     /// There are devices: without [`Event::DevicesLoaded`] there is no [`Ready`].
     pub fn expect_devices(&mut self) {
-        self.devices_loaded = false;
+        (self.devices, self.devices_loaded) = (true, false);
     }
 
     /// The source was heard on the control channel.
@@ -375,6 +378,11 @@ impl Session {
             (State::Rounds, Event::LaneArrived { lane, round, last }) => {
                 self.arrived(lane, round, last)
             }
+            // Loaders go on with what they have while the channels are lost; what is void then begins anew before the next fence.
+            (
+                State::Suspended { .. } | State::Setup(Setup { resumed: true, .. }),
+                Event::DevicesLoaded | Event::DeviceRestarted,
+            ) => Vec::new(),
             // It had read its mark whole when the channels were lost; the round is opened again (SPEC: RESUME-2, RESUME-7).
             (State::Suspended { .. }, Event::LaneArrived { .. }) => Vec::new(),
             (_, Event::LaneEnded { lane }) => self.ended(lane, now),
@@ -795,7 +803,12 @@ impl Session {
             });
         }
         match std::mem::replace(&mut self.state, State::Over) {
-            State::Owning if matches!(error.fault(), Fault::Vmm { .. } | Fault::Device { .. }) => {
+            State::Owning
+                if matches!(
+                    error.fault(),
+                    Fault::Vmm { .. } | Fault::Device { .. } | Fault::DeviceStuck { .. }
+                ) =>
+            {
                 effects.push(Effect::Finish(Outcome::Stranded(error)));
             }
             // The source can vanish now: the guest is ours and starts all the same.

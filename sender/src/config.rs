@@ -55,6 +55,7 @@ pub enum WhenAckLate {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub(crate) channels: u32,
+    pub(crate) lanes_at_work: u32,
     pub(crate) downtime_limit: Duration,
     pub(crate) bandwidth: Option<u64>,
     pub(crate) rounds_max: u32,
@@ -63,6 +64,7 @@ pub struct Config {
     pub(crate) device_chunk: u64,
     pub(crate) ack_deadline: Option<Duration>,
     pub(crate) when_ack_late: WhenAckLate,
+    pub(crate) device_deadline: Duration,
     pub(crate) hello_deadline: Duration,
     pub(crate) setup_deadline: Duration,
     pub(crate) stall: Duration,
@@ -121,6 +123,7 @@ impl Default for ConfigBuilder {
         Self {
             config: Config {
                 channels: 4,
+                lanes_at_work: two_a_processor(),
                 downtime_limit: Duration::from_millis(300),
                 bandwidth: None,
                 rounds_max: 30,
@@ -129,6 +132,7 @@ impl Default for ConfigBuilder {
                 device_chunk: 256 << 10,
                 ack_deadline: None,
                 when_ack_late: WhenAckLate::default(),
+                device_deadline: Duration::from_secs(10),
                 hello_deadline: Duration::from_secs(5),
                 setup_deadline: Duration::from_secs(60),
                 stall: Duration::from_secs(10),
@@ -143,11 +147,24 @@ impl Default for ConfigBuilder {
     }
 }
 
+fn two_a_processor() -> u32 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(processors).map_or(u32::MAX, |count| count.saturating_mul(2))
+}
+
 impl ConfigBuilder {
     /// Data channels, 1 to `wire::limits::LANES_MAX`.
     #[must_use]
     pub fn channels(mut self, channels: u32) -> Self {
         self.config.channels = channels;
+        self
+    }
+
+    /// How many lanes take pages at the same time as long as they keep the processors busy, from 1; with more channels the
+    /// others wait until the network is what limits, and serve devices meanwhile. The default is two for each processor.
+    #[must_use]
+    pub fn lanes_at_work(mut self, lanes: u32) -> Self {
+        self.config.lanes_at_work = lanes;
         self
     }
 
@@ -206,6 +223,14 @@ impl ConfigBuilder {
     #[must_use]
     pub fn when_ack_late(mut self, choice: WhenAckLate) -> Self {
         self.config.when_ack_late = choice;
+        self
+    }
+
+    /// How long one call of a device's own code may take: a step, a read; 10 ms to 1 hour. One that does not return ends the
+    /// migration, and the guest runs on without waiting for it. The default is 10 s.
+    #[must_use]
+    pub fn device_deadline(mut self, deadline: Duration) -> Self {
+        self.config.device_deadline = deadline;
         self
     }
 
@@ -283,6 +308,7 @@ impl ConfigBuilder {
         const SHORTEST: Duration = Duration::from_millis(100);
         let c = &self.config;
         within("channels", &c.channels, &1, &LANES_MAX)?;
+        within("lanes at work", &c.lanes_at_work, &1, &u32::MAX)?;
         within_time(
             "downtime limit",
             c.downtime_limit,
@@ -308,6 +334,8 @@ impl ConfigBuilder {
         if let Some(deadline) = c.ack_deadline {
             within_time("ack deadline", deadline, Duration::from_millis(1), HOUR)?;
         }
+        let least = Duration::from_millis(10);
+        within_time("device deadline", c.device_deadline, least, HOUR)?;
         within_time(
             "hello deadline",
             c.hello_deadline,
@@ -408,6 +436,9 @@ mod tests {
         good(b().ack_deadline(Some(ms(1))));
         bad(b().ack_deadline(Some(Duration::ZERO)), "ack deadline");
         bad(b().ack_deadline(Some(hour + ms(1))), "ack deadline");
+        good(b().device_deadline(ms(10)));
+        bad(b().device_deadline(ms(9)), "device deadline");
+        bad(b().device_deadline(hour + ms(1)), "device deadline");
         good(b().stall(ms(100)).keep_alive(ms(50)));
         bad(b().stall(ms(99)).keep_alive(ms(20)), "stall");
         bad(b().stall(ms(100)).keep_alive(ms(51)), "keep-alive");

@@ -70,6 +70,19 @@ pub enum Fault {
         /// Its reason.
         source: DeviceError,
     },
+    /// A device's own code does not return.
+    #[error(
+        "device {device} did not return within {waited_ms} ms when it was to {step}: it is left alone; look into its driver, or \
+         give it more time"
+    )]
+    DeviceStuck {
+        /// Its name.
+        device: String,
+        /// What it was asked for.
+        step: &'static str,
+        /// How long ago, in milliseconds.
+        waited_ms: u128,
+    },
     /// The devices cannot be moved together.
     #[error("the devices can't be moved: {text}")]
     Devices {
@@ -259,6 +272,7 @@ impl Fault {
             Self::AllLanesLost { .. } => "sender.channel.all-lanes-lost",
             Self::Vmm { .. } => "sender.vmm.refused",
             Self::Device { .. } => "sender.device.failed",
+            Self::DeviceStuck { .. } => "sender.device.stuck",
             Self::Devices { .. } => "sender.device.refused",
             Self::AckDeadline { .. } => "sender.device.ack-deadline",
             Self::Tracking(_) => "sender.tracking.failed",
@@ -292,7 +306,9 @@ impl Fault {
             Self::Vmm { .. } => Reason::VmmRefused,
             Self::Tracking(_) | Self::Unreported(_) | Self::System { .. } => Reason::Internal,
             Self::Refused { reason, .. } | Self::PeerAborted { reason, .. } => *reason,
-            Self::Device { .. } | Self::Devices { .. } => Reason::DeviceRefused,
+            Self::Device { .. } | Self::DeviceStuck { .. } | Self::Devices { .. } => {
+                Reason::DeviceRefused
+            }
             Self::Timeout { .. } | Self::AckDeadline { .. } => Reason::Timeout,
             Self::Cancelled => Reason::Cancelled,
             Self::NotConverging { .. } => Reason::CannotConverge,

@@ -175,6 +175,10 @@ pub struct DeviceReport {
     pub config_ms: Option<f64>,
     /// It was broken and had to be reset: it runs, but its state is lost.
     pub was_reset: bool,
+    /// How often its stream began anew, since a switchover was broken off after it had left pre-copy.
+    pub restarts: u32,
+    /// Whether it was given back to the VMM in the end. One whose own code does not return can't be.
+    pub given_back: bool,
     /// What went wrong with it.
     pub error: Option<String>,
     #[serde(skip)]

@@ -30,6 +30,7 @@ const FLAGS: &[&str] = &[
     "--data",
     "--debug-dirty-scan",
     "--device",
+    "--device-deadline",
     "--dirty-rate",
     "--downtime-limit",
     "--guest-device",

@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use multifd_guest::{DeviceConfig, DeviceProbe, Dma, ModelDevice};
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::{GuestMemory, Listener, TcpOptions};
 use multifd_wire::frame::Device;
-use multifd_wire::{DeviceState, Layout};
+use multifd_wire::{DeviceState, Layout, Phase};
 
+use crate::links::Links;
 use crate::model::{DestinationMachine, SourceMachine, fill, memory};
 
 /// The first page of region 1 that a device with DMA writes. The guest writes there as well, so a plan with such a device has an idle one.
@@ -141,6 +143,11 @@ pub struct Plan {
     /// Called with the source's handle as soon as it has begun.
     #[allow(clippy::type_complexity)]
     pub meanwhile: Option<Box<dyn FnOnce(tx::Handle, Vec<DeviceProbe>)>>,
+    /// Goes over links that can be cut, and does so in a thread of its own.
+    #[allow(clippy::type_complexity)]
+    pub disturb: Option<Box<dyn FnOnce(Links, Watch) + Send>>,
+    /// With [`disturb`](Self::disturb): over TCP instead of in memory.
+    pub over_tcp: bool,
     /// A listener to use instead of one on the loopback interface, and the address that is dialled.
     pub listener: Option<Listener>,
 }
@@ -162,6 +169,8 @@ impl Plan {
             writes: 0,
             dial: None,
             meanwhile: None,
+            disturb: None,
+            over_tcp: false,
             listener: None,
         }
     }
@@ -215,8 +224,14 @@ impl Plan {
             address,
             options: TcpOptions::default(),
         };
+        let links = if self.over_tcp {
+            Links::over_tcp(reception.handle(), dialer.address.clone())
+        } else {
+            Links::to(reception.handle())
+        };
         let dial = match self.dial {
             Some(make) => make(dialer),
+            None if self.disturb.is_some() => links.dial(),
             None => Box::new(dialer),
         };
         let migration = tx::Migration::start(tx::Parts {
@@ -231,7 +246,19 @@ impl Plan {
         if let Some(meanwhile) = self.meanwhile {
             meanwhile(migration.handle(), source_probes.clone());
         }
+        let disturber = self.disturb.map(|disturb| {
+            let watch = Watch {
+                source: migration.handle(),
+                destination: reception.handle(),
+                source_probes: source_probes.clone(),
+                destination_probes: destination_probes.clone(),
+            };
+            std::thread::spawn(move || disturb(links, watch))
+        });
         let sent = migration.wait();
+        if let Some(disturber) = disturber {
+            disturber.join().expect("no panic");
+        }
         // A source that failed before it dialled leaves the destination waiting.
         reception.handle().cancel();
         let received = reception.wait();
@@ -245,6 +272,34 @@ impl Plan {
             destination_running,
             source_probes,
             destination_probes,
+        }
+    }
+}
+
+/// What a disturber sees of a migration.
+pub struct Watch {
+    /// The source.
+    pub source: tx::Handle,
+    /// The destination.
+    pub destination: rx::Handle,
+    /// The devices at the source.
+    pub source_probes: Vec<DeviceProbe>,
+    /// The devices at the destination.
+    pub destination_probes: Vec<DeviceProbe>,
+}
+
+impl Watch {
+    /// Waits until something holds, or the migration is over; says whether it holds.
+    #[must_use]
+    pub fn until(&self, holds: impl Fn(&Self) -> bool) -> bool {
+        loop {
+            if holds(self) {
+                return true;
+            }
+            if self.source.progress().phase == Phase::Done {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }

@@ -5,18 +5,24 @@
 //! cargo bench -p multifd-tracking --bench dirty -- [set] [sources] [heavy] [--rounds N]
 //! ```
 //! Guests are sparse mappings: only what is written is there. A KVM guest's 1,000 pages are written by its vCPU, in 64-bit
-//! mode through page tables that map just these pages. The time of a source is that of its collection, of taking the round
-//! and of handing all of it out; the log that is cleared late is cleared while the round is handed out. Sizes take turns, and
-//! each figure is the median of the rounds, of which each is the fastest of several tries.
+//! mode through page tables that map just these pages: strewn over all of its memory, or over the last GiB of it, which
+//! tells what follows the size of memory from what follows how far apart the pages lie. The time of a source is that of its
+//! collection, of taking the round and of handing all of it out; the log that is cleared late is cleared while the round is
+//! handed out. Of the ring, the time inside the kernel's reset is told apart. Sizes take turns, and each figure is the median
+//! of the rounds, of which each is the fastest of several tries.
 #![allow(unsafe_code)] // Justification: mapping guest memory and giving it to KVM has no safe way.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a program's business
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use multifd_tracking::kernel::{Kernel, Linux, Payload, Request, RingMemory};
 use multifd_tracking::kvm::{
     self, LogSource, Protect, RingConfig, RingFullHandle, RingSource, Slot, SlotControl, Slots,
 };
@@ -226,8 +232,13 @@ struct Guest {
 }
 
 impl Guest {
-    /// A guest that can write `written` pages, evenly strewn over its memory.
-    fn new(gib: u64, written: u64, ring: Option<RingConfig>) -> std::io::Result<Self> {
+    /// A guest that can write `written` pages, evenly strewn.
+    fn new(
+        gib: u64,
+        written: u64,
+        strewn: Strewn,
+        ring: Option<RingConfig>,
+    ) -> std::io::Result<Self> {
         let errno = |error: kvm_ioctls::Error| std::io::Error::from_raw_os_error(error.errno());
         let bytes = gib << 30;
         let pages = bytes / PAGE;
@@ -252,9 +263,13 @@ impl Guest {
         for page in 0..512 {
             memory.write(TABLES + page * 8, (page * PAGE) | 3);
         }
-        let stride = (pages - FIRST) / written;
+        let over = match strewn {
+            Strewn::Everywhere => pages,
+            Strewn::LastGib => (1 << 30) / PAGE,
+        };
+        let stride = (over - FIRST) / written;
         for at in 0..written {
-            let page = FIRST + at * stride;
+            let page = pages - over + FIRST + at * stride;
             memory.write(TABLES + PAGE + at * 8, (page * PAGE) | 3);
         }
         let vcpu = vm.create_vcpu(0).map_err(errno)?;
@@ -346,11 +361,49 @@ fn set_slot(vm: &VmFd, memory: &Sparse, flags: u32) -> std::io::Result<()> {
         .map_err(|error| std::io::Error::from_raw_os_error(error.errno()))
 }
 
+/// Where the written pages lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Strewn {
+    /// Over all memory: in a large guest each has its own lines and pages of the kernel's tables.
+    Everywhere,
+    /// Over the last GiB.
+    LastGib,
+}
+
+/// Linux, with the time inside its calls.
+#[derive(Default)]
+struct Timed {
+    ns: AtomicU64,
+}
+
+impl Kernel for Timed {
+    fn ioctl(&self, fd: BorrowedFd<'_>, request: Request, payload: Payload<'_>) -> io::Result<i32> {
+        let begun = Instant::now();
+        let answer = Linux.ioctl(fd, request, payload);
+        self.ns
+            .fetch_add(begun.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        answer
+    }
+
+    fn map_ring(&self, vcpu: BorrowedFd<'_>, entries: u32) -> io::Result<Box<dyn RingMemory>> {
+        Linux.map_ring(vcpu, entries)
+    }
+
+    fn read(&self, fd: BorrowedFd<'_>, octets: &mut [u8]) -> io::Result<usize> {
+        Linux.read(fd, octets)
+    }
+
+    fn write(&self, fd: BorrowedFd<'_>, octets: &[u8]) -> io::Result<usize> {
+        Linux.write(fd, octets)
+    }
+}
+
 /// A guest with its source started, and the set that it reports into.
 struct Tracked {
     guest: Guest,
     source: Box<dyn Source>,
     full: Option<RingFullHandle>,
+    kernel: Arc<Timed>,
     set: DirtySet,
 }
 
@@ -375,19 +428,22 @@ impl Way {
         }
     }
 
-    fn track(self, gib: u64, written: u64) -> std::io::Result<Tracked> {
+    fn track(self, gib: u64, written: u64, strewn: Strewn) -> std::io::Result<Tracked> {
         let config = RingConfig {
             entries: RingConfig::ENTRIES_MAX,
         };
-        let guest = Guest::new(gib, written, (self == Self::Ring).then_some(config))?;
+        let guest = Guest::new(gib, written, strewn, (self == Self::Ring).then_some(config))?;
         let (slots, control) = (guest.slots(), guest.control());
         let other = |error| std::io::Error::other(error);
         let mut full = None;
+        let kernel = Arc::new(Timed::default());
         let mut source: Box<dyn Source> = match self {
             Self::Ring => {
                 let vcpus = [&guest.vcpu];
+                let kernel = Arc::clone(&kernel) as Arc<dyn Kernel>;
                 let source =
-                    RingSource::new(&guest.vm, vcpus, config, slots, control).map_err(other)?;
+                    RingSource::with_kernel(kernel, &guest.vm, vcpus, config, slots, control)
+                        .map_err(other)?;
                 full = Some(source.handle());
                 Box::new(source.without_reaper())
             }
@@ -404,6 +460,7 @@ impl Way {
             guest,
             source,
             full,
+            kernel,
             set,
         };
         tracked.guest.write(
@@ -424,15 +481,17 @@ impl Tracked {
     }
 
     /// The fastest of three: the first one brings the guest's pages back into the caches that its neighbours had.
-    fn fastest(&mut self, written: u64) -> f64 {
-        (0..3)
-            .map(|_| self.measure(written))
-            .fold(f64::MAX, f64::min)
+    fn fastest(&mut self, written: u64) -> Taken {
+        let tries = (0..3).map(|_| self.measure(written));
+        tries
+            .min_by(|one, other| one.all.total_cmp(&other.all))
+            .expect("three tries")
     }
 
     /// Writes, and returns the time of finding and taking what was written, harvests of a full ring included.
-    fn measure(&mut self, written: u64) -> f64 {
+    fn measure(&mut self, written: u64) -> Taken {
         let before = self.source.figures().harvest_ns;
+        let in_kernel = self.kernel.ns.load(Ordering::Relaxed);
         self.guest
             .write(written, self.full.as_ref().map(|full| (full, &self.set)));
         let on_full = (self.source.figures().harvest_ns - before) as f64 / 1000.0;
@@ -444,8 +503,20 @@ impl Tracked {
             found >= written && found < written + written / 100 + 64,
             "{found} pages found of {written}"
         );
-        time
+        let in_kernel = self.kernel.ns.load(Ordering::Relaxed) - in_kernel;
+        Taken {
+            all: time,
+            kernel: in_kernel as f64 / 1000.0,
+        }
     }
+}
+
+/// Microseconds of finding and taking pages.
+#[derive(Clone, Copy)]
+struct Taken {
+    all: f64,
+    /// Inside the kernel's reset of the rings.
+    kernel: f64,
 }
 
 fn sources(rounds: usize) {
@@ -454,13 +525,20 @@ fn sources(rounds: usize) {
         "| source | {} | 1 TiB to 1 GiB |",
         GIB.map(|gib| format!("{gib} GiB")).join(" | ")
     );
-    for way in Way::ALL {
-        let tracked: std::io::Result<Vec<Tracked>> =
-            GIB.iter().map(|gib| way.track(*gib, WRITTEN)).collect();
+    let rows = Way::ALL.map(|way| (way, Strewn::Everywhere));
+    for (way, strewn) in [(Way::Ring, Strewn::LastGib)].into_iter().chain(rows) {
+        let name = match strewn {
+            Strewn::Everywhere => way.name().to_owned(),
+            Strewn::LastGib => format!("{}, pages in the last GiB", way.name()),
+        };
+        let tracked: std::io::Result<Vec<Tracked>> = GIB
+            .iter()
+            .map(|gib| way.track(*gib, WRITTEN, strewn))
+            .collect();
         let mut tracked = match tracked {
             Ok(tracked) => tracked,
             Err(error) => {
-                println!("| {} | not here: {error} |", way.name());
+                println!("| {name} | not here: {error} |");
                 continue;
             }
         };
@@ -470,7 +548,17 @@ fn sources(rounds: usize) {
                 times.push(tracked.fastest(WRITTEN));
             }
         }
-        row(way.name(), times);
+        let part = |part: fn(&Taken) -> f64| {
+            times
+                .iter()
+                .map(|times| times.iter().map(part).collect())
+                .collect()
+        };
+        row(&name, part(|taken| taken.all));
+        if way == Way::Ring {
+            row("… of it the kernel's reset", part(|taken| taken.kernel));
+            row("… of it ours", part(|taken| taken.all - taken.kernel));
+        }
     }
     others(rounds);
 }
@@ -618,8 +706,10 @@ fn heavy(rounds: usize) {
             "| pages written | one in | {} |",
             Way::ALL.map(Way::name).join(" | ")
         );
-        let tracked: std::io::Result<Vec<Tracked>> =
-            Way::ALL.iter().map(|way| way.track(gib, 60_000)).collect();
+        let tracked: std::io::Result<Vec<Tracked>> = Way::ALL
+            .iter()
+            .map(|way| way.track(gib, 60_000, Strewn::Everywhere))
+            .collect();
         let mut tracked = match tracked {
             Ok(tracked) => tracked,
             Err(error) => {
@@ -631,7 +721,7 @@ fn heavy(rounds: usize) {
             let mut times = vec![Vec::new(); Way::ALL.len()];
             for _ in 0..rounds {
                 for (tracked, times) in tracked.iter_mut().zip(&mut times) {
-                    times.push(tracked.fastest(written));
+                    times.push(tracked.fastest(written).all);
                 }
             }
             let cells: Vec<String> = times

@@ -94,6 +94,13 @@ impl<W: Word, B: Deref<Target = [W]>> Levels<B> {
         self.levels[0][index].load()
     }
 
+    /// Lets the words come from memory, and those above them, all at the same time: [`Levels::set`] would wait for one
+    /// after the other, because a locked write lets nothing pass.
+    pub(crate) fn touch(&self, indices: impl Iterator<Item = usize> + Clone) {
+        touch(indices.clone().map(|index| &self.levels[0][index]));
+        touch(indices.map(|index| &self.levels[1][index / LINE_WORDS / WORD_BITS as usize]));
+    }
+
     /// Sets `bits` of word `index`; returns those of them that were clear.
     pub(crate) fn set(&self, index: usize, bits: u64) -> u64 {
         if bits == 0 {

@@ -18,7 +18,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use zerocopy::FromZeros;
 
-use crate::collected::{Collected, Rearmed};
+use crate::collected::{Bits, Collected, Rearmed};
 use crate::kernel::HugeWords;
 use crate::levels::{Levels, WORD_BITS};
 use crate::round::{Round, Span};
@@ -370,16 +370,22 @@ impl DirtySet {
 
     fn set_collected(&self, collected: &Collected) -> u64 {
         let mut fresh = 0;
-        for found in collected.words() {
-            let place = self.shared.regions[found.region as usize];
-            let page = found.word * WORD_BITS;
-            assert!(
-                page < place.pages,
-                "word {} is not inside region {}",
-                found.word,
-                found.region
-            );
-            fresh += self.set_bits(place, page, found.bits);
+        for group in collected.words().chunks(TOUCHED_TOGETHER) {
+            let word = |found: &Bits| {
+                let place = self.shared.regions[found.region as usize];
+                assert!(
+                    found.word * WORD_BITS < place.pages,
+                    "word {} is not inside region {}",
+                    found.word,
+                    found.region
+                );
+                (place.first_word + found.word) as usize
+            };
+            self.shared.levels.touch(group.iter().map(word));
+            for found in group {
+                let place = self.shared.regions[found.region as usize];
+                fresh += self.set_bits(place, found.word * WORD_BITS, found.bits);
+            }
         }
         for &run in collected.runs() {
             fresh += self.set_run(run);
@@ -452,6 +458,9 @@ enum Words {
     Few(Box<[AtomicU64]>),
     Many(HugeWords),
 }
+
+/// Words that come from memory at the same time before they are set: their lines fit the first cache.
+const TOUCHED_TOGETHER: usize = 64;
 
 /// Words from which on a level gets a mapping: the bits of 8 GiB of guest memory, an eighth of a huge page.
 const MANY_WORDS: usize = 1 << 15;

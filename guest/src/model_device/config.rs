@@ -48,6 +48,18 @@ pub enum DeviceFailure {
     Step(DeviceState),
     /// The step into this state leaves the device broken, in [`DeviceState::Error`].
     Break(DeviceState),
+    /// The step into this state never returns.
+    HangStep(DeviceState),
+    /// Reading never returns once so many octets were read.
+    HangRead {
+        /// Octets.
+        after: u64,
+    },
+    /// Writing never returns once so many octets were written.
+    HangWrite {
+        /// Octets.
+        after: u64,
+    },
 }
 
 /// What a model device is made to be. Sizes in octets, speeds in octets a second.
@@ -198,6 +210,9 @@ impl fmt::Display for DeviceFailure {
             Self::Finish => f.write_str("finish"),
             Self::Step(state) => write!(f, "step@{state}"),
             Self::Break(state) => write!(f, "break@{state}"),
+            Self::HangStep(state) => write!(f, "hang@{state}"),
+            Self::HangRead { after } => write!(f, "hang-read@{after}"),
+            Self::HangWrite { after } => write!(f, "hang-write@{after}"),
         }
     }
 }
@@ -275,9 +290,17 @@ impl FromStr for DeviceFailure {
             "finish" => Self::Finish,
             "step" => Self::Step(state()?),
             "break" => Self::Break(state()?),
+            "hang" => Self::HangStep(state()?),
+            "hang-read" => Self::HangRead {
+                after: size("fail", at)?,
+            },
+            "hang-write" => Self::HangWrite {
+                after: size("fail", at)?,
+            },
             _ => {
                 return Err(DeviceConfigError(format!(
-                    "fail={text}: read@SIZE, write@SIZE, corrupt@SIZE, save-config, load-config, finish, step@STATE or break@STATE"
+                    "fail={text}: read@SIZE, write@SIZE, corrupt@SIZE, save-config, load-config, finish, step@STATE, break@STATE, \
+                     hang@STATE, hang-read@SIZE or hang-write@SIZE"
                 )));
             }
         })
@@ -328,6 +351,9 @@ mod tests {
             "model:size=64K,pre-copy=yes,after-memory=yes,fail=break@stop-copy",
             "model:size=64K,fail=read@1K",
             "model:size=64K,fail=corrupt@77",
+            "model:size=64K,fail=hang@stop-copy",
+            "model:size=64K,fail=hang-read@1K",
+            "model:size=64K,fail=hang-write@1K",
             "model:size=64K,fail=finish",
         ] {
             let config: DeviceConfig = text.parse().unwrap();

@@ -115,6 +115,13 @@ impl DeviceProbe {
     }
 }
 
+/// A call that never returns, as of a driver that waits for hardware that is gone.
+fn hang() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
 /// A device without hardware.
 pub struct ModelDevice {
     config: DeviceConfig,
@@ -243,6 +250,7 @@ impl ModelDevice {
                     "the step from {from} to {to} failed"
                 )));
             }
+            Some(DeviceFailure::HangStep(state)) if state == to => hang(),
             Some(DeviceFailure::Break(state)) if state == to => {
                 self.failure = None;
                 self.state = DeviceState::Error;
@@ -312,6 +320,9 @@ impl ModelDevice {
                 "reading failed after {} octets",
                 self.moved
             )));
+        }
+        if matches!(self.failure, Some(DeviceFailure::HangRead { after }) if self.moved >= after) {
+            hang();
         }
         let last = self.state == DeviceState::StopCopy;
         let Some(outgoing) = self.outgoing.as_mut() else {
@@ -387,6 +398,10 @@ impl ModelDevice {
                 "writing failed after {} octets",
                 self.moved
             )));
+        }
+        if matches!(self.failure, Some(DeviceFailure::HangWrite { after }) if self.moved + octets.len() as u64 > after)
+        {
+            hang();
         }
         let Some(intake) = self
             .intake

@@ -86,6 +86,8 @@ pub struct Assembler {
     ready: VecDeque<Item>,
     loaded: u64,
     granted: u64,
+    /// How often it began anew.
+    restarts: u32,
 }
 
 impl Assembler {
@@ -104,6 +106,7 @@ impl Assembler {
             ready: VecDeque::new(),
             loaded: 0,
             granted: window,
+            restarts: 0,
         }
     }
 
@@ -186,6 +189,18 @@ impl Assembler {
         }
         self.granted = possible;
         Some(possible)
+    }
+
+    /// Up to where the source was told that it may send.
+    #[must_use]
+    pub fn granted(&self) -> u64 {
+        self.granted
+    }
+
+    /// How often the stream began anew, going by what came.
+    #[must_use]
+    pub fn restarts(&self) -> u32 {
+        self.restarts
     }
 
     /// Octets held here now: what waits for its turn, and what was popped and is not loaded yet.
@@ -304,6 +319,7 @@ impl Assembler {
             }
             (_, Content::Mark(Mark::Restart, generation)) if generation == newest => {
                 self.stage = Stage::Data;
+                self.restarts += 1;
                 Item::Restart
             }
             _ => return Err(self.misfit(self.next)),

@@ -76,7 +76,9 @@ impl Handover {
 
     /// Its body is here.
     pub(crate) fn arrived(&self, index: u64, octets: Vec<u8>) -> Result<(), Misbehaved> {
-        let result = self.lock().assembler.arrived(index, octets);
+        let result = self
+            .lock()
+            .take_in(|assembler| assembler.arrived(index, octets));
         self.changed.notify_all();
         result
     }
@@ -88,7 +90,7 @@ impl Handover {
 
     /// A mark came.
     pub(crate) fn mark(&self, mark: &DeviceMark) -> Result<(), Fault> {
-        let result = self.lock().assembler.mark(mark);
+        let result = self.lock().take_in(|assembler| assembler.mark(mark));
         self.changed.notify_all();
         result
     }
@@ -130,11 +132,12 @@ impl Handover {
             if state.ended {
                 return Waited::Ended;
             }
-            if state.memory_landed {
-                return Waited::Landed;
-            }
+            // After the end of a stream nothing comes but a new beginning; memory then is that of the next switchover.
             if state.assembler.has_more() {
                 return Waited::Restarted;
+            }
+            if state.memory_landed {
+                return Waited::Landed;
             }
             state = self
                 .changed
@@ -143,8 +146,18 @@ impl Handover {
         }
     }
 
-    /// The stream begins anew: memory will have to land again.
-    pub(crate) fn restarted(&self) {
+    /// How often the stream began anew, going by what came: what was loaded before counts no more.
+    pub(crate) fn restarts(&self) -> u32 {
+        self.lock().assembler.restarts()
+    }
+
+    /// Up to where the source was told that it may send.
+    pub(crate) fn granted(&self) -> u64 {
+        self.lock().assembler.granted()
+    }
+
+    /// The switchover was broken off: memory will have to land again.
+    pub(crate) fn memory_moves_on(&self) {
         self.lock().memory_landed = false;
     }
 
@@ -166,6 +179,15 @@ impl Handover {
 }
 
 impl State {
+    /// Passes something to the assembler. If the stream begins anew with it, memory will have to land again; this is noted here, and
+    /// not when the loader gets to it, since memory may have landed by then.
+    fn take_in<T>(&mut self, how: impl FnOnce(&mut Assembler) -> T) -> T {
+        let before = self.assembler.restarts();
+        let result = how(&mut self.assembler);
+        self.memory_landed &= self.assembler.restarts() == before;
+        result
+    }
+
     /// A buffer of this size. Small chunks get small ones, so that what is held costs at most twice its octets.
     fn buffer(&mut self, bytes: usize) -> Vec<u8> {
         if bytes < self.chunk_bytes_max / 2 {

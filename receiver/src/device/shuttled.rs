@@ -136,12 +136,22 @@ fn the_end_wakes_the_loader() {
     let gate = thread::spawn(move || last.wait_for_memory());
     place.memory_landed();
     assert_eq!(gate.join().unwrap(), Waited::Landed);
-    // A stream that begins anew waits anew, and what comes behind it is heard.
-    place.restarted();
+    // A switchover that is broken off waits anew, and a stream that begins anew behind it is heard.
+    place.memory_moves_on();
     let last = Arc::clone(&place);
     let gate = thread::spawn(move || last.wait_for_memory());
     mark(&place, Mark::Restart, 0, 0);
     assert_eq!(gate.join().unwrap(), Waited::Restarted);
+    // Memory that landed before the stream began anew is not what its end waits for.
+    assert_eq!(place.next(), Some(Item::Restart));
+    place.memory_landed();
+    mark(&place, Mark::Restart, 1, 0);
+    assert_eq!(place.next(), Some(Item::Restart));
+    assert_eq!((place.restarts(), place.granted()), (2, 8));
+    let last = Arc::clone(&place);
+    let gate = thread::spawn(move || last.wait_for_memory());
+    place.end();
+    assert_eq!(gate.join().unwrap(), Waited::Ended);
 }
 
 #[test]

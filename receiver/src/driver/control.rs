@@ -18,12 +18,12 @@ use multifd_wire::frame::{
 };
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{
-    ChannelRef, Features, Frame, Incarnation, Kind, LaneId, Layout, Misbehaved, PAGE_BYTES_U64,
-    PageRun, Phase, Reason, Round, Sequence, Text,
+    ChannelRef, DeviceId, Features, Frame, Incarnation, Kind, LaneId, Layout, Misbehaved,
+    PAGE_BYTES_U64, PageRun, Phase, Reason, Round, Sequence, Text,
 };
 
 use super::accept::Acceptor;
-use super::device::{DeviceNote, Inventory, LoaderThread, check_table, open, start};
+use super::device::{DeviceNote, Inventory, LoaderThread, check_table, open, start, with_all};
 use super::gate::Gate;
 use super::greet::{Joined, Opened};
 use super::lane::{Begins, LaneThread};
@@ -175,7 +175,10 @@ pub(super) struct Control {
     sinks: Sinks,
     inventory: Option<Arc<Inventory>>,
     loaders: Vec<LoaderThread>,
-    devices_loaded: usize,
+    /// Devices that were loaded, and how often each had begun anew before.
+    devices_loaded: BTreeMap<DeviceId, u32>,
+    /// The newest acknowledgement of each device.
+    device_acks: BTreeMap<DeviceId, SwitchoverAck>,
     configs: Assembler,
     states: Assembler,
     early: Vec<Joined>,
@@ -233,9 +236,9 @@ impl Control {
     ) -> Result<Self, Error> {
         let (tasks, orders) = crossbeam_channel::bounded(2);
         let (back, vmm_back) = crossbeam_channel::bounded(1);
-        let notes = shared.notes.clone();
+        let theirs = Arc::clone(&shared);
         let body = Box::new(move || {
-            let vmm = vmm_life(vmm, &orders, &notes);
+            let vmm = vmm_life(vmm, &orders, &theirs);
             let _ = back.send(vmm);
         });
         let thread = shared.spawner.spawn("mfd-vmm", body).map_err(|source| {
@@ -268,7 +271,8 @@ impl Control {
             sinks: Vec::new(),
             inventory: None,
             loaders: Vec::new(),
-            devices_loaded: 0,
+            devices_loaded: BTreeMap::new(),
+            device_acks: BTreeMap::new(),
             configs: Assembler::new(Kind::Config, blob_bytes_max),
             states: Assembler::new(Kind::VmState, blob_bytes_max),
             early: Vec::new(),
@@ -372,6 +376,7 @@ impl Control {
             self.say_alive();
         }
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+        self.watch_devices();
         self.drive(Event::Tick);
     }
 
@@ -439,7 +444,7 @@ impl Control {
                 self.gate.open(round);
                 Ok(None)
             }
-            Effect::Load { states } => self.load(states).map(|()| None),
+            Effect::Load { states } => self.load(states),
             Effect::SendPrepared { digest } => {
                 self.prepared = true;
                 self.timeline.digest = Some(digest.value());
@@ -595,7 +600,7 @@ impl Control {
         Ok(Event::Closed { digest, damaged })
     }
 
-    fn load(&mut self, states: u32) -> Result<(), Error> {
+    fn load(&mut self, states: u32) -> Result<Option<Event>, Error> {
         let blobs = self
             .states
             .take(states)
@@ -605,7 +610,8 @@ impl Control {
         if let Some(inventory) = &self.inventory {
             inventory.memory_landed();
         }
-        Ok(())
+        // Everything of every device is here, also a new beginning that its loader has not got to yet.
+        Ok((!self.all_loaded()).then_some(Event::DeviceRestarted))
     }
 
     fn abort(&mut self, reason: Reason, phase: Phase, channel: ChannelRef, text: &str) {
@@ -1035,6 +1041,7 @@ impl Control {
         let refused = |step| move |source| Error::new(phase, Fault::Vmm { step, source });
         let event = match done {
             VmmDone::Prepared(result, took) => {
+                self.note_left(result.as_ref().err());
                 self.timeline.prepare_ms = ms(took);
                 result
                     .map_err(|fault| Error::new(phase, fault))
@@ -1056,6 +1063,7 @@ impl Control {
                     .map(|()| Event::Loaded)
             }
             VmmDone::Resumed(result, took, sinks) => {
+                self.note_left(result.as_ref().err());
                 self.timeline.resume_ms = ms(took);
                 self.sinks = sinks;
                 result
@@ -1064,6 +1072,14 @@ impl Control {
             }
         };
         self.drive(event.unwrap_or_else(Event::Failed));
+    }
+
+    /// Devices that are led somewhere together stay together with the one whose code does not return.
+    fn note_left(&mut self, fault: Option<&Fault>) {
+        if let (Some(Fault::DeviceStuck { .. }), Some(table)) = (fault, &self.devices) {
+            let names = table.iter().map(|device| device.name.as_str().to_owned());
+            self.timeline.devices_left.extend(names);
+        }
     }
 
     fn machine_ready(&mut self, memory: GuestMemory) -> Result<Event, Error> {
@@ -1096,6 +1112,9 @@ impl Control {
         }
         let config = &self.shared.config;
         check_table(&table, config.device_window_bytes, config.device_bytes_max).map_err(fail)?;
+        if let Some(first) = &self.devices {
+            return self.same_devices(first, &table);
+        }
         if agreed {
             let inventory = Inventory::new(&table, config.device_window_bytes);
             self.inventory = Some(Arc::new(inventory));
@@ -1108,6 +1127,10 @@ impl Control {
     }
 
     fn start_loaders(&mut self) -> Result<(), Error> {
+        // A resume finds them at work.
+        if !self.loaders.is_empty() {
+            return Ok(());
+        }
         if let Some((inventory, table)) = self.inventory.as_ref().zip(self.devices.as_ref()) {
             let sinks = std::mem::take(&mut self.sinks);
             let loaders = inventory.start(table, sinks, &self.shared);
@@ -1116,15 +1139,30 @@ impl Control {
         Ok(())
     }
 
+    /// Whether what was loaded of each device is its newest stream.
+    fn all_loaded(&self) -> bool {
+        let (Some(table), Some(inventory)) = (&self.devices, &self.inventory) else {
+            return true;
+        };
+        table.iter().all(|device| {
+            let loaded = self.devices_loaded.get(&device.id).copied();
+            loaded.is_some() && loaded == inventory.restarts(device.id)
+        })
+    }
+
     fn device(&mut self, note: DeviceNote) {
         let now = self.now();
+        // Without channels, or before LANDED, there is nobody to be told; LANDED is followed by all that counts.
+        let tells = self.phase() >= Phase::Rounds && self.phase() != Phase::Suspended;
         if let Some(session) = &mut self.session {
             session.progressed(now);
         }
         match note {
             DeviceNote::Credit { device, offset_max } => {
                 let credits = [RawCredit::from(Credit { device, offset_max })];
-                self.send(Credits { credits: &credits });
+                if tells {
+                    self.send(Credits { credits: &credits });
+                }
                 // What was loaded was handled: the source can let go of it, and read on.
                 self.ack_due = self.now();
             }
@@ -1133,28 +1171,36 @@ impl Control {
                 generation,
                 bytes,
                 took,
-            } => self.send(SwitchoverAck {
-                device,
-                generation,
-                bytes,
-                load_us: micros(took),
-            }),
+            } => {
+                let ack = SwitchoverAck {
+                    device,
+                    generation,
+                    bytes,
+                    load_us: micros(took),
+                };
+                self.device_acks.insert(device, ack);
+                if tells {
+                    self.send(ack);
+                }
+            }
             DeviceNote::Loaded(loaded) => {
-                self.send(DeviceLoaded {
-                    device: loaded.device,
-                    bytes: loaded.bytes,
-                    load_us: micros(loaded.load),
-                    config_us: micros(loaded.config),
-                });
+                if tells {
+                    self.send(DeviceLoaded {
+                        device: loaded.device,
+                        bytes: loaded.bytes,
+                        load_us: micros(loaded.load),
+                        config_us: micros(loaded.config),
+                    });
+                }
                 self.timeline.device_loaded(&loaded);
-                self.devices_loaded += 1;
-                if self.devices.as_ref().map(Vec::len) == Some(self.devices_loaded) {
+                self.devices_loaded.insert(loaded.device, loaded.restarts);
+                if self.all_loaded() {
                     self.drive(Event::DevicesLoaded);
                 }
             }
             DeviceNote::Restarted { device } => {
-                if self.timeline.device_restarted(device) {
-                    self.devices_loaded -= 1;
+                self.timeline.device_restarted(device);
+                if self.devices_loaded.remove(&device).is_some() {
                     self.drive(Event::DeviceRestarted);
                 }
             }
@@ -1165,19 +1211,35 @@ impl Control {
         }
     }
 
+    /// A device's own code may not return: then neither does its loader, and the migration ends without it.
+    fn watch_devices(&mut self) {
+        let limit = self.shared.config.device_deadline;
+        if let Some(fault) = self.loaders.iter().find_map(|loader| loader.stuck(limit)) {
+            let error = Error::new(self.phase(), fault);
+            self.drive(Event::Failed(error));
+        }
+    }
+
     /// Ends the loaders and takes their devices back; notes are read meanwhile so that none blocks on them.
     fn sinks_home(&mut self) -> Sinks {
         let Some(inventory) = &self.inventory else {
             return std::mem::take(&mut self.sinks);
         };
         inventory.end();
+        let patience = self.shared.config.device_deadline;
         let mut sinks = std::mem::take(&mut self.sinks);
         for loader in std::mem::take(&mut self.loaders) {
-            sinks.extend(loader.home(|| {
+            let name = loader.name.clone();
+            let home = loader.home(patience, || {
                 if self.inbox.is_full() {
                     let _ = self.inbox.try_recv();
                 }
-            }));
+            });
+            if home.is_none() {
+                tracing::error!(device = %name, "a device is not given back: its code does not return");
+                self.timeline.devices_left.push(name);
+            }
+            sinks.extend(home);
         }
         sinks
     }
@@ -1301,21 +1363,18 @@ impl Control {
 }
 
 /// The VMM thread: does one thing after another, so that the control thread never waits for the VMM.
-fn vmm_life(
-    mut vmm: Box<dyn Vmm>,
-    orders: &Receiver<VmmTask>,
-    notes: &Sender<Note>,
-) -> Box<dyn Vmm> {
+fn vmm_life(mut vmm: Box<dyn Vmm>, orders: &Receiver<VmmTask>, shared: &Shared) -> Box<dyn Vmm> {
     for task in orders {
         let began = Instant::now();
         let done = match task {
             VmmTask::Prepare(configs, layout, devices) => VmmDone::Prepared(
-                prepare_machine(&mut *vmm, configs, &layout, &devices),
+                prepare_machine(&mut *vmm, configs, &layout, &devices, shared),
                 began.elapsed(),
             ),
             VmmTask::Load(states) => VmmDone::Loaded(vmm.load(states), began.elapsed()),
-            VmmTask::Resume(proof, mut sinks) => {
-                let done = start(&mut sinks).and_then(|()| {
+            VmmTask::Resume(proof, sinks) => {
+                let (started, sinks) = with_all(shared, sinks, start);
+                let done = started.and_then(|()| {
                     let step = "run the guest";
                     vmm.resume(proof)
                         .map_err(|source| Fault::Vmm { step, source })
@@ -1327,7 +1386,7 @@ fn vmm_life(
                 continue;
             }
         };
-        if notes.send(Note::Vmm(done)).is_err() {
+        if shared.notes.send(Note::Vmm(done)).is_err() {
             break;
         }
     }
@@ -1349,6 +1408,7 @@ fn prepare_machine(
     configs: Vec<Blob>,
     layout: &Layout,
     devices: &[Device],
+    shared: &Shared,
 ) -> Result<(GuestMemory, Sinks), Fault> {
     let refused = |step| move |source| Fault::Vmm { step, source };
     let memory = vmm
@@ -1359,7 +1419,10 @@ fn prepare_machine(
         sinks = vmm
             .devices(devices)
             .map_err(refused("give the machine's devices"))?;
-        open(devices, &mut sinks)?;
+        let table = devices.to_vec();
+        let (opened, back) = with_all(shared, sinks, move |sinks, busy| open(&table, sinks, busy));
+        sinks = back;
+        opened?;
     }
     Ok((memory, sinks))
 }

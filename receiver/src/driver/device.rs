@@ -3,19 +3,19 @@
 //! The loader begins with the first chunk. It alone calls its device until everything is loaded; after that, and before
 //! the rounds, the VMM's thread does. What it must never do: keep a lane waiting, or start a device.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use multifd_transport::ReceiveHalf;
-use multifd_wire::frame::{Device, DeviceChunk, DeviceFlags, DeviceMark};
+use multifd_wire::frame::{Credit, Device, DeviceChunk, DeviceFlags, DeviceMark};
 use multifd_wire::limits::BLOB_BYTES_MAX;
 use multifd_wire::{DeviceId, DeviceState, Generation, Header, Misbehaved};
 
 use super::link::skip_body;
-use super::{Note, Shared, thread_cpu};
+use super::{Note, Shared, lock, thread_cpu};
 use crate::device::assembler::{Assembler, Item};
 use crate::device::handover::{Body, Handover, Waited};
 use crate::device::{DeviceError, DeviceSink};
@@ -49,6 +49,8 @@ pub(crate) struct LoadedDevice {
     pub(crate) bytes: u64,
     pub(crate) load: Duration,
     pub(crate) config: Duration,
+    /// How often its stream had begun anew.
+    pub(crate) restarts: u32,
 }
 
 /// Where lanes leave what belongs to devices. Shared by all lanes.
@@ -112,6 +114,27 @@ impl Inventory {
         self.devices.iter().for_each(|place| place.memory_landed());
     }
 
+    /// The switchover was broken off.
+    pub(super) fn memory_moves_on(&self) {
+        self.devices
+            .iter()
+            .for_each(|place| place.memory_moves_on());
+    }
+
+    /// How often this device's stream began anew, going by what came.
+    pub(super) fn restarts(&self, device: DeviceId) -> Option<u32> {
+        self.place(device).ok().map(Handover::restarts)
+    }
+
+    /// Up to where the source may send of each device.
+    pub(super) fn credits(&self) -> Vec<Credit> {
+        let credit = |(device, place): (u32, &Arc<Handover>)| Credit {
+            device: DeviceId::new(device),
+            offset_max: place.granted(),
+        };
+        (0..).zip(&self.devices).map(credit).collect()
+    }
+
     /// Sends the loaders home.
     pub(super) fn end(&self) {
         self.devices.iter().for_each(|place| place.end());
@@ -138,19 +161,28 @@ impl Inventory {
                 load: Duration::ZERO,
                 generation_bytes: 0,
                 generation_load: Duration::ZERO,
+                restarts: 0,
+                busy: Arc::default(),
             };
+            let (name, busy) = (loader.name.clone(), Arc::clone(&loader.busy));
             let body = Box::new(move || {
                 let _ = give.send(loader.run());
             });
-            let name = format!("mfd-dev{}", device.id);
-            let thread = shared
-                .spawner
-                .spawn(&name, body)
-                .map_err(|source| Fault::System {
-                    step: "start a thread",
-                    source,
-                })?;
-            threads.push(LoaderThread { thread, back });
+            let thread_name = format!("mfd-dev{}", device.id);
+            let thread =
+                shared
+                    .spawner
+                    .spawn(&thread_name, body)
+                    .map_err(|source| Fault::System {
+                        step: "start a thread",
+                        source,
+                    })?;
+            threads.push(LoaderThread {
+                name,
+                busy,
+                thread,
+                back,
+            });
         }
         Ok(threads)
     }
@@ -158,16 +190,29 @@ impl Inventory {
 
 /// A loader at work. It gives its device back when it has everything, or when it is sent home.
 pub(super) struct LoaderThread {
+    pub(super) name: String,
+    busy: Arc<Busy>,
     thread: JoinHandle<()>,
     back: Receiver<Box<dyn DeviceSink>>,
 }
 
 impl LoaderThread {
-    /// Its device; `None` if the device's own code panicked. Meanwhile the queue of notes must not stay full: `make_room`.
-    pub(super) fn home(self, make_room: impl Fn()) -> Option<Box<dyn DeviceSink>> {
+    /// The call that does not return, if there is one.
+    pub(super) fn stuck(&self, limit: Duration) -> Option<Fault> {
+        self.busy.stuck(limit)
+    }
+
+    /// Its device; `None` if the device's own code panicked, or does not return: then its thread is left behind, and ends when that
+    /// does. Meanwhile the queue of notes must not stay full: `make_room`.
+    pub(super) fn home(
+        self,
+        patience: Duration,
+        make_room: impl Fn(),
+    ) -> Option<Box<dyn DeviceSink>> {
         let sink = loop {
             match self.back.recv_timeout(Duration::from_millis(1)) {
                 Ok(sink) => break Some(sink),
+                Err(RecvTimeoutError::Timeout) if self.stuck(patience).is_some() => return None,
                 Err(RecvTimeoutError::Timeout) => make_room(),
                 Err(RecvTimeoutError::Disconnected) => break None,
             }
@@ -177,7 +222,90 @@ impl LoaderThread {
     }
 }
 
+/// What a device's own code is asked for, and since when. It may never return; whoever waits for it looks here.
+#[derive(Debug, Default)]
+pub(super) struct Busy(Mutex<Option<(String, &'static str, Instant)>>);
+
+impl Busy {
+    fn call<T>(
+        &self,
+        sink: &mut dyn DeviceSink,
+        step: &'static str,
+        ask: impl FnOnce(&mut dyn DeviceSink) -> Result<T, DeviceError>,
+    ) -> Result<T, Fault> {
+        let device = sink.name().to_owned();
+        *lock(&self.0) = Some((device.clone(), step, Instant::now()));
+        let answer = ask(sink);
+        *lock(&self.0) = None;
+        answer.map_err(|source| Fault::Device {
+            device,
+            step,
+            source,
+        })
+    }
+
+    fn stuck(&self, limit: Duration) -> Option<Fault> {
+        let busy = lock(&self.0);
+        let (device, step, since) = busy.as_ref()?;
+        let waited = since.elapsed();
+        (waited >= limit).then(|| Fault::DeviceStuck {
+            device: device.clone(),
+            step,
+            waited_ms: waited.as_millis(),
+        })
+    }
+}
+
+/// Does something with all devices, in a thread of its own, so that one whose code does not return keeps nobody else. Without
+/// an answer within the deadline of each call the devices stay with that thread.
+pub(super) fn with_all(
+    shared: &Shared,
+    mut sinks: Vec<Box<dyn DeviceSink>>,
+    how: impl FnOnce(&mut [Box<dyn DeviceSink>], &Busy) -> Result<(), Fault> + Send + 'static,
+) -> (Result<(), Fault>, Vec<Box<dyn DeviceSink>>) {
+    if sinks.is_empty() {
+        return (how(&mut sinks, &Busy::default()), sinks);
+    }
+    let busy = Arc::new(Busy::default());
+    let (give, back) = crossbeam_channel::bounded(1);
+    let theirs = Arc::clone(&busy);
+    let body = Box::new(move || {
+        let done = how(&mut sinks, &theirs);
+        let _ = give.send((done, sinks));
+    });
+    let spawned = shared.spawner.spawn("mfd-devices", body);
+    let thread = match spawned {
+        Ok(thread) => thread,
+        Err(source) => {
+            let step = "start a thread";
+            return (Err(Fault::System { step, source }), Vec::new());
+        }
+    };
+    let limit = shared.config.device_deadline;
+    loop {
+        match back.recv_timeout(limit.min(LOOK)) {
+            Ok(done) => {
+                let _ = thread.join();
+                return done;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                if let Some(stuck) = busy.stuck(limit) {
+                    return (Err(stuck), Vec::new());
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                let text = "the code of one panicked".to_owned();
+                return (Err(Fault::Devices { text }), Vec::new());
+            }
+        }
+    }
+}
+
+/// How often it is looked whether a device's code is stuck.
+const LOOK: Duration = Duration::from_millis(50);
+
 struct Loader {
+    busy: Arc<Busy>,
     device: Device,
     name: String,
     sink: Box<dyn DeviceSink>,
@@ -189,6 +317,7 @@ struct Loader {
     /// Of the present generation of initial bytes.
     generation_bytes: u64,
     generation_load: Duration,
+    restarts: u32,
 }
 
 impl Loader {
@@ -210,9 +339,7 @@ impl Loader {
         match item {
             Item::Data(octets) => {
                 let began = Instant::now();
-                self.sink
-                    .write(&octets)
-                    .map_err(|e| self.fault("take its state in", e))?;
+                self.call("take its state in", |sink| sink.write(&octets))?;
                 let (took, bytes) = (began.elapsed(), octets.len() as u64);
                 self.load += took;
                 self.generation_load += took;
@@ -236,9 +363,7 @@ impl Loader {
             }
             Item::InitialEnd(generation) => {
                 let began = Instant::now();
-                self.sink
-                    .initial_end()
-                    .map_err(|e| self.fault("finish its initial bytes", e))?;
+                self.call("finish its initial bytes", |sink| sink.initial_end())?;
                 self.load += began.elapsed();
                 let took = self.generation_load + began.elapsed();
                 self.tell(DeviceNote::InitialLoaded {
@@ -252,14 +377,12 @@ impl Loader {
             Item::DataEnd => {}
             Item::ConfigEnd => self.finish()?,
             Item::Restart => {
-                self.place.restarted();
+                self.restarts += 1;
                 // One that had everything stands still already.
                 if self.sink.state() == DeviceState::Resuming {
-                    self.sink
-                        .restart()
-                        .map_err(|e| self.fault("begin anew", e))?;
+                    self.call("begin anew", |sink| sink.restart())?;
                 } else {
-                    lead(&mut *self.sink, DeviceState::Resuming)?;
+                    lead(&mut *self.sink, DeviceState::Resuming, &self.busy)?;
                 }
                 self.tell(DeviceNote::Restarted {
                     device: self.device.id,
@@ -281,19 +404,18 @@ impl Loader {
         let began = Instant::now();
         if !self.config.is_empty() {
             let config = std::mem::take(&mut self.config);
-            self.sink
-                .load_config(&config)
-                .map_err(|e| self.fault("take its configuration in", e))?;
+            self.call("take its configuration in", |sink| {
+                sink.load_config(&config)
+            })?;
         }
-        self.sink
-            .set_state(DeviceState::Stop)
-            .map_err(|e| self.fault("finish its state", e))?;
+        self.call("finish its state", |sink| sink.set_state(DeviceState::Stop))?;
         self.tell(DeviceNote::Loaded(LoadedDevice {
             device: self.device.id,
             name: self.name.clone(),
             bytes: self.bytes,
             load: self.load,
             config: began.elapsed(),
+            restarts: self.restarts,
         }));
         Ok(())
     }
@@ -311,17 +433,21 @@ impl Loader {
         let _ = self.shared.notes.send(Note::Device(note));
     }
 
-    fn fault(&self, step: &'static str, source: DeviceError) -> Fault {
-        Fault::Device {
-            device: self.name.clone(),
-            step,
-            source,
-        }
+    fn call<T>(
+        &mut self,
+        step: &'static str,
+        ask: impl FnOnce(&mut dyn DeviceSink) -> Result<T, DeviceError>,
+    ) -> Result<T, Fault> {
+        self.busy.call(&mut *self.sink, step, ask)
     }
 }
 
 /// Checks that these are the devices of the table and can be moved together, and leads each to where its state can be written.
-pub(super) fn open(table: &[Device], sinks: &mut [Box<dyn DeviceSink>]) -> Result<(), Fault> {
+pub(super) fn open(
+    table: &[Device],
+    sinks: &mut [Box<dyn DeviceSink>],
+    busy: &Busy,
+) -> Result<(), Fault> {
     let refuse = |text: String| Err(Fault::Devices { text });
     if sinks.len() != table.len() {
         return refuse(format!("the VMM gave {} for {}", sinks.len(), table.len()));
@@ -341,31 +467,27 @@ pub(super) fn open(table: &[Device], sinks: &mut [Box<dyn DeviceSink>]) -> Resul
         ));
     }
     for sink in sinks {
-        lead(&mut **sink, DeviceState::Resuming)?;
+        lead(&mut **sink, DeviceState::Resuming, busy)?;
     }
     Ok(())
 }
 
 /// Starts all devices, which have all been loaded: first every one to where none disturbs another, then on.
-pub(super) fn start(sinks: &mut [Box<dyn DeviceSink>]) -> Result<(), Fault> {
+pub(super) fn start(sinks: &mut [Box<dyn DeviceSink>], busy: &Busy) -> Result<(), Fault> {
     for sink in sinks.iter_mut() {
         if sink.flags().contains(DeviceFlags::P2P) {
-            lead(&mut **sink, DeviceState::RunningP2p)?;
+            lead(&mut **sink, DeviceState::RunningP2p, busy)?;
         }
     }
     sinks
         .iter_mut()
-        .try_for_each(|sink| lead(&mut **sink, DeviceState::Running))
+        .try_for_each(|sink| lead(&mut **sink, DeviceState::Running, busy))
 }
 
 /// Step by step.
-fn lead(sink: &mut dyn DeviceSink, to: DeviceState) -> Result<(), Fault> {
+fn lead(sink: &mut dyn DeviceSink, to: DeviceState, busy: &Busy) -> Result<(), Fault> {
     while let Some(next) = sink.state().step_to(to, sink.flags()) {
-        sink.set_state(next).map_err(|source| Fault::Device {
-            device: sink.name().to_owned(),
-            step: to_step(to),
-            source,
-        })?;
+        busy.call(sink, to_step(to), |sink| sink.set_state(next))?;
     }
     if sink.state() == to {
         return Ok(());

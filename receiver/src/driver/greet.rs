@@ -229,13 +229,11 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         let reply = HelloReply::refused(reason, text, hello.session);
         return refuse(shared, &mut *tx, &mut *rx, &reply);
     }
-    // SPEC: FEAT-5. A session with devices is not kept: their streams would have to begin anew at both ends.
-    let asks = hello.features_mandatory.union(hello.features_optional);
-    let keeps = !shared.config.suspend.is_zero() && !asks.contains(Features::DEVICE_STATE);
-    let features = if keeps {
-        Features::DEVICE_STATE.union(Features::RESUME)
-    } else {
+    // SPEC: FEAT-5
+    let features = if shared.config.suspend.is_zero() {
         Features::DEVICE_STATE
+    } else {
+        Features::DEVICE_STATE.union(Features::RESUME)
     };
     let reply = negotiate::answer(&hello, &shared.desk.offer_for(hello.intent, features));
     let agreement = match negotiate::accept(&hello, &reply) {

@@ -58,6 +58,8 @@ impl Session {
         self.lanes.clear();
         // SPEC: RESUME-8
         (self.paused_from, self.switchover, self.verdict) = (None, None, None);
+        // A device that had everything begins anew, since the source's runs again.
+        self.devices_loaded = !self.devices;
         (self.closing, self.alone_since) = (false, None);
         self.lane_lost = true;
         vec![Effect::Suspend]

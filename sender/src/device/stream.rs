@@ -84,6 +84,12 @@ impl Stream {
         placed
     }
 
+    /// Chunks and marks placed so far.
+    #[must_use]
+    pub fn index(&self) -> u64 {
+        self.index
+    }
+
     /// Octets placed so far.
     #[must_use]
     pub fn offset(&self) -> u64 {
@@ -160,6 +166,12 @@ impl Item {
             Head::Chunk(chunk) => chunk.device,
             Head::Mark(mark) => mark.device,
         }
+    }
+
+    /// Whether everything before it is void (SPEC: DEVSTREAM-3).
+    #[must_use]
+    pub fn is_restart(&self) -> bool {
+        matches!(self.head, Head::Mark(mark) if mark.mark == Mark::Restart)
     }
 
     /// Whether its device's stream ends with it.

@@ -138,6 +138,8 @@ pub(super) struct Control {
     resumed: Option<resume::Resumed>,
     /// Threads of channels that were given up; they end by themselves.
     stragglers: Vec<JoinHandle<()>>,
+    /// Notes of devices that came while something else was waited for.
+    later: VecDeque<Note>,
     timeline: Timeline,
     outcome: Option<Outcome>,
     keep_alive_due: Duration,
@@ -193,6 +195,7 @@ impl Control {
             attempt: 0,
             resumed: None,
             stragglers: Vec::new(),
+            later: VecDeque::new(),
             timeline: Timeline::default(),
             outcome: None,
             keep_alive_due: Duration::ZERO,
@@ -270,10 +273,12 @@ impl Control {
             .min(self.lanes_due())
             .min(self.back_due())
             .min(settle.unwrap_or(Duration::MAX));
-        match self
-            .inbox
-            .recv_timeout(until.saturating_sub(self.shared.now()))
-        {
+        let left = until.saturating_sub(self.shared.now());
+        let note = match self.later.pop_front() {
+            Some(note) => Ok(note),
+            None => self.inbox.recv_timeout(left),
+        };
+        match note {
             Ok(note) => self.note(note),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
@@ -307,6 +312,7 @@ impl Control {
         }
         self.tend_lanes(now);
         self.tend_back(now);
+        self.watch_devices();
         self.drive(Event::Tick);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
     }
@@ -389,7 +395,13 @@ impl Control {
                 .map(|()| None)
             }
             Effect::Reclaim { paused, proof } => {
-                self.reclaim_devices(&proof);
+                // A switchover that is broken off, or the end.
+                let devices = if self.session.phase() == Phase::Suspended {
+                    self.go_on_with_devices(&proof)
+                } else {
+                    self.reclaim_devices(&proof);
+                    Ok(())
+                };
                 if paused {
                     self.timeline.reclaimed();
                     if let Err(source) = self.vmm.resume(proof) {
@@ -398,7 +410,7 @@ impl Control {
                         self.timeline.resume_failed = Some(source.to_string());
                     }
                 }
-                Ok(None)
+                devices.map(|()| None)
             }
             Effect::Abort {
                 reason,

@@ -50,6 +50,10 @@ pub(super) enum Order {
     Back,
     /// Run.
     Run,
+    /// The switchover was broken off, and another will follow: back to where it runs, quiescent, with its pre-copy if that stands.
+    Hold,
+    /// Run, and go on with pre-copy where it stands; otherwise begin the stream anew.
+    GoOn,
     /// The guest is gone: stand still for good.
     Retire,
     /// Go home.
@@ -94,7 +98,30 @@ pub(super) struct Figures {
     pub(super) loaded: Option<(Duration, Duration)>,
     pub(super) loaded_at: Option<Instant>,
     pub(super) was_reset: bool,
+    /// How often its stream began anew.
+    pub(super) restarts: u32,
+    /// It came back from its reader in the end.
+    pub(super) given_back: bool,
     pub(super) trouble: Option<String>,
+}
+
+impl Figures {
+    /// What was measured from the stop on is void: the device runs again.
+    fn runs_again(&mut self) {
+        *self = Self {
+            stop_copy_bytes: 0,
+            config_bytes: 0,
+            quiesce: Duration::ZERO,
+            stop: Duration::ZERO,
+            read: Duration::ZERO,
+            stopped_at: None,
+            saved_at: None,
+            sent_at: None,
+            loaded: None,
+            loaded_at: None,
+            ..std::mem::take(self)
+        };
+    }
 }
 
 /// What the reader of one device shares with the others.
@@ -117,6 +144,12 @@ struct DeskState {
     chunk: usize,
     /// From here on no new generation is announced: the guest is about to be paused.
     closed: bool,
+    /// The control channel from which on credit is for this stream.
+    epoch: u32,
+    /// The newest acknowledgement may be said once more: the migration was resumed (SPEC: RESUME-12).
+    repeats: bool,
+    /// What the device is being asked for, and since when.
+    call: Option<(&'static str, Instant)>,
     figures: Figures,
 }
 
@@ -138,6 +171,9 @@ impl Desk {
                 buffers_max: buffers_max.max(2),
                 chunk: usize::try_from(chunk).unwrap_or(usize::MAX),
                 closed: false,
+                epoch: 0,
+                repeats: false,
+                call: None,
                 figures: Figures {
                     stop_bytes: traits.state_bytes,
                     announced: u32::from(wants_ack),
@@ -187,15 +223,32 @@ impl Desk {
         self.changed.notify_all();
     }
 
-    /// Waits until an order was carried out.
-    fn wait_for(&self, order: Order, until: Instant) -> bool {
-        let left = until.saturating_duration_since(Instant::now());
-        let open = |state: &mut DeskState| state.done != Some(order);
-        let (state, _) = self
-            .changed
-            .wait_timeout_while(self.lock(), left, open)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.done == Some(order)
+    /// What the device has been asked for since longer than `limit`, and since how long. Its own code does not return.
+    pub(super) fn stuck(&self, limit: Duration) -> Option<Stuck> {
+        let (step, since) = self.lock().call?;
+        let waited = since.elapsed();
+        (waited >= limit).then_some(Stuck { step, waited })
+    }
+
+    /// Waits until an order was carried out, as long as each call of the device returns within `limit`.
+    fn wait_for(&self, order: Order, limit: Duration) -> bool {
+        let mut state = self.lock();
+        let began = Instant::now();
+        loop {
+            if state.done == Some(order) {
+                return true;
+            }
+            // Between two calls the reader itself is at work, which takes no time.
+            let since = state.call.map_or(began, |(_, since)| since);
+            let left = limit.saturating_sub(since.elapsed());
+            if left.is_zero() {
+                return false;
+            }
+            (state, _) = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// A buffer, unless an order comes first.
@@ -244,11 +297,30 @@ impl Desk {
         }
     }
 
-    /// More credit.
-    pub(super) fn grant(&self, offset_max: u64) -> Result<(), Misbehaved> {
-        let result = self.lock().stream.grant(offset_max);
+    /// More credit, said on the control channel of this number.
+    pub(super) fn grant(&self, epoch: u32, offset_max: u64) -> Result<(), Misbehaved> {
+        let mut state = self.lock();
+        // A destination that has lost the migration spoke of the stream that it had.
+        let result = if epoch < state.epoch {
+            Ok(())
+        } else {
+            state.stream.grant(offset_max)
+        };
+        drop(state);
         self.changed.notify_all();
         result
+    }
+
+    /// For a destination that has nothing: an empty stream, to which the control channels from this number on speak.
+    fn begin_anew(&self, epoch: u32) {
+        let mut state = self.lock();
+        // Its credit comes with the grant.
+        state.stream = Stream::new(self.id, 0);
+        (state.epoch, state.closed, state.repeats) = (epoch, false, false);
+        let figures = &mut state.figures;
+        figures.runs_again();
+        figures.announced = u32::from(self.flags.contains(DeviceFlags::SWITCHOVER_ACK));
+        (figures.acked, figures.acked_bytes, figures.acked_load) = (0, 0, Duration::ZERO);
     }
 
     /// The destination has loaded the initial bytes of a generation. Gives whether that was news.
@@ -260,6 +332,10 @@ impl Desk {
     ) -> Result<(), Misbehaved> {
         let mut state = self.lock();
         let newest = state.stream.generation();
+        if state.repeats && generation.value() == state.figures.acked {
+            state.repeats = false;
+            return Ok(());
+        }
         if generation > newest || generation.value() <= state.figures.acked {
             return Err(Misbehaved::Amount {
                 field: "switchover_ack.generation",
@@ -283,6 +359,15 @@ impl Desk {
             figures.loaded_at = Some(Instant::now());
         });
     }
+}
+
+/// A call of a device's that does not return.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stuck {
+    /// What it was asked for.
+    pub(super) step: &'static str,
+    /// Since how long.
+    pub(super) waited: Duration,
 }
 
 impl Home for Desk {
@@ -339,6 +424,8 @@ pub(super) struct Outbox {
 
 #[derive(Default)]
 struct OutboxState {
+    /// Nothing is given out: the channels are lost, and what landed is not known yet (SPEC: RESUME-11).
+    held: bool,
     /// Items of lanes that were lost: before all others.
     again: VecDeque<Arc<Item>>,
     queues: Vec<Queue>,
@@ -408,6 +495,38 @@ impl Outbox {
         count
     }
 
+    /// The channels are lost, or the destination said what landed: whether items are given out.
+    pub(super) fn hold(&self, held: bool) {
+        let mut state = lock(&self.state);
+        state.held = held;
+        let waiting = state.queues.iter().map(|queue| queue.items.len());
+        let count = state.again.len() + waiting.sum::<usize>();
+        drop(state);
+        for _ in 0..if held { 0 } else { count } {
+            self.token();
+        }
+    }
+
+    /// The guest runs on: devices take turns again.
+    fn go_on(&self) {
+        lock(&self.state).paused = false;
+    }
+
+    /// Forgets all items: their destination is gone.
+    fn clear(&self) {
+        let mut state = lock(&self.state);
+        let void = std::mem::take(&mut state.again);
+        let queues = state
+            .queues
+            .iter_mut()
+            .map(std::mem::take)
+            .collect::<Vec<_>>();
+        state.paused = false;
+        drop(state);
+        // Their buffers go home, which must not be waited for with the lock.
+        drop((void, queues));
+    }
+
     /// The guest is paused: the longest first from here on.
     fn pause(&self, left: impl Fn(usize) -> u64) {
         let mut state = lock(&self.state);
@@ -420,6 +539,9 @@ impl Outbox {
     /// The item that is most urgent now.
     pub(super) fn take(&self) -> Option<Arc<Item>> {
         let mut state = lock(&self.state);
+        if state.held {
+            return None;
+        }
         let item = match state.again.pop_front() {
             Some(item) => item,
             None => state.take_new()?,
@@ -459,12 +581,14 @@ impl OutboxState {
         let queue = self.queues.get_mut(index)?;
         let item = queue.items.pop_front()?;
         queue.left = queue.left.saturating_sub(item.octets().len() as u64);
-        queue.over |= item.is_last();
+        queue.over = (queue.over || item.is_last()) && !item.is_restart();
         Some(item)
     }
 
     fn is_drained(&self) -> bool {
-        self.again.is_empty() && self.queues.iter().all(|queue| queue.over)
+        // A stream that was taken to its end may begin anew with what is waiting.
+        let drained = |queue: &Queue| queue.over && queue.items.is_empty();
+        self.again.is_empty() && self.queues.iter().all(drained)
     }
 }
 
@@ -593,14 +717,33 @@ impl Reader {
             }
             Order::Back => {
                 self.mode = Mode::Idle;
-                self.pending = None;
+                self.let_go();
                 // One that was never made quiescent need not become so now.
                 let state = self.source.state();
                 if p2p && (state == DeviceState::Error || state.is_quiescent()) {
                     self.lead_back(RunningP2p, "come back, quiescent")?;
                 }
             }
-            Order::Run => self.lead_back(Running, "run again")?,
+            Order::Run => {
+                self.lead_back(Running, "run again")?;
+                self.forget();
+            }
+            Order::Hold => match self.source.state() {
+                // The stream stands: it is quiescent, or has not even become so.
+                PreCopy | PreCopyP2p => self.mode = Mode::Idle,
+                _ => self.obey(Order::Back)?,
+            },
+            Order::GoOn => match self.source.state() {
+                PreCopy | PreCopyP2p => {
+                    self.lead(PreCopy, "go on with pre-copy")?;
+                    self.mode = Mode::PreCopy;
+                }
+                _ => {
+                    self.lead_back(Running, "run again")?;
+                    self.begin_anew();
+                    self.obey(Order::PreCopy)?;
+                }
+            },
             Order::Retire => {
                 self.mode = Mode::Idle;
                 if self.source.state() != DeviceState::Error {
@@ -611,12 +754,41 @@ impl Reader {
         Ok(())
     }
 
+    /// Where it stood in a stream that is void.
+    fn forget(&mut self) {
+        self.let_go();
+        (self.config, self.linger) = (None, None);
+        (self.initial_left, self.initial_marked) = (0, false);
+    }
+
+    /// What was read and not placed is not wanted any more.
+    fn let_go(&mut self) {
+        if let Some((_, octets)) = self.pending.take() {
+            self.desk.take_back(octets);
+        }
+    }
+
+    /// The stream that was read is void, since the device runs again; it is read anew (SPEC: RESUME-8).
+    fn begin_anew(&mut self) {
+        self.forget();
+        let mut state = self.desk.lock();
+        state.figures.runs_again();
+        if self.desk.flags.contains(DeviceFlags::SWITCHOVER_ACK) {
+            // What is loaded of the generations before is void as well.
+            state.figures.announced = state.stream.generation().value() + 1;
+        }
+        let begun = state.stream.index() > 0;
+        state.figures.restarts += u32::from(begun);
+        drop(state);
+        if begun {
+            self.mark(Mark::Restart);
+        }
+    }
+
     /// Step by step along the arcs.
     fn lead(&mut self, to: DeviceState, step: &'static str) -> Result<(), Fault> {
         while let Some(next) = self.source.state().step_to(to, self.desk.flags) {
-            self.source
-                .set_state(next)
-                .map_err(|source| self.fault(step, source))?;
+            self.call(step, |source| source.set_state(next))?;
         }
         let state = self.source.state();
         if state == to {
@@ -633,7 +805,7 @@ impl Reader {
                 return led;
             }
         }
-        self.source.reset().map_err(|e| self.fault("be reset", e))?;
+        self.call("be reset", |source| source.reset())?;
         self.desk.note(|figures| figures.was_reset = true);
         self.lead(to, step)
     }
@@ -649,10 +821,8 @@ impl Reader {
         }
         match self.mode {
             Mode::Idle => {
-                if self.source.state() == DeviceState::Running
-                    && let Ok(bytes) = self.source.stop_copy_bytes()
-                {
-                    self.desk.note(|figures| figures.stop_bytes = bytes);
+                if self.source.state() == DeviceState::Running {
+                    self.estimate();
                 }
                 Ok(POLL_IDLE)
             }
@@ -672,16 +842,11 @@ impl Reader {
             // A device that said that there is more and gives nothing is asked again, in a while.
             return Ok(if read == 0 { POLL } else { Duration::ZERO });
         }
-        let info = self
-            .source
-            .pre_copy_info()
-            .map_err(|e| self.fault("say what it has to give", e))?;
+        let info = self.call("say what it has to give", |source| source.pre_copy_info())?;
         if info.reinit {
             self.announce();
         }
-        if let Ok(bytes) = self.source.stop_copy_bytes() {
-            self.desk.note(|figures| figures.stop_bytes = bytes);
-        }
+        self.estimate();
         self.initial_left = info.initial_bytes;
         if info.initial_bytes > 0 {
             return Ok(Duration::ZERO);
@@ -757,7 +922,7 @@ impl Reader {
         let began = Instant::now();
         while filled < wanted {
             let room = buffer.get_mut(filled..).unwrap_or(&mut []);
-            match self.source.read(room) {
+            match self.call("be read", |source| source.read(room)) {
                 Ok(Read::Octets(count)) if count <= wanted - filled => filled += count,
                 Ok(Read::Octets(_)) => {
                     return Err(self.fault("be read", DeviceError::new("it gave more than asked")));
@@ -767,7 +932,7 @@ impl Reader {
                     ended = true;
                     break;
                 }
-                Err(source) => return Err(self.fault("be read", source)),
+                Err(fault) => return Err(fault),
             }
             if self.desk.has_order() {
                 break;
@@ -807,10 +972,7 @@ impl Reader {
 
     fn end_of_data(&mut self) -> Result<(), Fault> {
         self.mark(Mark::DataEnd);
-        let config = self
-            .source
-            .config()
-            .map_err(|e| self.fault("give its configuration", e))?;
+        let config = self.call("give its configuration", |source| source.config())?;
         if config.len() as u64 > BLOB_BYTES_MAX {
             let text = format!("it has {} octets, {BLOB_BYTES_MAX} at most", config.len());
             return Err(self.fault("give its configuration", DeviceError::new(text)));
@@ -819,6 +981,26 @@ impl Reader {
         self.desk.note(|figures| figures.config_bytes = bytes);
         self.config = Some((config, 0));
         Ok(())
+    }
+
+    /// How much it would give if it were stopped now, if it can say.
+    fn estimate(&mut self) {
+        let asked = self.call("say how much it has", |source| source.stop_copy_bytes());
+        if let Ok(bytes) = asked {
+            self.desk.note(|figures| figures.stop_bytes = bytes);
+        }
+    }
+
+    /// Asks the device for something. It is the device's own code, which may never return: the control thread sees since when.
+    fn call<T>(
+        &mut self,
+        step: &'static str,
+        ask: impl FnOnce(&mut dyn DeviceSource) -> Result<T, DeviceError>,
+    ) -> Result<T, Fault> {
+        self.desk.lock().call = Some((step, Instant::now()));
+        let answer = ask(&mut *self.source);
+        self.desk.lock().call = None;
+        answer.map_err(|source| self.fault(step, source))
     }
 
     fn mark(&self, mark: Mark) {

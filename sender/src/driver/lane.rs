@@ -35,6 +35,9 @@ const NAP: Duration = Duration::from_millis(10);
 /// How long an idle lane waits for a token before it looks whether there is an item all the same.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How long a lane waits for others to take the round's pages before it looks how they do.
+const STAND: Duration = Duration::from_millis(5);
+
 /// The table of a chunk, and of a mark.
 const ITEM_TABLE_BYTES: usize = 32;
 
@@ -135,9 +138,20 @@ impl<'s> Feeder<'s> {
         // The end mark follows whatever is sent below, and is sent without delay.
         self.tx.set_more(true);
         let mut unsent = Unsent::new(self.shared.dirty.clone());
+        let shared = self.shared;
+        let mut seat = None;
         loop {
             self.shared.check_stop()?;
             self.items(last)?;
+            seat = seat.or_else(|| shared.crew.sit(last));
+            if seat.is_none() {
+                self.check_stop()?;
+                if work.wait_until_taken(STAND) {
+                    break;
+                }
+                self.shared.crew.look(Instant::now());
+                continue;
+            }
             let left = work.take(&mut unsent.extent);
             self.shared.counters.round_pages_left.store(left, Relaxed);
             if unsent.extent.is_empty() {
@@ -147,6 +161,9 @@ impl<'s> Feeder<'s> {
                 self.sort(run, &mut unsent, round)?;
                 unsent.extent.pop();
             }
+            let ran = thread_cpu(&mut self.cpu);
+            self.shared.counters.add_cpu(ran);
+            self.shared.crew.ran(ran);
         }
         self.send_zeros(&mut unsent, round)?;
         self.send_pages(&mut unsent, round)?;

@@ -155,6 +155,7 @@ pub(super) fn read_control(
         expected: Sequence::new(0),
         table: Vec::new(),
         depot,
+        epoch,
     };
     loop {
         let note = match reader.next(&mut *rx) {
@@ -178,6 +179,7 @@ pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fau
         table: Vec::new(),
         // No device is spoken of there.
         depot: Arc::new(Depot::new()),
+        epoch: 0,
     };
     match reader.next(rx)? {
         Inbound::Outcome(state) => Ok(state),
@@ -191,6 +193,7 @@ struct Reader {
     expected: Sequence,
     table: Vec<u8>,
     depot: Arc<Depot>,
+    epoch: u32,
 }
 
 impl Reader {
@@ -217,7 +220,8 @@ impl Reader {
             && devices
         {
             for credit in credits.iter() {
-                self.depot.desk(credit.device)?.grant(credit.offset_max)?;
+                let desk = self.depot.desk(credit.device)?;
+                desk.grant(self.epoch, credit.offset_max)?;
             }
         }
         let inbound = owned(frame, devices)?;

@@ -11,6 +11,7 @@
 //! lane is under way, and [`NOTES_MAX`] notes.
 
 mod control;
+mod crew;
 mod device;
 mod dial;
 mod lane;
@@ -39,6 +40,7 @@ use crate::pacer::Pacer;
 use crate::progress::{Counters, Snapshot};
 use crate::report::Report;
 use crate::vmm::Vmm;
+use crew::Crew;
 
 /// Notes to the control thread that may wait: enough that lanes and the control reader never stand still for it while it
 /// pauses the guest or writes to the control channel.
@@ -147,6 +149,7 @@ impl Migration {
             digest: SharedDigest::default(),
             counters,
             pacer: Pacer::new(parts.config.bandwidth),
+            crew: Crew::new(parts.config.channels, parts.config.lanes_at_work),
             began: Instant::now(),
             stop: AtomicBool::new(false),
             depot: Arc::new(device::Depot::new()),
@@ -216,6 +219,7 @@ struct Shared {
     digest: SharedDigest,
     counters: Arc<Counters>,
     pacer: Pacer,
+    crew: Crew,
     began: Instant,
     stop: AtomicBool,
     depot: Arc<device::Depot>,

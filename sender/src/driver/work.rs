@@ -1,6 +1,7 @@
 //! What the lanes share of a round: the pages still to take, and a guard that loses none of them.
 
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use multifd_tracking::{DirtySet, Round as TakenRound, Run};
 use multifd_wire::limits::PAGES_PER_FRAME_MAX;
@@ -18,6 +19,8 @@ const EXTENT_FRAMES: u64 = 4;
 #[derive(Debug)]
 pub(super) struct RoundWork {
     round: Mutex<TakenRound>,
+    /// Nothing is left.
+    taken: Condvar,
     extent_pages: u64,
 }
 
@@ -26,6 +29,7 @@ impl RoundWork {
     pub(super) fn new(round: TakenRound, body_pages: u64) -> Self {
         Self {
             round: Mutex::new(round),
+            taken: Condvar::new(),
             extent_pages: (body_pages * EXTENT_FRAMES).min(EXTENT_PAGES),
         }
     }
@@ -40,7 +44,20 @@ impl RoundWork {
             wanted -= run.count;
             extent.push(run);
         }
-        round.remaining()
+        let left = round.remaining();
+        if left == 0 {
+            self.taken.notify_all();
+        }
+        left
+    }
+
+    /// Waits until nothing is left, at most for `time`; whether nothing is.
+    pub(super) fn wait_until_taken(&self, time: Duration) -> bool {
+        let round = lock(&self.round);
+        let waited = self
+            .taken
+            .wait_timeout_while(round, time, |round| round.remaining() > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0.remaining() == 0
     }
 }
 

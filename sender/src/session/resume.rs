@@ -81,6 +81,9 @@ impl Session {
         self.state = State::Suspended { until };
         self.doubt = Some(error);
         self.paused_at = None;
+        // SPEC: RESUME-8. What was read with the guest paused is read anew; the user's patience with devices begins anew.
+        self.devices_saved = self.devices.is_none();
+        self.waiting_since = None;
         (self.repairs, self.polished) = (0, 0);
         effects.push(Effect::Disconnect);
         effects.push(Effect::Reconnect { until });
@@ -146,6 +149,11 @@ impl Session {
             (State::Suspended { .. } | State::Rejoining { .. }, Event::Forgotten(error)) => {
                 self.forgotten(error, now)
             }
+            // The decision that asks for them is still to come.
+            (_, Event::Devices(outlook)) if self.devices.is_some() => {
+                self.devices = Some(outlook);
+                Vec::new()
+            }
             (State::Asking { .. }, Event::Forgotten(error)) => self.fail(error),
             (State::Asking { .. }, Event::Answered(state)) => self.answered(state),
             // Old news of the channels that were lost.
@@ -155,7 +163,10 @@ impl Session {
                 | Event::Closed { .. }
                 | Event::LaneLost { .. }
                 | Event::Prepared { .. }
-                | Event::Running,
+                | Event::Running
+                | Event::DevicesQuiesced
+                | Event::DevicesStopped
+                | Event::DevicesSaved,
             ) => Vec::new(),
             (_, event) => {
                 let what = format!("{event:?}");

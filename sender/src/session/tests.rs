@@ -50,6 +50,8 @@ fn after(steps: usize) -> Session {
         DEVICES_COLLECTING => with_devices(10),
         DEVICES_LAST => with_devices(11),
         DEVICES_SAVED => with_devices(12),
+        DEVICES_SUSPENDED => devices_kept(11, vec![lost()]),
+        DEVICES_REJOINING => devices_kept(11, vec![lost(), Event::Reconnected, Event::Granted]),
         _ => led(config(), steps),
     }
 }
@@ -92,6 +94,8 @@ const STOPPING: usize = usize::MAX - 7;
 const DEVICES_COLLECTING: usize = usize::MAX - 8;
 const DEVICES_LAST: usize = usize::MAX - 9;
 const DEVICES_SAVED: usize = usize::MAX - 10;
+const DEVICES_SUSPENDED: usize = usize::MAX - 11;
+const DEVICES_REJOINING: usize = usize::MAX - 12;
 
 fn outlook(unacked: &[&str]) -> Event {
     Event::Devices(DeviceOutlook {
@@ -111,6 +115,16 @@ fn devices_with(config: Config, steps: usize) -> Session {
     session.expect_devices();
     for (event, at) in device_path().into_iter().take(steps) {
         let _ = session.handle(event, at);
+    }
+    session
+}
+
+/// As [`kept`], with devices.
+fn devices_kept(steps: usize, events: Vec<Event>) -> Session {
+    let mut session = devices_with(keeping(WhenDestinationLost::Fail), steps);
+    session.kept_for(Some(KEPT));
+    for event in events {
+        let _ = session.handle(event, 80 * MS);
     }
     session
 }
@@ -188,7 +202,7 @@ fn happy_path() -> Vec<(Event, Duration)> {
 const NOW: Duration = Duration::from_millis(1080);
 
 /// Each state by name, with the steps of the happy path that lead to it.
-const STATES: [(&str, usize); 21] = [
+const STATES: [(&str, usize); 23] = [
     ("set-up", 0),
     ("set-up, granted", 1),
     ("sending", 2),
@@ -210,6 +224,8 @@ const STATES: [(&str, usize); 21] = [
     ("devices: collecting", DEVICES_COLLECTING),
     ("devices: last", DEVICES_LAST),
     ("devices: last, devices saved", DEVICES_SAVED),
+    ("devices: suspended", DEVICES_SUSPENDED),
+    ("devices: rejoining", DEVICES_REJOINING),
 ];
 
 const EVENTS: [&str; 36] = [
@@ -590,7 +606,7 @@ fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
             "{state}: too early"
         );
         let effects = session.handle(Event::Tick, deadline);
-        if state == "rejoining" {
+        if state.ends_with("rejoining") {
             // It tries once more, until the deadline that it had.
             assert!(session.next_deadline() <= KEPT + NOW, "{state}");
             continue;
@@ -602,10 +618,8 @@ fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
 #[test]
 fn silence_ends_every_state_and_a_sign_of_life_puts_that_off() {
     let without_channels = ["over", "suspended", "rejoining", "asking"];
-    for (state, steps) in STATES
-        .iter()
-        .filter(|(state, _)| !without_channels.contains(state))
-    {
+    let has_channels = |state: &str| !without_channels.iter().any(|end| state.ends_with(end));
+    for (state, steps) in STATES.iter().filter(|(state, _)| has_channels(state)) {
         let mut session = after(*steps);
         session.heard(NOW);
         let looks = session.handle(Event::Tick, STALL);
@@ -691,9 +705,11 @@ fn a_paused_guest_is_resumed_and_a_running_one_is_left_alone() {
         let mut session = after(steps);
         for effect in session.handle(failure(), NOW) {
             if let Effect::Reclaim { paused, .. } = effect {
+                let runs = ["waiting", "suspended", "rejoining"];
                 let was_paused = ["pausing", "collecting", "last", "last, final sent"]
                     .contains(&state)
-                    || (state.starts_with("devices") && state != "devices: waiting");
+                    || (state.starts_with("devices")
+                        && !runs.iter().any(|end| state.ends_with(end)));
                 assert_eq!(paused, was_paused, "{state}");
             }
         }
@@ -1098,6 +1114,52 @@ fn the_rounds_go_on_with_what_the_destination_has_closed() {
     assert_eq!(
         words(&mut session, collected, NOW + 61 * MS),
         ["forecast", "pause"]
+    );
+}
+
+#[test]
+fn after_a_resume_devices_are_waited_for_stopped_and_saved_once_more() {
+    // Everything of them had been saved when the link was lost.
+    let mut session = devices_kept(12, vec![lost(), Event::Reconnected, Event::Granted]);
+    let landed = Event::Landed { rounds_closed: 1 };
+    assert_eq!(words(&mut session, landed, NOW), ["collect"]);
+    // Looked at by that very collection: new initial bytes are on their way.
+    assert!(words(&mut session, outlook(&["nic"]), NOW).is_empty());
+    assert_eq!(
+        words(&mut session, Event::Collected { pages: 9 }, NOW),
+        ["open 1"]
+    );
+    let encoded = Event::Encoded {
+        octets: 64 << 20,
+        unacked_octets: 0,
+    };
+    let _ = session.handle(encoded, NOW + 60 * MS);
+    let collected = Event::Collected { pages: 10 };
+    assert_eq!(
+        words(&mut session, collected, NOW + 61 * MS),
+        ["forecast", "await devices"]
+    );
+    let _ = session.handle(outlook(&[]), NOW + 62 * MS);
+    let collected = Event::Collected { pages: 10 };
+    assert_eq!(
+        words(&mut session, collected, NOW + 63 * MS),
+        ["forecast", "pause"]
+    );
+    assert_eq!(
+        words(&mut session, Event::Paused, NOW + 64 * MS),
+        ["quiesce devices"]
+    );
+    assert_eq!(
+        words(&mut session, Event::DevicesQuiesced, NOW + 64 * MS),
+        ["stop devices"]
+    );
+    let _ = session.handle(Event::DevicesStopped, NOW + 64 * MS);
+    let _ = session.handle(Event::Collected { pages: 1 }, NOW + 64 * MS);
+    // The state alone is not enough.
+    assert!(words(&mut session, Event::Saved, NOW + 65 * MS).is_empty());
+    assert_eq!(
+        words(&mut session, Event::DevicesSaved, NOW + 66 * MS),
+        ["collect (paused)"]
     );
 }
 

@@ -133,6 +133,7 @@ impl Settings {
             .reconnect_deadline(Duration::from_millis(reconnect_ms))
             .progress_deadline(Duration::from_secs(3))
             .channels(lanes)
+            .lanes_at_work(lanes)
             .body_bytes(pick(random, &[4096, 8192, 16384, 32768, 1 << 18]))
             .downtime_limit(Duration::from_millis(pick(random, &[5, 10, 20, 300])))
             .max_rounds(pick(random, &[1, 2, 3, 4, 8]))

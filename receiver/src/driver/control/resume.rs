@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use multifd_wire::frame::{
-    GiveBack, GiveBackReason, Grant, KeepAlive, Landed, LaneMark, OutcomeState, RawLaneMark, RawRun,
+    Credits, Device, GiveBack, GiveBackReason, Grant, KeepAlive, Landed, LaneMark, OutcomeState,
+    RawCredit, RawLaneMark, RawRun, SwitchoverAck,
 };
 use multifd_wire::limits::{PAGES_PER_FRAME_MAX, RUNS_PER_GIVE_BACK_MAX};
 use multifd_wire::{ChannelRef, Kind, Layout, Misbehaved, Phase, Reason, Sequence};
@@ -38,6 +39,9 @@ impl Control {
         self.early.clear();
         // What the VMM still loads belongs to a switchover that is void.
         self.void_loads = self.loads;
+        if let Some(inventory) = &self.inventory {
+            inventory.memory_moves_on();
+        }
         self.timeline.suspended();
     }
 
@@ -153,6 +157,7 @@ impl Control {
             lanes: &marks,
         })?;
         self.timeline.resumed();
+        self.repeat_for_devices()?;
         let newest: Option<LaneMark> = self.landed.values().next().copied();
         let (Some(landing), Some(mark)) = (self.landing.clone(), newest) else {
             return Ok(());
@@ -178,6 +183,34 @@ impl Control {
             })?;
         }
         Ok(())
+    }
+
+    /// What was said of devices on the old channel may be lost (SPEC: RESUME-12).
+    fn repeat_for_devices(&mut self) -> Result<(), Error> {
+        let Some(inventory) = self.inventory.clone() else {
+            return Ok(());
+        };
+        let credits: Vec<RawCredit> = inventory
+            .credits()
+            .into_iter()
+            .map(RawCredit::from)
+            .collect();
+        if !credits.is_empty() {
+            self.try_send(Credits { credits: &credits })?;
+        }
+        let acks: Vec<SwitchoverAck> = self.device_acks.values().copied().collect();
+        acks.into_iter().try_for_each(|ack| self.try_send(ack))
+    }
+
+    /// The same table, but for the estimates in it.
+    pub(super) fn same_devices(&self, first: &[Device], again: &[Device]) -> Result<(), Error> {
+        let fixed = |device: &Device| Device {
+            initial_bytes: 0,
+            state_bytes: 0,
+            ..*device
+        };
+        let same = first.iter().map(fixed).eq(again.iter().map(fixed));
+        self.same("a table of devices", same)
     }
 
     /// A resume brings the set-up again: it must be the same (SPEC: RESUME-5).

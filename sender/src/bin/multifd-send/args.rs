@@ -167,6 +167,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MODEL", help_heading = "Devices")]
     pub(crate) device: Vec<DeviceConfig>,
 
+    /// Give up when one call of a device's own code (a step, a read) takes longer than this; the guest then runs on here without it
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration, help_heading = "Devices")]
+    pub(crate) device_deadline: Duration,
+
     /// How long the switchover waits for devices' initial bytes to be loaded there. Default: as long as it takes, with the guest running
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, help_heading = "Devices")]
     pub(crate) ack_deadline: Option<Duration>,
@@ -226,7 +230,8 @@ Devices:
     p2p=no              it has no P2P-quiescent state: then it can only be moved alone
     ack=no pre-copy=yes after-memory=yes seed=N
     fail=WHAT           read@SIZE, write@SIZE, corrupt@SIZE, save-config, load-config, finish,
-                        step@STATE or break@STATE: to see what a failure does
+                        step@STATE, break@STATE, hang@STATE, hang-read@SIZE or hang-write@SIZE:
+                        to see what a failure does
 
 Sizes take K, M, G and T, powers of 1024.
 Ctrl-C cancels the migration; the guest goes on running here. A second Ctrl-C ends
@@ -454,6 +459,7 @@ impl Args {
                 AckLate::Fail => WhenAckLate::Fail,
                 AckLate::GoOn => WhenAckLate::GoOn,
             })
+            .device_deadline(self.device_deadline)
             .body_bytes(self.body)
             .stall(self.stall)
             .reconnect_deadline(self.reconnect_deadline)

@@ -260,10 +260,10 @@ impl Summary {
                 part(device.load_ms),
                 part(device.config_ms),
                 device.state,
-                if device.was_reset {
-                    ", WAS RESET: its state is lost"
-                } else {
-                    ""
+                match (device.was_reset, device.given_back) {
+                    (_, false) => ", NOT GIVEN BACK: its code does not return",
+                    (true, true) => ", WAS RESET: its state is lost",
+                    (false, true) => "",
                 },
                 device
                     .error

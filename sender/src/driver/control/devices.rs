@@ -82,6 +82,18 @@ impl Control {
         }
     }
 
+    /// A device's own code may not return: then neither does its reader, and the migration ends without it.
+    pub(super) fn watch_devices(&mut self) {
+        // Nothing is asked of them any more, and nothing may break the commit off.
+        if self.session.is_committed() {
+            return;
+        }
+        if let Some(fault) = self.fleet.stuck(self.shared.config.device_deadline) {
+            let error = Error::new(self.session.phase(), fault);
+            self.drive(Event::Failed(error));
+        }
+    }
+
     pub(super) fn device(&mut self, note: DeviceNote) {
         let phase = self.session.phase();
         match self.fleet.note(note) {
@@ -116,9 +128,37 @@ impl Control {
         Ok(())
     }
 
+    /// Before the guest: its devices run again, quiescent first, and are read further or anew, since the migration goes on.
+    pub(super) fn go_on_with_devices(&mut self, proof: &Reclaimed) -> Result<(), Error> {
+        let depot = Arc::clone(&self.shared.depot);
+        let patience = self.shared.config.device_deadline;
+        let broken = self.fleet.go_on(proof, &depot, patience);
+        self.check_devices(&broken)
+    }
+
+    /// The destination has nothing of them any more; the guest has run here all along.
+    pub(super) fn begin_devices_anew(&mut self) -> Result<(), Error> {
+        let depot = Arc::clone(&self.shared.depot);
+        let (epoch, patience) = (self.epoch, self.shared.config.device_deadline);
+        let broken = self.fleet.begin_anew(&depot, epoch, patience);
+        self.check_devices(&broken)
+    }
+
+    fn check_devices(&self, broken: &[String]) -> Result<(), Error> {
+        if broken.is_empty() {
+            return Ok(());
+        }
+        let names = broken.join(", ");
+        let fault = Fault::Devices {
+            text: format!("{names}: not back at work, so the migration can't go on"),
+        };
+        Err(Error::new(self.session.phase(), fault))
+    }
+
     /// Before the guest: its devices come back, quiescent first.
     pub(super) fn reclaim_devices(&mut self, proof: &Reclaimed) {
-        let broken = self.fleet.reclaim(proof, self.shared.config.stall);
+        let patience = self.shared.config.device_deadline;
+        let broken = self.fleet.reclaim(proof, patience);
         if !broken.is_empty() {
             // The machine is over already: this can only be told.
             tracing::error!(devices = %broken.join(", "), "devices could not be brought back to running at the source");
@@ -127,11 +167,12 @@ impl Control {
 
     /// The migration is over: devices that do not run here any more stand still, and all come back from their readers.
     pub(super) fn end_devices(&mut self, gone: bool) -> Vec<DeviceReport> {
+        let patience = self.shared.config.device_deadline;
         if gone {
-            self.fleet.retire(self.shared.config.stall);
+            self.fleet.retire(patience);
         }
         let inbox = self.inbox.clone();
-        self.fleet.end(|| {
+        self.fleet.end(patience, || {
             let _ = inbox.recv_timeout(Duration::from_millis(1));
         });
         let desks = self.shared.depot.desks();
@@ -164,6 +205,8 @@ fn device_report(desk: &Desk) -> DeviceReport {
         load_ms: figures.loaded.map(|(load, _)| ms(load)),
         config_ms: figures.loaded.map(|(_, config)| ms(config)),
         was_reset: figures.was_reset,
+        restarts: figures.restarts,
+        given_back: figures.given_back,
         error: figures.trouble,
         stopped_at: figures.stopped_at,
         saved_at: figures.saved_at,

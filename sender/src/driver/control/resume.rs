@@ -119,16 +119,24 @@ impl Control {
     fn hello_for(&self, purpose: Purpose) -> Option<Hello> {
         let features = self.agreement.map(|agreement| agreement.features);
         Some(match purpose {
-            Purpose::Start => Hello::start(self.id, Features::NONE, self.wanted()),
+            Purpose::Start => Hello::start(self.id, self.needed(), self.wanted()),
             Purpose::Resume => Hello::resume(self.id, self.secret?, features?),
             Purpose::Ask => Hello::ask(self.id, self.secret?),
         })
     }
 
+    /// The features that this side can't do without.
+    fn needed(&self) -> Features {
+        if self.fleet.is_empty() {
+            Features::NONE
+        } else {
+            Features::DEVICE_STATE
+        }
+    }
+
     /// The features that this side would like.
     pub(super) fn wanted(&self) -> Features {
-        // With devices nothing is kept: their streams would have to begin anew at both ends.
-        if self.shared.config.reconnect.is_zero() || !self.fleet.is_empty() {
+        if self.shared.config.reconnect.is_zero() {
             Features::NONE
         } else {
             Features::RESUME
@@ -231,6 +239,7 @@ impl Control {
     /// stays in their ledgers.
     pub(super) fn disconnect(&mut self) {
         self.epoch += 1;
+        self.fleet.suspend(&self.shared.depot);
         if let Some(closer) = self.control_closer.take() {
             closer.shutdown();
         }
@@ -260,11 +269,11 @@ impl Control {
                 continue;
             }
             while !thread.is_finished() {
-                // Nothing that the old channels still say counts: LANDED will say it, finally.
-                if let Ok(Note::LaneUp { closer, .. }) =
-                    self.inbox.recv_timeout(Duration::from_millis(1))
-                {
-                    closer.shutdown();
+                // Nothing that the old channels still say counts: LANDED will say it, finally. What devices say does.
+                match self.inbox.recv_timeout(Duration::from_millis(1)) {
+                    Ok(Note::LaneUp { closer, .. }) => closer.shutdown(),
+                    Ok(note @ Note::Device(_)) => self.later.push_back(note),
+                    _ => {}
                 }
             }
             let _ = thread.join();
@@ -363,6 +372,8 @@ impl Control {
         for slot in &mut self.lanes {
             slot.before = None;
         }
+        let depot = Arc::clone(&self.shared.depot);
+        self.fleet.landed(&depot);
         self.rounds_closed = rounds_closed;
         self.paused_from = None;
         if let Some(resumed) = &mut self.resumed {
@@ -400,6 +411,7 @@ impl Control {
         })?;
         self.id = SessionId::new(id);
         self.lanes.clear();
+        self.begin_devices_anew()?;
         self.secret = None;
         self.agreement = None;
         (self.rounds_closed, self.paused_from, self.last_opened) = (0, None, None);

@@ -5,16 +5,16 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use multifd_transport::Spawner;
 use multifd_wire::frame::{Device, DeviceFlags, RawDevice};
 use multifd_wire::limits::{DEVICE_NAME_BYTES_MAX, DEVICES_MAX};
-use multifd_wire::{DeviceId, DeviceState, Text};
+use multifd_wire::{DeviceId, Text};
 
-use super::{Depot, Desk, DeviceNote, Mode, Order, Reader};
-use crate::device::{DeviceSource, DeviceTraits};
+use super::{Depot, Desk, DeviceNote, Mode, Order, Reader, Stuck};
+use crate::device::{DeviceError, DeviceSource, DeviceTraits};
 use crate::driver::Note;
 use crate::error::Fault;
 use crate::session::{DeviceOutlook, Event};
@@ -104,6 +104,16 @@ impl Fleet {
         spawner: &dyn Spawner,
         notes: &Sender<Note>,
     ) -> Result<(), Fault> {
+        if !self.readers.is_empty() {
+            // Begun again, for a destination that has nothing.
+            for reader in &self.readers {
+                // A window is more than none.
+                let _ = reader.desk.grant(u32::MAX, window);
+            }
+            depot.outbox.hold(false);
+            self.order(Order::PreCopy);
+            return Ok(());
+        }
         let desks: Vec<_> = (0..)
             .zip(&self.traits)
             .map(|(id, traits)| Arc::new(Desk::new(DeviceId::new(id), traits, window, self.chunk)))
@@ -154,7 +164,9 @@ impl Fleet {
             DeviceNote::Saved { device } => {
                 tracing::debug!(%device, "read to its end");
                 self.saved += 1;
-                Ok((self.saved == self.readers.len()).then_some(Event::DevicesSaved))
+                // One that was read for a switchover that was broken off says so late.
+                let stops = matches!(self.order, Some((Order::Stop, _)));
+                Ok((stops && self.saved == self.readers.len()).then_some(Event::DevicesSaved))
             }
             DeviceNote::Done { device, order } => {
                 tracing::debug!(%device, ?order, "device");
@@ -219,30 +231,72 @@ impl Fleet {
         depot
             .outbox
             .pause(|index| left.get(index).copied().unwrap_or(0));
+        self.saved = 0;
         self.order(Order::Stop);
+    }
+
+    /// The channels are lost, and the migration is kept: what lanes carried waits in their ledgers, and nothing more goes out.
+    pub(crate) fn suspend(&self, depot: &Depot) {
+        depot.outbox.hold(true);
+    }
+
+    /// The switchover was broken off: every device runs again, and is read further, or anew. Gives those that could not.
+    pub(crate) fn go_on(
+        &mut self,
+        _: &Reclaimed,
+        depot: &Depot,
+        patience: Duration,
+    ) -> Vec<String> {
+        self.suspend(depot);
+        depot.outbox.go_on();
+        self.reopen();
+        self.lead_back([Order::Hold, Order::GoOn], patience)
+    }
+
+    /// The destination said what landed: items go out again, and it repeats what it said of the devices (SPEC: RESUME-12).
+    pub(crate) fn landed(&self, depot: &Depot) {
+        for reader in &self.readers {
+            reader.desk.lock().repeats = true;
+        }
+        depot.outbox.hold(false);
+    }
+
+    /// For a destination that has nothing, while the guest runs here: all that was read of the devices is void.
+    pub(crate) fn begin_anew(
+        &mut self,
+        depot: &Depot,
+        epoch: u32,
+        patience: Duration,
+    ) -> Vec<String> {
+        let broken = self.lead_back([Order::Back, Order::Run], patience);
+        depot.outbox.clear();
+        for reader in &self.readers {
+            reader.desk.begin_anew(epoch);
+        }
+        broken
     }
 
     /// Brings every device back to running: first all to where none disturbs another, then on. What stays broken is reported.
     pub(crate) fn reclaim(&mut self, _: &Reclaimed, patience: Duration) -> Vec<String> {
-        for order in [Order::Back, Order::Run] {
+        self.lead_back([Order::Back, Order::Run], patience)
+    }
+
+    /// Two orders, the second only when all have carried out the first. Gives the devices that do not run.
+    fn lead_back(&mut self, orders: [Order; 2], patience: Duration) -> Vec<String> {
+        for order in orders {
             self.order(order);
-            let until = Instant::now() + patience;
             for reader in &self.readers {
-                if !reader.desk.wait_for(order, until) {
-                    let name = &reader.desk.name;
-                    tracing::error!(device = %name, ?order, "a device does not answer");
-                    reader.desk.note(|figures| {
-                        figures.state = None;
-                        figures
-                            .trouble
-                            .get_or_insert_with(|| format!("device {name} does not answer"));
-                    });
+                if !reader.desk.wait_for(order, patience) {
+                    reader.gone(patience);
                 }
             }
         }
         self.readers
             .iter()
-            .filter(|reader| reader.desk.figures().state != Some(DeviceState::Running))
+            .filter(|reader| {
+                let state = reader.desk.figures().state;
+                !state.is_some_and(|state| state.is_running() && !state.is_quiescent())
+            })
             .map(|reader| reader.desk.name.clone())
             .collect()
     }
@@ -250,21 +304,71 @@ impl Fleet {
     /// Stops every device for good: the guest is gone, or may be.
     pub(crate) fn retire(&mut self, patience: Duration) {
         self.order(Order::Retire);
-        let until = Instant::now() + patience;
         for reader in &self.readers {
-            reader.desk.wait_for(Order::Retire, until);
+            if !reader.desk.wait_for(Order::Retire, patience) {
+                reader.gone(patience);
+            }
         }
     }
 
-    /// Ends the readers and takes the devices back. `make_room` keeps the queue of notes from filling up.
-    pub(crate) fn end(&mut self, make_room: impl Fn()) {
+    /// The first device whose call has not returned for so long, or whose code panicked.
+    pub(crate) fn stuck(&self, limit: Duration) -> Option<Fault> {
+        self.readers.iter().find_map(|reader| reader.stuck(limit))
+    }
+
+    /// Ends the readers and takes the devices back, but for those whose own code does not return: their threads are left behind
+    /// and end when it does, and the devices with them. `make_room` keeps the queue of notes from filling up.
+    pub(crate) fn end(&mut self, patience: Duration, make_room: impl Fn()) {
         self.order(Order::End);
         for reader in std::mem::take(&mut self.readers) {
-            while !reader.thread.is_finished() {
+            while !reader.thread.is_finished() && reader.stuck(patience).is_none() {
                 make_room();
             }
-            self.sources.extend(reader.back.try_recv());
+            if !reader.thread.is_finished() {
+                reader.gone(patience);
+                tracing::error!(device = %reader.desk.name, "a device is not given back: its code does not return");
+                continue;
+            }
+            let back = reader.back.try_recv().ok();
+            reader
+                .desk
+                .note(|figures| figures.given_back = back.is_some());
+            self.sources.extend(back);
             let _ = reader.thread.join();
         }
+    }
+}
+
+impl ReaderThread {
+    /// Why nothing more is to be expected of its device, if that is so.
+    fn stuck(&self, limit: Duration) -> Option<Fault> {
+        let device = self.desk.name.clone();
+        if let Some(Stuck { step, waited }) = self.desk.stuck(limit) {
+            let waited_ms = waited.as_millis();
+            return Some(Fault::DeviceStuck {
+                device,
+                step,
+                waited_ms,
+            });
+        }
+        (self.thread.is_finished() && self.back.is_empty()).then(|| Fault::Device {
+            device,
+            step: "go on",
+            source: DeviceError::new("its code panicked"),
+        })
+    }
+
+    /// It did not carry an order out.
+    fn gone(&self, limit: Duration) {
+        let name = &self.desk.name;
+        let why = self.stuck(limit).map_or_else(
+            || format!("device {name} does not answer"),
+            |fault| fault.to_string(),
+        );
+        tracing::error!(device = %name, %why, "where a device stands is not known");
+        self.desk.note(|figures| {
+            figures.state = None;
+            figures.trouble.get_or_insert(why);
+        });
     }
 }
