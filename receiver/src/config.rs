@@ -93,14 +93,16 @@ impl ConfigBuilder {
     }
 
     /// How much of one device's state is held at most while it waits to be loaded, in octets; 64 KiB to 1 GiB. It should be what
-    /// the link carries in the time of a round trip, and of 20 ms of loading.
+    /// the link carries in the time of a round trip, and of 20 ms of loading. The device's configuration is held whole and
+    /// counts, so it can't be larger. What it costs: at most 8/7 of it for buffers, one chunk, and 1/16 for
+    /// bookkeeping if the source sends the smallest chunks (`tests/tests/misbehaviour_device_memory.rs`).
     #[must_use]
     pub fn device_window_bytes(mut self, octets: u64) -> Self {
         self.config.device_window_bytes = octets;
         self
     }
 
-    /// How much that may be for all devices together, in octets; 64 KiB to 1 TiB. A source with more devices is refused.
+    /// How much all devices' windows may be together, in octets; 64 KiB to 1 TiB. A source with more devices is refused.
     #[must_use]
     pub fn device_bytes_max(mut self, octets: u64) -> Self {
         self.config.device_bytes_max = octets;

@@ -75,6 +75,26 @@ pub enum Fault {
         /// How long ago, in milliseconds.
         waited_ms: u128,
     },
+    /// The source broke the rules of a device's stream.
+    #[error("the source broke the protocol: device {device}: {source}")]
+    DeviceMisbehaved {
+        /// Its name.
+        device: String,
+        /// Which rule, with the device's number and the item's.
+        source: Misbehaved,
+    },
+    /// The source sends more of a device than this side is set to hold.
+    #[error("device {device}: {what}: {wanted} wanted, {most} allowed")]
+    DeviceLimit {
+        /// Its name.
+        device: String,
+        /// What.
+        what: &'static str,
+        /// How much the source wants.
+        wanted: u64,
+        /// The bound.
+        most: u64,
+    },
     /// The devices cannot be moved together, or are not the source's.
     #[error("the devices can't be taken: {text}")]
     Devices {
@@ -147,7 +167,7 @@ impl Fault {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Malformed(e) => e.code(),
-            Self::Misbehaved(e) => e.code(),
+            Self::Misbehaved(e) | Self::DeviceMisbehaved { source: e, .. } => e.code(),
             Self::OutOfTurn { .. } => "receiver.misbehaved.out-of-turn",
             Self::Misuse(e) => e.code(),
             Self::Channel(e) => e.code(),
@@ -157,7 +177,7 @@ impl Fault {
             Self::Device { .. } => "receiver.device.failed",
             Self::DeviceStuck { .. } => "receiver.device.stuck",
             Self::Devices { .. } => "receiver.device.refused",
-            Self::Limit { .. } => "receiver.limit",
+            Self::Limit { .. } | Self::DeviceLimit { .. } => "receiver.limit",
             Self::PeerAborted { .. } => "receiver.peer.aborted",
             Self::Timeout { .. } => "receiver.timeout",
             Self::Cancelled => "receiver.cancelled",
@@ -173,7 +193,7 @@ impl Fault {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Malformed(e) => e.reason(),
-            Self::Misbehaved(e) => e.reason(),
+            Self::Misbehaved(e) | Self::DeviceMisbehaved { source: e, .. } => e.reason(),
             Self::OutOfTurn { .. } => Reason::Misbehaved,
             Self::Misuse(e) => e.reason(),
             Self::Channel(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
@@ -182,7 +202,7 @@ impl Fault {
             Self::Device { .. } | Self::DeviceStuck { .. } | Self::Devices { .. } => {
                 Reason::DeviceRefused
             }
-            Self::Limit { .. } => Reason::ResourceLimit,
+            Self::Limit { .. } | Self::DeviceLimit { .. } => Reason::ResourceLimit,
             Self::PeerAborted { reason, .. } => *reason,
             Self::Timeout { .. } => Reason::Timeout,
             Self::Cancelled => Reason::Cancelled,

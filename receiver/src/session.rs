@@ -16,11 +16,35 @@ mod resume;
 use std::time::Duration;
 
 use multifd_wire::frame::OutcomeState;
-use multifd_wire::{ChannelRef, Digest, LaneId, Phase, Reason, Round};
+use multifd_wire::{ChannelRef, DeviceId, Digest, LaneId, Misbehaved, Phase, Reason, Round};
 
 use crate::config::Config;
 use crate::error::{Error, Fault};
 use crate::vmm::Ownership;
+
+/// A device of whose stream items are missing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incomplete {
+    /// Its number.
+    pub device: DeviceId,
+    /// Its name.
+    pub name: String,
+    /// The lowest index that is missing.
+    pub index: u64,
+}
+
+impl From<Incomplete> for Fault {
+    fn from(incomplete: Incomplete) -> Self {
+        Self::DeviceMisbehaved {
+            device: incomplete.name,
+            source: Misbehaved::DeviceStream {
+                device: incomplete.device.value(),
+                index: incomplete.index,
+                rule: "DEVSTREAM-7, it did not come before the end of the last round",
+            },
+        }
+    }
+}
 
 /// What happened.
 #[derive(Debug)]
@@ -57,6 +81,8 @@ pub enum Event {
         digest: Digest,
         /// Pages that are damaged.
         damaged: u64,
+        /// A device of whose stream items are missing.
+        incomplete: Option<Incomplete>,
     },
     /// SWITCHOVER: the guest is paused and this round is begun.
     Switchover {
@@ -179,6 +205,7 @@ enum State {
         round: Round,
         digest: Digest,
         damaged: u64,
+        incomplete: Option<Incomplete>,
         /// Since when FINAL is here and pages are missing: the source has to begin a further round.
         short_since: Option<Duration>,
     },
@@ -386,9 +413,14 @@ impl Session {
             // It had read its mark whole when the channels were lost; the round is opened again (SPEC: RESUME-2, RESUME-7).
             (State::Suspended { .. }, Event::LaneArrived { .. }) => Vec::new(),
             (_, Event::LaneEnded { lane }) => self.ended(lane, now),
-            (State::Rounds, Event::Closed { digest, damaged }) if self.closing => {
-                self.closed(digest, damaged, now)
-            }
+            (
+                State::Rounds,
+                Event::Closed {
+                    digest,
+                    damaged,
+                    incomplete,
+                },
+            ) if self.closing => self.closed(digest, damaged, incomplete, now),
             (State::Rounds | State::Fenced { .. }, Event::Switchover { round }) if follows => {
                 self.paused_from.get_or_insert(round);
                 self.switchover = Some(round);
@@ -597,7 +629,13 @@ impl Session {
         vec![Effect::CloseRound { round: self.round }]
     }
 
-    fn closed(&mut self, digest: Digest, damaged: u64, now: Duration) -> Vec<Effect> {
+    fn closed(
+        &mut self,
+        digest: Digest,
+        damaged: u64,
+        incomplete: Option<Incomplete>,
+        now: Duration,
+    ) -> Vec<Effect> {
         self.closing = false;
         let marks: Vec<bool> = self
             .lanes
@@ -641,6 +679,7 @@ impl Session {
             round: self.round,
             digest,
             damaged,
+            incomplete,
             short_since: None,
         };
         self.conclude(now)
@@ -662,6 +701,7 @@ impl Session {
             round,
             digest,
             damaged,
+            ref incomplete,
             ref mut short_since,
         } = self.state
         else {
@@ -675,7 +715,8 @@ impl Session {
         let Some(verdict) = self.verdict.filter(|verdict| verdict.round == round) else {
             return Vec::new();
         };
-        if verdict.digest == digest && damaged == 0 {
+        let whole = verdict.digest == digest && damaged == 0;
+        if whole && incomplete.is_none() {
             self.state = State::Loading {
                 digest,
                 loaded: false,
@@ -688,6 +729,9 @@ impl Session {
             // The source knows from ROUND_CLOSED, or from our LANE_DOWN, and begins a further round (SPEC: FINAL-4).
             short_since.get_or_insert(now);
             return Vec::new();
+        }
+        if let Some(incomplete) = incomplete.clone().filter(|_| whole) {
+            return self.fail(Error::new(Phase::Switchover, Fault::from(incomplete)));
         }
         let fault = Fault::DigestMismatch {
             ours: digest.value(),
@@ -769,6 +813,7 @@ impl Session {
             State::Fenced {
                 digest,
                 damaged: 0,
+                incomplete,
                 short_since: Some(_),
                 ..
             },
@@ -776,10 +821,14 @@ impl Session {
         ) = (&self.state, self.verdict)
             && now < self.heard + self.config.stall
         {
-            let fault = Fault::DigestMismatch {
-                ours: digest.value(),
-                theirs: verdict.digest.value(),
-            };
+            let device = incomplete.clone().filter(|_| verdict.digest == *digest);
+            let fault = device.map_or_else(
+                || Fault::DigestMismatch {
+                    ours: digest.value(),
+                    theirs: verdict.digest.value(),
+                },
+                Fault::from,
+            );
             return self.fail(Error::new(Phase::Switchover, fault));
         }
         let error = Error::new(self.phase(), Fault::Timeout { what });

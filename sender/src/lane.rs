@@ -186,6 +186,14 @@ impl Lane {
             .collect()
     }
 
+    /// The items of devices that an acknowledgement of so many frames settles.
+    pub fn items_below(&self, frames: u64) -> impl Iterator<Item = &Arc<Item>> {
+        self.ledger
+            .iter()
+            .take_while(move |entry| entry.sequence < frames)
+            .filter_map(|entry| entry.item.as_ref())
+    }
+
     /// Ends the round: the mark that the lane must carry next (SPEC: ROUND-3), and its number.
     ///
     /// # Errors

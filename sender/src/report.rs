@@ -126,9 +126,10 @@ pub struct DeviceDowntime {
     pub stop_ms: f64,
     /// From then until the last device was read to its end. Sending and loading go on meanwhile.
     pub read_ms: f64,
-    /// From then until its last octets were handed to a channel: what the wire is behind.
+    /// From then until the destination had acknowledged the last octets of all devices: what the wire is behind. The way of
+    /// that acknowledgement is in it.
     pub wire_ms: f64,
-    /// From then until the destination said that the last device is loaded: the rest of the way, and what loading is behind.
+    /// From then until the destination said that the last device is loaded: what loading is behind.
     pub load_ms: f64,
     /// The longest time that a device took for its configuration, inside the part before.
     pub config_ms: f64,
@@ -165,8 +166,10 @@ pub struct DeviceReport {
     pub read_ms: f64,
     /// When it was read to its end.
     pub saved_after_ms: Option<f64>,
-    /// When the last of it was handed to a channel.
+    /// When the last of it was handed to a channel: the kernel has it, not the destination.
     pub sent_after_ms: Option<f64>,
+    /// When the destination had acknowledged all of it.
+    pub arrived_after_ms: Option<f64>,
     /// When the destination's word came that it is loaded.
     pub loaded_after_ms: Option<f64>,
     /// Time that the destination's device took for its data, waits for it not counted.
@@ -187,6 +190,8 @@ pub struct DeviceReport {
     pub(crate) saved_at: Option<Instant>,
     #[serde(skip)]
     pub(crate) sent_at: Option<Instant>,
+    #[serde(skip)]
+    pub(crate) arrived_at: Option<Instant>,
     #[serde(skip)]
     pub(crate) loaded_at: Option<Instant>,
 }
@@ -367,12 +372,13 @@ impl Timeline {
         let stopped = last(|device| device.stopped_at);
         let saved = last(|device| device.saved_at);
         let sent = last(|device| device.sent_at);
+        let arrived = last(|device| device.arrived_at);
         Some(DeviceDowntime {
             quiesce_ms: between(self.paused, self.quiesced),
             stop_ms: between(self.quiesced, stopped),
             read_ms: between(stopped, saved),
-            wire_ms: between(saved, sent),
-            load_ms: between(sent, last(|device| device.loaded_at)),
+            wire_ms: between(saved, arrived),
+            load_ms: between(arrived, last(|device| device.loaded_at)),
             config_ms: devices
                 .iter()
                 .filter_map(|device| device.config_ms)

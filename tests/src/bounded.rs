@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::{Address, Channel, GuestMemory, Listener, TcpOptions};
+use multifd_wire::frame::Device;
 use multifd_wire::{ChannelRef, Layout};
 
 use crate::model::{DestinationMachine, SourceMachine, fill, memory};
@@ -90,6 +91,7 @@ pub fn tx_builder() -> tx::config::ConfigBuilder {
 /// The destination's machine, which also notes that it was taken down.
 struct Watched {
     machine: DestinationMachine,
+    devices: Vec<Box<dyn rx::DeviceSink>>,
     discarded: Arc<AtomicBool>,
 }
 
@@ -100,6 +102,10 @@ impl rx::Vmm for Watched {
         layout: &Layout,
     ) -> Result<GuestMemory, rx::VmmError> {
         self.machine.prepare(configs, layout)
+    }
+
+    fn devices(&mut self, _: &[Device]) -> Result<Vec<Box<dyn rx::DeviceSink>>, rx::VmmError> {
+        Ok(std::mem::take(&mut self.devices))
     }
 
     fn load(&mut self, states: Vec<rx::Blob>) -> Result<(), rx::VmmError> {
@@ -153,12 +159,32 @@ impl Destination {
         Self::at("127.0.0.1:0", config, machine)
     }
 
+    /// One with devices.
+    #[must_use]
+    pub fn with_devices(config: rx::Config, devices: Vec<Box<dyn rx::DeviceSink>>) -> Self {
+        Self::whole(
+            "127.0.0.1:0",
+            config,
+            DestinationMachine::default(),
+            devices,
+        )
+    }
+
     /// One that listens somewhere else.
     ///
     /// # Panics
     /// If it can't listen.
     #[must_use]
     pub fn at(address: &str, config: rx::Config, machine: DestinationMachine) -> Self {
+        Self::whole(address, config, machine, Vec::new())
+    }
+
+    fn whole(
+        address: &str,
+        config: rx::Config,
+        machine: DestinationMachine,
+        devices: Vec<Box<dyn rx::DeviceSink>>,
+    ) -> Self {
         let address = address.parse().expect("an address");
         let listener = Listener::bind(&address, &TcpOptions::default()).expect("a free address");
         let address = listener.local_address().clone();
@@ -166,6 +192,7 @@ impl Destination {
         let discarded = Arc::new(AtomicBool::new(false));
         let vmm = Box::new(Watched {
             machine,
+            devices,
             discarded: Arc::clone(&discarded),
         });
         let parts = rx::Parts {

@@ -5,12 +5,14 @@
 use multifd_transport::Channel;
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{
-    Commit, Config, Devices, Final, Grant, KeepAlive, Pages, RawRegion, RawRun, Regions, RoundEnd,
-    SetupEnd, Switchover, VmState, Zeros, blob_parts,
+    Commit, Config, Device, DeviceChunk, DeviceFlags, DeviceMark, Devices, Final, Grant, KeepAlive,
+    Mark, Pages, RawDevice, RawRegion, RawRun, Regions, RoundEnd, SetupEnd, Switchover, VmState,
+    Zeros, blob_parts,
 };
 use multifd_wire::{
-    Body, Digest, Features, Frame, Hello, HelloReply, Incarnation, Kind, LaneId, Layout,
-    PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageValues, Region, RegionId, Round, SessionId, Token,
+    Body, DeviceId, Digest, Features, Frame, Generation, Hello, HelloReply, Incarnation, Kind,
+    LaneId, Layout, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageValues, Region, RegionId, Round,
+    SessionId, Text, Token,
 };
 use zerocopy::byteorder::little_endian::U32;
 
@@ -38,6 +40,8 @@ pub struct FakeSource<'d> {
     pub lanes: Vec<FakeLane>,
     /// The guest's memory.
     pub layout: Layout,
+    /// The devices of its table; none unless a test sets them before the tables are sent.
+    pub devices: Vec<RawDevice>,
     values: PageValues,
     digest: Digest,
 }
@@ -121,6 +125,7 @@ impl<'d> FakeSource<'d> {
             grant,
             features,
             lanes: Vec::new(),
+            devices: Vec::new(),
             values: PageValues::new(&layout).expect("memory for 128 values"),
             digest: Digest::EMPTY,
             layout,
@@ -149,6 +154,60 @@ impl<'d> FakeSource<'d> {
         }
         source.control.hear_kind(Kind::Ready);
         source
+    }
+
+    /// The same with devices of these names, which send chunks of at most `chunk_bytes_max` octets.
+    ///
+    /// # Panics
+    /// If the destination does not do its part.
+    #[must_use]
+    pub fn with_devices(
+        connect: Connect<'d>,
+        lanes: u32,
+        names: &[&str],
+        chunk_bytes_max: u64,
+    ) -> Self {
+        let mut source = Self::open_with(connect, Features::DEVICE_STATE);
+        let device = |(id, name): (u32, &&str)| {
+            RawDevice::from(Device {
+                id: DeviceId::new(id),
+                flags: DeviceFlags::PRE_COPY.union(DeviceFlags::P2P),
+                initial_bytes: 1,
+                state_bytes: 1,
+                chunk_bytes_max,
+                name: Text::clip(name),
+            })
+        };
+        source.devices = (0..).zip(names).map(device).collect();
+        source.send_tables(lanes);
+        for lane in 0..lanes {
+            source.join(lane);
+        }
+        source.control.hear_kind(Kind::Ready);
+        source
+    }
+
+    /// A chunk of a device, on a lane.
+    ///
+    /// # Panics
+    /// If there is no such lane, or the format has no such chunk.
+    pub fn chunk(&self, lane: usize, chunk: DeviceChunk, octets: &[u8]) {
+        let body = Body::Octets(octets);
+        self.lanes[lane].peer.send_with(chunk, body, octets);
+    }
+
+    /// A mark of device 0, on lane 0.
+    ///
+    /// # Panics
+    /// If the format has no such mark.
+    pub fn mark(&self, mark: Mark, generation: u32, index: u64, offset: u64) {
+        self.lanes[0].peer.send(DeviceMark {
+            device: DeviceId::new(0),
+            mark,
+            generation: Generation::new(generation),
+            index,
+            offset,
+        });
     }
 
     /// A source that has sent round 0 and begun round 1 with its guest paused.
@@ -199,9 +258,11 @@ impl<'d> FakeSource<'d> {
         self.control.send(Regions { regions: &regions });
     }
 
-    /// The device table, which is empty.
+    /// The device table.
     pub fn send_devices(&self) {
-        self.control.send(Devices { devices: &[] });
+        self.control.send(Devices {
+            devices: &self.devices,
+        });
     }
 
     /// What SETUP_END says when everything was sent once.
@@ -210,7 +271,7 @@ impl<'d> FakeSource<'d> {
         SetupEnd {
             configs: 1,
             regions: 2,
-            devices: 0,
+            devices: u32::try_from(self.devices.len()).unwrap_or(u32::MAX),
             lanes,
             memory_bytes: self.layout.pages_total().value() * PAGE_BYTES_U64,
         }

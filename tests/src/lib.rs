@@ -1,6 +1,7 @@
 //! Test machines and helpers for end-to-end tests: a model machine whose memory is plain memory, so that a whole migration
 //! runs in one process, over any kind of channel, without KVM.
 
+pub mod blotter;
 pub mod bounded;
 pub mod built_in;
 pub mod cutting;
@@ -14,5 +15,6 @@ pub mod model;
 pub mod peer;
 pub mod programs;
 pub mod proxy;
+pub mod resident;
 pub mod sim;
 pub mod vfio_machine;

@@ -56,12 +56,29 @@ fn what_a_device_writes_into_guest_memory_arrives_as_it_wrote_it() {
 
 #[test]
 fn a_state_far_larger_than_the_window_moves_through_it() {
-    let mut plan = Plan::new(&["model:size=40M,config=1M"]);
-    plan.receiver = rx::Config::builder()
-        .device_window_bytes(300 << 10)
-        .build()
-        .unwrap();
+    let mut plan = Plan::new(&["model:size=40M,config=200K"]);
+    plan.receiver = window(300 << 10);
     plan.run().assert_migrated();
+}
+
+fn window(bytes: u64) -> rx::Config {
+    let builder = rx::Config::builder().device_window_bytes(bytes);
+    builder.build().unwrap()
+}
+
+#[test]
+fn a_configuration_as_large_as_the_window_moves_and_a_larger_one_is_refused_at_the_source() {
+    let mut plan = Plan::new(&["model:name=x,size=2M,config=320K"]);
+    plan.receiver = window(320 << 10);
+    plan.run().assert_migrated();
+    let mut plan = Plan::new(&["model:name=x,size=2M,config=321K"]);
+    plan.receiver = window(320 << 10);
+    let failed = plan.run().assert_failed();
+    assert!(
+        failed.contains("device x could not give its configuration")
+            && failed.contains("device window"),
+        "{failed}"
+    );
 }
 
 #[test]
@@ -112,8 +129,17 @@ fn several_devices_of_which_one_lacks_p2p_are_refused_before_anything_is_sent() 
         failed.starts_with("sender.device.refused, hello"),
         "{failed}"
     );
-    assert!(failed.contains('b') && failed.contains("P2P"), "{failed}");
+    assert!(
+        failed.contains("b has no P2P-quiescent state, so it can only be moved alone"),
+        "{failed}"
+    );
     assert_eq!(done.source_probes[0].steps(), 0);
+    let neither = ["model:name=a,size=1M,p2p=no", "model:name=b,size=1M,p2p=no"];
+    let failed = Plan::new(&neither).run().assert_failed();
+    assert!(
+        failed.contains("a has no P2P-quiescent state, so it can only be moved alone"),
+        "{failed}"
+    );
 }
 
 #[test]
@@ -357,11 +383,16 @@ fn without_any_lane_in_the_middle_of_a_device_everything_runs_on_at_the_source()
             again: true,
         })
     }));
-    let failed = plan.run().assert_failed();
+    let done = plan.run();
+    let failed = done.assert_failed();
     assert!(
         failed.contains("lanes-lost") || failed.contains("channels"),
         "{failed}"
     );
+    // Whose state was under way is said beside it.
+    let device = &done.sent.report.devices[0];
+    let text = device.error.as_deref().unwrap_or_default();
+    assert!(text.starts_with("device a was cut off"), "{device:?}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use multifd_tests::fake_destination::{FakeDestination, Taking};
 use multifd_tests::fake_source::{FakeSource, run};
 use multifd_tests::model::DestinationMachine;
 use multifd_tests::peer::{Craft, altered, encode};
+use multifd_tests::resident::{peak_bytes, resident_bytes};
 use multifd_wire::frame::{BlobPart, Config, KeepAlive, Pages, RawRegion, Regions, Zeros};
 use multifd_wire::{Body, Kind, Region, RegionId, Round};
 use zerocopy::byteorder::little_endian::U32;
@@ -16,34 +17,10 @@ use zerocopy::byteorder::little_endian::U32;
 /// What a lie may cost: one body of 1 MiB, some threads and buffers. The numbers below ask for gigabytes.
 const GROWTH_BYTES_MAX: u64 = 6 << 20;
 
-/// The memory that this process holds.
-fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").expect("this is Linux");
-    let field = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = field.and_then(|field| field.trim().strip_suffix(" kB"));
-    kib.and_then(|kib| kib.parse::<u64>().ok())
-        .expect("a number of KiB")
-        << 10
-}
-
 /// Looks at the memory for as long as `act` runs, and fails if it grows beyond the bound.
 fn bounded(name: &str, act: impl FnOnce()) {
     let before = resident_bytes();
-    let (stop, stopped) = std::sync::mpsc::channel::<()>();
-    let watch = std::thread::spawn(move || {
-        let mut most = 0;
-        loop {
-            most = most.max(resident_bytes());
-            if stopped.recv_timeout(Duration::from_millis(2))
-                != Err(std::sync::mpsc::RecvTimeoutError::Timeout)
-            {
-                return most;
-            }
-        }
-    });
-    act();
-    drop(stop);
-    let growth = watch.join().expect("the watch").saturating_sub(before);
+    let growth = peak_bytes(act).saturating_sub(before);
     assert!(growth < GROWTH_BYTES_MAX, "{name}: {growth} octets");
 }
 

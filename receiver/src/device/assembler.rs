@@ -8,7 +8,8 @@
 //! ```
 //! The rules it keeps: nothing past the granted offset is admitted (SPEC: CREDIT-3), items never overlap, so what is held is
 //! never more than the window; the lowest missing item lies inside the window and so always has room (SPEC: CREDIT-4); what
-//! is handed over is in the order of the indices and follows the grammar of a stream (SPEC: DEVSTREAM-1 to DEVSTREAM-5).
+//! is handed over is in the order of the indices and follows the grammar of a stream (SPEC: DEVSTREAM-1 to DEVSTREAM-5). An
+//! item comes again only after a lane was lost, at most once for each (SPEC: DEVSTREAM-1), so repeats have an end.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -47,11 +48,22 @@ pub enum Admit {
     Have,
 }
 
+/// Whether the stream goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Came {
+    /// Items are missing, in the middle or at the end.
+    More,
+    /// Everything is here, up to the stream's end.
+    All,
+}
+
 /// An item ahead of the lowest missing one, or that one while its body is being read.
 #[derive(Debug)]
 struct Held {
     offset: u64,
     end: u64,
+    /// Of a chunk's body; 0 of a mark.
+    crc: u32,
     content: Content,
 }
 
@@ -88,6 +100,11 @@ pub struct Assembler {
     granted: u64,
     /// How often it began anew.
     restarts: u32,
+    /// One past the highest index that came.
+    seen: u64,
+    /// Indices below this may come again, so many times in all: lanes were lost that may have carried them.
+    again_below: u64,
+    again_left: u64,
 }
 
 impl Assembler {
@@ -107,22 +124,31 @@ impl Assembler {
             loaded: 0,
             granted: window,
             restarts: 0,
+            seen: 0,
+            again_below: 0,
+            again_left: 0,
         }
     }
 
-    /// A chunk's head came, with a body of this size.
+    /// A chunk's head came, with a body of this size and checksum.
     ///
     /// # Errors
     /// [`Misbehaved::Credit`], [`Misbehaved::DeviceStream`]; [`Fault::Limit`] for too many small items. Nothing has changed then.
-    pub fn admit(&mut self, chunk: &DeviceChunk, bytes: u64) -> Result<Admit, Fault> {
+    pub fn admit(&mut self, chunk: &DeviceChunk, bytes: u64, crc: u32) -> Result<Admit, Fault> {
         let (index, offset) = (chunk.index, chunk.offset);
         if bytes == 0 || bytes > self.chunk_bytes_max {
-            return Err(self.misfit(index).into());
+            return Err(self.misfit(index, SIZE).into());
         }
-        if !self.fits(index, offset, bytes)? {
+        let coming = Held {
+            offset,
+            end: offset.saturating_add(bytes),
+            crc,
+            content: Content::Coming(chunk.section),
+        };
+        if !self.fits(index, &coming)? {
             return Ok(Admit::Have);
         }
-        self.hold(index, offset, bytes, Content::Coming(chunk.section));
+        self.hold(index, coming);
         Ok(Admit::Take)
     }
 
@@ -130,12 +156,12 @@ impl Assembler {
     ///
     /// # Errors
     /// [`Misbehaved::DeviceStream`] when what is now complete is no stream.
-    pub fn arrived(&mut self, index: u64, octets: Vec<u8>) -> Result<(), Misbehaved> {
+    pub fn arrived(&mut self, index: u64, octets: Vec<u8>) -> Result<Came, Misbehaved> {
         let Some(held) = self.held.get_mut(&index) else {
-            return Err(self.misfit(index));
+            return Err(self.misfit(index, TWICE));
         };
         let Content::Coming(section) = held.content else {
-            return Err(self.misfit(index));
+            return Err(self.misfit(index, TWICE));
         };
         held.content = Content::Chunk(section, octets);
         self.advance()
@@ -153,13 +179,24 @@ impl Assembler {
     ///
     /// # Errors
     /// As for a chunk.
-    pub fn mark(&mut self, mark: &DeviceMark) -> Result<(), Fault> {
-        if self.fits(mark.index, mark.offset, 0)? {
-            let content = Content::Mark(mark.mark, mark.generation);
-            self.hold(mark.index, mark.offset, 0, content);
-            self.advance()?;
+    pub fn mark(&mut self, mark: &DeviceMark) -> Result<Came, Fault> {
+        let coming = Held {
+            offset: mark.offset,
+            end: mark.offset,
+            crc: 0,
+            content: Content::Mark(mark.mark, mark.generation),
+        };
+        if self.fits(mark.index, &coming)? {
+            self.hold(mark.index, coming);
+            return Ok(self.advance()?);
         }
-        Ok(())
+        Ok(Came::More)
+    }
+
+    /// A lane was lost: what it carried may come again on another (SPEC: DEVSTREAM-1).
+    pub fn lane_lost(&mut self) {
+        self.again_below = self.seen;
+        self.again_left = self.again_left.saturating_add(self.seen);
     }
 
     /// The next item to load.
@@ -203,6 +240,12 @@ impl Assembler {
         self.restarts
     }
 
+    /// The lowest index that is missing.
+    #[must_use]
+    pub fn missing(&self) -> u64 {
+        self.next
+    }
+
     /// Octets held here now: what waits for its turn, and what was popped and is not loaded yet.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
@@ -217,18 +260,24 @@ impl Assembler {
     }
 
     /// Whether an item has a place here; false if it is here already.
-    fn fits(&self, index: u64, offset: u64, bytes: u64) -> Result<bool, Fault> {
+    fn fits(&mut self, index: u64, coming: &Held) -> Result<bool, Fault> {
+        let (offset, end) = (coming.offset, coming.end);
         if index < self.next {
-            return Ok(false);
+            let before = if end <= self.offset {
+                None
+            } else {
+                Some(OTHER)
+            };
+            return Ok(self.again(index, before)?);
         }
         if let Some(held) = self.held.get(&index) {
-            return match held.content {
-                // Two lanes bring it at once: it is sent again only once its lane was given up (SPEC: DEVSTREAM-1).
-                Content::Coming(_) => Err(self.misfit(index).into()),
-                _ => Ok(false),
+            let other = match &held.content {
+                Content::Coming(_) => Some(TWICE),
+                _ if held.is_like(coming) => None,
+                _ => Some(OTHER),
             };
+            return Ok(self.again(index, other)?);
         }
-        let end = offset.saturating_add(bytes);
         // SPEC: CREDIT-3
         if end > self.granted {
             return Err(Fault::from(Misbehaved::Credit {
@@ -257,12 +306,12 @@ impl Assembler {
             offset >= floor
         };
         if !over || !under || index == u64::MAX {
-            return Err(self.misfit(index).into());
+            return Err(self.misfit(index, OFFSET).into());
         }
         let most = self.window / 4096 + ITEMS_SPARE;
         if (self.held.len() + self.ready.len()) as u64 >= most {
             return Err(Fault::Limit {
-                what: "chunks and marks of one device",
+                what: "chunks and marks that are held",
                 wanted: most + 1,
                 most,
             });
@@ -270,20 +319,27 @@ impl Assembler {
         Ok(true)
     }
 
-    fn hold(&mut self, index: u64, offset: u64, bytes: u64, content: Content) {
-        let end = offset + bytes;
-        self.held.insert(
-            index,
-            Held {
-                offset,
-                end,
-                content,
-            },
-        );
+    /// An item came that is here already. That may be: a lane was lost before it could say that it had brought it. Gives
+    /// false, as [`Assembler::fits`] does.
+    fn again(&mut self, index: u64, wrong: Option<&'static str>) -> Result<bool, Misbehaved> {
+        if let Some(rule) = wrong {
+            return Err(self.misfit(index, rule));
+        }
+        if index >= self.again_below || self.again_left == 0 {
+            return Err(self.misfit(index, AGAIN));
+        }
+        self.again_left -= 1;
+        Ok(false)
+    }
+
+    fn hold(&mut self, index: u64, coming: Held) {
+        self.seen = self.seen.max(index + 1);
+        self.held.insert(index, coming);
     }
 
     /// Moves what has become complete at the front to where it is popped.
-    fn advance(&mut self) -> Result<(), Misbehaved> {
+    fn advance(&mut self) -> Result<Came, Misbehaved> {
+        let was_over = self.is_over();
         while let Some(entry) = self.held.first_entry() {
             if *entry.key() != self.next || matches!(entry.get().content, Content::Coming(_)) {
                 break;
@@ -294,7 +350,11 @@ impl Assembler {
             self.offset = held.end;
             self.ready.push_back(item);
         }
-        Ok(())
+        Ok(if self.is_over() && !was_over {
+            Came::All
+        } else {
+            Came::More
+        })
     }
 
     /// The grammar: what may come now (SPEC: DEVSTREAM-3, DEVSTREAM-4).
@@ -322,17 +382,41 @@ impl Assembler {
                 self.restarts += 1;
                 Item::Restart
             }
-            _ => return Err(self.misfit(self.next)),
+            _ => return Err(self.misfit(self.next, GRAMMAR)),
         })
     }
 
-    fn misfit(&self, index: u64) -> Misbehaved {
+    fn misfit(&self, index: u64, rule: &'static str) -> Misbehaved {
         Misbehaved::DeviceStream {
             device: self.device.value(),
             index,
+            rule,
         }
     }
 }
+
+impl Held {
+    /// Whether they say the same of the same octets.
+    fn is_like(&self, other: &Self) -> bool {
+        let same = match (&self.content, &other.content) {
+            (Content::Chunk(ours, _), Content::Coming(theirs)) => ours == theirs,
+            (Content::Mark(ours, of), Content::Mark(theirs, their_of)) => {
+                (ours, of) == (theirs, their_of)
+            }
+            _ => false,
+        };
+        same && (self.offset, self.end, self.crc) == (other.offset, other.end, other.crc)
+    }
+}
+
+// What breaks a stream, by its rule.
+const SIZE: &str = "DEVSTREAM-2, its body is empty or longer than the device's chunks may be";
+const OFFSET: &str = "DEVSTREAM-2, its offset leaves a gap or overlaps another's";
+const GRAMMAR: &str =
+    "DEVSTREAM-3 and -4, it may not come at this point or is of another generation";
+const TWICE: &str = "DEVSTREAM-1, it comes on two lanes at once";
+const AGAIN: &str = "DEVSTREAM-1, it was sent again and no lane was lost that carried it";
+const OTHER: &str = "DEVSTREAM-1, it was sent again with other content";
 
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,7 @@
 use multifd_wire::Misbehaved;
 use multifd_wire::frame::{DeviceChunk, DeviceMark};
 
-use super::assembler::{Admit, Assembler, Item};
+use super::assembler::{Admit, Assembler, Came, Item};
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::error::Fault;
 
@@ -66,16 +66,16 @@ impl Handover {
     }
 
     /// A chunk's head came.
-    pub(crate) fn admit(&self, chunk: &DeviceChunk, bytes: usize) -> Result<Body, Fault> {
+    pub(crate) fn admit(&self, chunk: &DeviceChunk, bytes: usize, crc: u32) -> Result<Body, Fault> {
         let mut state = self.lock();
-        match state.assembler.admit(chunk, bytes as u64)? {
+        match state.assembler.admit(chunk, bytes as u64, crc)? {
             Admit::Have => Ok(Body::Have),
             Admit::Take => Ok(Body::Take(state.buffer(bytes))),
         }
     }
 
     /// Its body is here.
-    pub(crate) fn arrived(&self, index: u64, octets: Vec<u8>) -> Result<(), Misbehaved> {
+    pub(crate) fn arrived(&self, index: u64, octets: Vec<u8>) -> Result<Came, Misbehaved> {
         let result = self
             .lock()
             .take_in(|assembler| assembler.arrived(index, octets));
@@ -89,10 +89,22 @@ impl Handover {
     }
 
     /// A mark came.
-    pub(crate) fn mark(&self, mark: &DeviceMark) -> Result<(), Fault> {
+    pub(crate) fn mark(&self, mark: &DeviceMark) -> Result<Came, Fault> {
         let result = self.lock().take_in(|assembler| assembler.mark(mark));
         self.changed.notify_all();
         result
+    }
+
+    /// A lane was lost.
+    pub(crate) fn lane_lost(&self) {
+        self.lock().assembler.lane_lost();
+    }
+
+    /// The lowest index that is missing, unless everything is here up to the stream's end.
+    pub(crate) fn missing(&self) -> Option<u64> {
+        let state = self.lock();
+        let assembler = &state.assembler;
+        (!assembler.is_over()).then(|| assembler.missing())
     }
 
     /// Waits for the next item in order; `None` when the migration has ended.
@@ -112,16 +124,26 @@ impl Handover {
         }
     }
 
-    /// An item's octets are loaded. Gives the credit that the source is to be told of, if it is time.
+    /// The octets of data are loaded. Gives the credit that the source is to be told of, if it is time.
     pub(crate) fn loaded(&self, octets: Vec<u8>) -> Option<u64> {
         let mut state = self.lock();
         state.assembler.loaded(octets.len() as u64);
-        // What is held and what is kept for later are together no more than the window, in whole buffers.
-        let held = state.assembler.held_bytes() / state.chunk_bytes_max.max(1) as u64;
-        let room = (state.free_max as u64).saturating_sub(held);
-        if octets.capacity() >= state.chunk_bytes_max && (state.free.len() as u64) < room {
-            state.free.push(octets);
-        }
+        state.recycle(octets);
+        state.assembler.credit()
+    }
+
+    /// The octets of the configuration were copied to where it is put together. They are held there until all of it is loaded or
+    /// void, and count against the window like everything that is held (SPEC: CREDIT-5).
+    pub(crate) fn put_together(&self, octets: Vec<u8>) -> Option<u64> {
+        let mut state = self.lock();
+        state.recycle(octets);
+        state.assembler.credit()
+    }
+
+    /// So many octets of the configuration are held no longer.
+    pub(crate) fn let_go(&self, bytes: u64) -> Option<u64> {
+        let mut state = self.lock();
+        state.assembler.loaded(bytes);
         state.assembler.credit()
     }
 
@@ -188,16 +210,33 @@ impl State {
         result
     }
 
-    /// A buffer of this size. Small chunks get small ones, so that what is held costs at most twice its octets.
+    /// A buffer of this size. One that is much smaller than the largest gets no more than it needs, so that what is held costs at most
+    /// 8/7 of its octets.
     fn buffer(&mut self, bytes: usize) -> Vec<u8> {
-        if bytes < self.chunk_bytes_max / 2 {
+        let pooled = bytes >= self.chunk_bytes_max / 8 * 7;
+        let kept = if pooled { self.free.pop() } else { None };
+        self.trim();
+        if !pooled {
             return vec![0; bytes];
         }
-        let mut buffer = self
-            .free
-            .pop()
-            .unwrap_or_else(|| Vec::with_capacity(self.chunk_bytes_max));
+        let mut buffer = kept.unwrap_or_else(|| Vec::with_capacity(self.chunk_bytes_max));
         buffer.resize(bytes, 0);
         buffer
+    }
+
+    /// Keeps a buffer for later, if there is room for it.
+    fn recycle(&mut self, octets: Vec<u8>) {
+        if octets.capacity() >= self.chunk_bytes_max {
+            self.free.push(octets);
+        }
+        self.trim();
+    }
+
+    /// What is held and what is kept for later are together no more than the window, in whole buffers.
+    fn trim(&mut self) {
+        let held = self.assembler.held_bytes();
+        let held = held.div_ceil(self.chunk_bytes_max.max(1) as u64);
+        let held = usize::try_from(held).unwrap_or(usize::MAX);
+        self.free.truncate(self.free_max.saturating_sub(held));
     }
 }

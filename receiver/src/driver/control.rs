@@ -114,8 +114,12 @@ impl Slot {
             given_up: Arc::clone(&self.given_up),
             notes: notes.clone(),
         };
+        let inventory = inventory.cloned();
         let body = Box::new(move || {
             let fault = thread.run(rx);
+            if let Some(inventory) = inventory {
+                inventory.lane_lost();
+            }
             let _ = notes.send(Note::LaneEnded {
                 lane: id,
                 incarnation,
@@ -597,7 +601,13 @@ impl Control {
         tracing::debug!(%round, pages, zero_pages, damaged, %digest, "round closed");
         self.try_send(closed)?;
         self.verify = began.elapsed();
-        Ok(Event::Closed { digest, damaged })
+        // All lanes are at their marks: what is not here now does not come in this round (SPEC: DEVSTREAM-7).
+        let incomplete = self.inventory.as_ref().and_then(|all| all.incomplete());
+        Ok(Event::Closed {
+            digest,
+            damaged,
+            incomplete,
+        })
     }
 
     fn load(&mut self, states: u32) -> Result<Option<Event>, Error> {
@@ -995,7 +1005,12 @@ impl Control {
         if !damaged
             && matches!(
                 fault,
-                Fault::Malformed(_) | Fault::Misbehaved(_) | Fault::OutOfTurn { .. }
+                Fault::Malformed(_)
+                    | Fault::Misbehaved(_)
+                    | Fault::DeviceMisbehaved { .. }
+                    | Fault::DeviceLimit { .. }
+                    | Fault::Limit { .. }
+                    | Fault::OutOfTurn { .. }
             )
         {
             return self.drive(Event::Failed(
@@ -1164,6 +1179,10 @@ impl Control {
                     self.send(Credits { credits: &credits });
                 }
                 // What was loaded was handled: the source can let go of it, and read on.
+                self.ack_due = self.now();
+            }
+            DeviceNote::Arrived { device } => {
+                tracing::debug!(%device, "all of its state is here");
                 self.ack_due = self.now();
             }
             DeviceNote::InitialLoaded {

@@ -16,10 +16,11 @@ use multifd_wire::{DeviceId, DeviceState, Generation, Header, Misbehaved};
 
 use super::link::skip_body;
 use super::{Note, Shared, lock, thread_cpu};
-use crate::device::assembler::{Assembler, Item};
+use crate::device::assembler::{Assembler, Came, Item};
 use crate::device::handover::{Body, Handover, Waited};
 use crate::device::{DeviceError, DeviceSink};
 use crate::error::Fault;
+use crate::session::Incomplete;
 
 /// What a loader tells the control thread.
 #[derive(Debug)]
@@ -33,6 +34,8 @@ pub(super) enum DeviceNote {
     },
     /// The source may send up to here.
     Credit { device: DeviceId, offset_max: u64 },
+    /// Everything of it is here, and not all is loaded.
+    Arrived { device: DeviceId },
     /// Everything is loaded, and the device stands still.
     Loaded(LoadedDevice),
     /// What was loaded is void.
@@ -56,6 +59,7 @@ pub(crate) struct LoadedDevice {
 /// Where lanes leave what belongs to devices. Shared by all lanes.
 pub(super) struct Inventory {
     devices: Vec<Arc<Handover>>,
+    names: Vec<String>,
 }
 
 impl Inventory {
@@ -65,8 +69,10 @@ impl Inventory {
             let assembler = Assembler::new(device.id, device.chunk_bytes_max, window);
             Arc::new(Handover::new(assembler, device.chunk_bytes_max, window))
         };
+        let name = |device: &Device| device.name.as_str().to_owned();
         Self {
             devices: table.iter().map(place).collect(),
+            names: table.iter().map(name).collect(),
         }
     }
 
@@ -85,10 +91,17 @@ impl Inventory {
         rx: &mut dyn ReceiveHalf,
         chunk: &DeviceChunk,
         header: &Header,
-    ) -> Result<(), Fault> {
+    ) -> Result<Came, Fault> {
         let place = self.place(chunk.device)?;
-        match place.admit(chunk, header.body_bytes())? {
-            Body::Have => Ok(skip_body(rx, header.body_bytes())?),
+        let named = |fault| self.named(chunk.device, fault);
+        match place
+            .admit(chunk, header.body_bytes(), header.body_crc())
+            .map_err(named)?
+        {
+            Body::Have => {
+                skip_body(rx, header.body_bytes())?;
+                Ok(Came::More)
+            }
             Body::Take(mut octets) => {
                 // SPEC: ERR-4
                 let read = rx
@@ -99,14 +112,53 @@ impl Inventory {
                     place.give_up(chunk.index);
                     return Err(fault);
                 }
-                Ok(place.arrived(chunk.index, octets)?)
+                let arrived = place.arrived(chunk.index, octets);
+                arrived.map_err(|misbehaved| named(misbehaved.into()))
             }
         }
     }
 
     /// A mark came on a lane.
-    pub(super) fn mark(&self, mark: &DeviceMark) -> Result<(), Fault> {
-        self.place(mark.device)?.mark(mark)
+    pub(super) fn mark(&self, mark: &DeviceMark) -> Result<Came, Fault> {
+        let came = self.place(mark.device)?.mark(mark);
+        came.map_err(|fault| self.named(mark.device, fault))
+    }
+
+    /// A lane was lost: what it carried may come again.
+    pub(super) fn lane_lost(&self) {
+        self.devices.iter().for_each(|place| place.lane_lost());
+    }
+
+    /// A device of whose stream items are missing, if there is one.
+    pub(super) fn incomplete(&self) -> Option<Incomplete> {
+        let places = (0..).zip(self.devices.iter().zip(&self.names));
+        let mut missing = places.filter_map(|(id, (place, name))| {
+            Some(Incomplete {
+                device: DeviceId::new(id),
+                name: name.clone(),
+                index: place.missing()?,
+            })
+        });
+        missing.next()
+    }
+
+    /// With the device's name, which says more to the user than its number.
+    fn named(&self, device: DeviceId, fault: Fault) -> Fault {
+        let device = self
+            .names
+            .get(device.value() as usize)
+            .cloned()
+            .unwrap_or_default();
+        match fault {
+            Fault::Misbehaved(source) => Fault::DeviceMisbehaved { device, source },
+            Fault::Limit { what, wanted, most } => Fault::DeviceLimit {
+                device,
+                what,
+                wanted,
+                most,
+            },
+            other => other,
+        }
     }
 
     /// Memory is complete: configurations that had to wait for it are loaded now (SPEC: DEVSTREAM-6).
@@ -347,19 +399,24 @@ impl Loader {
                 self.generation_bytes += bytes;
                 let counters = &self.shared.counters;
                 counters.device_bytes.fetch_add(bytes, Ordering::Relaxed);
-                self.give_credit(octets);
+                let credit = self.place.loaded(octets);
+                self.give_credit(credit);
             }
             Item::Config(octets) => {
                 let wanted = self.config.len() as u64 + octets.len() as u64;
                 if wanted > BLOB_BYTES_MAX {
-                    return Err(Fault::Limit {
-                        what: "octets of a device's configuration",
+                    return Err(Fault::DeviceLimit {
+                        device: self.name.clone(),
+                        what: "octets of its configuration",
                         wanted,
                         most: BLOB_BYTES_MAX,
                     });
                 }
+                // Room for what is here and no more: it may grow to the window.
+                self.config.reserve_exact(octets.len());
                 self.config.extend_from_slice(&octets);
-                self.give_credit(octets);
+                let credit = self.place.put_together(octets);
+                self.give_credit(credit);
             }
             Item::InitialEnd(generation) => {
                 let began = Instant::now();
@@ -387,7 +444,8 @@ impl Loader {
                 self.tell(DeviceNote::Restarted {
                     device: self.device.id,
                 });
-                self.config.clear();
+                let config = std::mem::take(&mut self.config);
+                self.config_is_gone(config);
                 (self.bytes, self.load) = (0, Duration::ZERO);
                 (self.generation_bytes, self.generation_load) = (0, Duration::ZERO);
             }
@@ -407,6 +465,7 @@ impl Loader {
             self.call("take its configuration in", |sink| {
                 sink.load_config(&config)
             })?;
+            self.config_is_gone(config);
         }
         self.call("finish its state", |sink| sink.set_state(DeviceState::Stop))?;
         self.tell(DeviceNote::Loaded(LoadedDevice {
@@ -420,8 +479,16 @@ impl Loader {
         Ok(())
     }
 
-    fn give_credit(&self, octets: Vec<u8>) {
-        if let Some(offset_max) = self.place.loaded(octets) {
+    /// The configuration was loaded, or is void.
+    fn config_is_gone(&self, config: Vec<u8>) {
+        let bytes = config.len() as u64;
+        drop(config);
+        let credit = self.place.let_go(bytes);
+        self.give_credit(credit);
+    }
+
+    fn give_credit(&self, offset_max: Option<u64>) {
+        if let Some(offset_max) = offset_max {
             self.tell(DeviceNote::Credit {
                 device: self.device.id,
                 offset_max,

@@ -14,10 +14,11 @@ use multifd_wire::{
     ChannelKind, Frame, HEADER_BYTES, Header, Incarnation, Kind, LaneId, Misbehaved, PageRun, Round,
 };
 
-use super::device::Inventory;
+use super::device::{DeviceNote, Inventory};
 use super::gate::Gate;
 use super::link::{read_head, skip_body};
 use super::{Note, Shared, thread_cpu};
+use crate::device::assembler::Came;
 use crate::error::Fault;
 use crate::landing::Landing;
 use crate::lane::{Lane, Mark};
@@ -111,6 +112,7 @@ impl LaneThread {
         })?;
         let frame = Frame::decode(&header, &work.table)?;
         let mut step = Step::Next;
+        let mut complete = None;
         match frame {
             Frame::Pages(pages) => {
                 self.pages(rx, &pages, &header, lane, &mut work.runs, &mut work.bad)?
@@ -123,8 +125,14 @@ impl LaneThread {
                     };
                 }
             }
-            Frame::DeviceChunk(chunk) => self.devices(header.kind())?.chunk(rx, &chunk, &header)?,
-            Frame::DeviceMark(mark) => self.devices(header.kind())?.mark(&mark)?,
+            Frame::DeviceChunk(chunk) => {
+                let came = self.devices(header.kind())?.chunk(rx, &chunk, &header)?;
+                complete = (came == Came::All).then_some(chunk.device);
+            }
+            Frame::DeviceMark(mark) => {
+                let came = self.devices(header.kind())?.mark(&mark)?;
+                complete = (came == Came::All).then_some(mark.device);
+            }
             Frame::Skipped(_) => skip_body(rx, header.body_bytes())?,
             // Only kinds that the table does not let travel here.
             other => return Err(Misbehaved::Feature { kind: other.kind() }.into()),
@@ -137,6 +145,12 @@ impl LaneThread {
         counters.frames.fetch_add(1, Ordering::Relaxed);
         // Release: whoever acknowledges this frame has seen what became of its pages.
         self.handled.store(lane.frames(), Ordering::Release);
+        if let Some(device) = complete {
+            // After the frame counts: it is acknowledged at once, and the source knows when all of the device was here.
+            let _ = self
+                .notes
+                .send(Note::Device(DeviceNote::Arrived { device }));
+        }
         Ok(step)
     }
 

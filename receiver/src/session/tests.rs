@@ -61,6 +61,20 @@ fn closed(damaged: u64) -> Event {
     Event::Closed {
         digest: DIGEST,
         damaged,
+        incomplete: None,
+    }
+}
+
+/// All pages are here, and item 7 of device 2 is not.
+fn closed_without_device() -> Event {
+    Event::Closed {
+        digest: DIGEST,
+        damaged: 0,
+        incomplete: Some(Incomplete {
+            device: DeviceId::new(2),
+            name: "nic0".into(),
+            index: 7,
+        }),
     }
 }
 
@@ -841,6 +855,40 @@ fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
         .map(word)
         .collect();
     assert_eq!(words, ["open 2"]);
+}
+
+#[test]
+fn a_device_that_is_not_whole_at_the_end_is_named_or_waited_for_if_a_lane_was_lost() {
+    let mut events = happy_path();
+    events.truncate(4);
+    events.extend([switchover(0), arrived(0, 0, true), arrived(1, 0, true)]);
+    let mut session = after(events);
+    let _ = session.handle(closed_without_device(), NOW);
+    let words: Vec<String> = session
+        .handle(final_of(0, DIGEST), NOW)
+        .iter()
+        .map(word)
+        .collect();
+    assert!(words[0].starts_with("ABORT 3"), "{words:?}");
+    assert!(
+        words
+            .iter()
+            .any(|word| word.contains("wire.misbehaved.device-stream")),
+        "{words:?}"
+    );
+    // A lane that was lost may have carried it: the source begins a further round, or is told after a while.
+    let mut events = happy_path();
+    events.truncate(4);
+    events.extend([ended(1), switchover(0), arrived(0, 0, true)]);
+    let mut session = after(events);
+    let _ = session.handle(closed_without_device(), NOW);
+    assert!(session.handle(final_of(0, DIGEST), NOW).is_empty());
+    let words: Vec<String> = session
+        .handle(switchover(1), NOW)
+        .iter()
+        .map(word)
+        .collect();
+    assert_eq!(words, ["open 1"]);
 }
 
 /// What the driver or a good source would do next.

@@ -174,6 +174,15 @@ impl Item {
         matches!(self.head, Head::Mark(mark) if mark.mark == Mark::Restart)
     }
 
+    /// Its place in the stream.
+    #[must_use]
+    pub fn index(&self) -> u64 {
+        match self.head {
+            Head::Chunk(chunk) => chunk.index,
+            Head::Mark(mark) => mark.index,
+        }
+    }
+
     /// Whether its device's stream ends with it.
     #[must_use]
     pub fn is_last(&self) -> bool {

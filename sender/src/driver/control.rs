@@ -978,7 +978,10 @@ impl Control {
         let slot = self.known(mark.lane, mark.incarnation)?;
         let state = Arc::clone(&slot.state);
         let settled = match lock(&state.lane).as_mut() {
-            Some(lane) => lane.acked(mark.frames)?,
+            Some(lane) => {
+                self.shared.depot.arrived(lane.items_below(mark.frames));
+                lane.acked(mark.frames)?
+            }
             None => return Ok(()),
         };
         self.shared

@@ -95,6 +95,11 @@ pub(super) struct Figures {
     pub(super) saved_at: Option<Instant>,
     /// When the last item was handed to a channel.
     pub(super) sent_at: Option<Instant>,
+    /// Items that the destination has, and how many the stream has once its end was among them.
+    items_arrived: u64,
+    items: Option<u64>,
+    /// When the destination had said that it has them all.
+    pub(super) arrived_at: Option<Instant>,
     pub(super) loaded: Option<(Duration, Duration)>,
     pub(super) loaded_at: Option<Instant>,
     pub(super) was_reset: bool,
@@ -117,10 +122,21 @@ impl Figures {
             stopped_at: None,
             saved_at: None,
             sent_at: None,
+            arrived_at: None,
             loaded: None,
             loaded_at: None,
             ..std::mem::take(self)
         };
+    }
+
+    fn arrived(&mut self, item: &Item) {
+        self.items_arrived += 1;
+        if item.is_last() {
+            self.items = Some(item.index() + 1);
+        }
+        if self.items == Some(self.items_arrived) {
+            self.arrived_at = Some(Instant::now());
+        }
     }
 }
 
@@ -129,6 +145,8 @@ pub(super) struct Desk {
     pub(super) id: DeviceId,
     pub(super) name: String,
     pub(super) flags: DeviceFlags,
+    /// What the destination holds of it at most.
+    window: u64,
     state: Mutex<DeskState>,
     changed: Condvar,
 }
@@ -162,6 +180,7 @@ impl Desk {
             id,
             name: traits.name.clone(),
             flags: traits.flags,
+            window,
             state: Mutex::new(DeskState {
                 order: None,
                 done: None,
@@ -319,6 +338,7 @@ impl Desk {
         (state.epoch, state.closed, state.repeats) = (epoch, false, false);
         let figures = &mut state.figures;
         figures.runs_again();
+        (figures.items_arrived, figures.items) = (0, None);
         figures.announced = u32::from(self.flags.contains(DeviceFlags::SWITCHOVER_ACK));
         (figures.acked, figures.acked_bytes, figures.acked_load) = (0, 0, Duration::ZERO);
     }
@@ -352,6 +372,21 @@ impl Desk {
 }
 
 impl Desk {
+    /// The migration failed. If that was not this device's doing, and its state was on its way, the report says so.
+    pub(super) fn was_cut_off(&self) {
+        let mut state = self.lock();
+        let sent = state.stream.index();
+        let arrived = state.figures.items_arrived;
+        if sent > 0 {
+            let name = &self.name;
+            state.figures.trouble.get_or_insert_with(|| {
+                format!(
+                    "device {name} was cut off: of {sent} pieces of its state {arrived} had arrived"
+                )
+            });
+        }
+    }
+
     /// The destination has loaded everything of it.
     pub(super) fn loaded(&self, load: Duration, config: Duration) {
         self.note(|figures| {
@@ -402,6 +437,15 @@ impl Depot {
             .ok_or(Misbehaved::UnknownDevice {
                 device: device.value(),
             })
+    }
+
+    /// The destination has these: each comes here once, since it is acknowledged or sent again.
+    pub(super) fn arrived<'i>(&self, items: impl Iterator<Item = &'i Arc<Item>>) {
+        for item in items {
+            if let Ok(desk) = self.desk(item.device()) {
+                desk.note(|figures| figures.arrived(item));
+            }
+        }
     }
 
     /// A lane handed an item to its channel.
@@ -534,6 +578,13 @@ impl Outbox {
         for (index, queue) in state.queues.iter_mut().enumerate() {
             queue.left = left(index);
         }
+    }
+
+    /// Whether there is an item now.
+    pub(super) fn has_item(&self) -> bool {
+        let state = lock(&self.state);
+        let any = !state.again.is_empty() || state.queues.iter().any(|q| !q.items.is_empty());
+        any && !state.held
     }
 
     /// The item that is most urgent now.
@@ -978,6 +1029,14 @@ impl Reader {
             return Err(self.fault("give its configuration", DeviceError::new(text)));
         }
         let bytes = config.len() as u64;
+        // SPEC: CREDIT-5
+        if bytes > self.desk.window {
+            let text = format!(
+                "it has {bytes} octets, and the destination holds {} of a device at most (its device window)",
+                self.desk.window
+            );
+            return Err(self.fault("give its configuration", DeviceError::new(text)));
+        }
         self.desk.note(|figures| figures.config_bytes = bytes);
         self.config = Some((config, 0));
         Ok(())

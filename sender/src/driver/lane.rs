@@ -218,6 +218,12 @@ impl<'s> Feeder<'s> {
     /// Sends the most urgent item, if there is one; gives its size. From the ledger it comes back if the lane dies.
     fn item(&mut self) -> Result<Option<u64>, Fault> {
         let depot = Arc::clone(&self.shared.depot);
+        if !depot.outbox.has_item() {
+            return Ok(None);
+        }
+        // The lane whose channel is free takes it. One that took it first and then waited would keep the destination waiting
+        // for this item, with all that follow it in hand and the window full.
+        self.tx.wait_for_room()?;
         let Some(item) = depot.outbox.take() else {
             return Ok(None);
         };

@@ -6,6 +6,7 @@
 
 mod commit_received;
 mod commit_sent;
+mod devices_received;
 mod hello_received;
 mod hello_sent;
 mod lanes_lost;

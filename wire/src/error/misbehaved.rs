@@ -91,12 +91,14 @@ pub enum Misbehaved {
         device: u32,
     },
     /// A device's stream has a wrong index, offset, section or mark.
-    #[error("device {device}: item {index} does not fit its stream")]
+    #[error("device {device}: item {index} does not fit its stream: {rule}")]
     DeviceStream {
         /// The device.
         device: u32,
         /// The item's index in the device's stream.
         index: u64,
+        /// The rule of SPEC.md that it breaks, and how.
+        rule: &'static str,
     },
     /// A device chunk goes past the granted window.
     #[error("device {device}: octets up to {end} where {offset_max} were granted")]

@@ -30,7 +30,9 @@ fn mark(mark: Mark, generation: u32, index: u64, offset: u64) -> DeviceMark {
 }
 
 fn bring(a: &mut Assembler, index: u64, offset: u64, octets: &[u8]) {
-    let admit = a.admit(&chunk(index, offset), octets.len() as u64).unwrap();
+    let admit = a
+        .admit(&chunk(index, offset), octets.len() as u64, 0)
+        .unwrap();
     assert_eq!(admit, Admit::Take);
     a.arrived(index, octets.to_vec()).unwrap();
 }
@@ -65,11 +67,15 @@ fn hands_over_in_order_whatever_came_first() {
 fn drops_what_it_has_and_takes_again_what_was_given_up() {
     let mut a = assembler();
     bring(&mut a, 0, 0, b"ab");
-    assert_eq!(a.admit(&chunk(0, 0), 2).unwrap(), Admit::Have);
     bring(&mut a, 2, 4, b"ef");
-    assert_eq!(a.admit(&chunk(2, 4), 2).unwrap(), Admit::Have);
-    assert_eq!(a.admit(&chunk(1, 2), 2).unwrap(), Admit::Take);
-    assert!(is_misfit(a.admit(&chunk(1, 2), 2)), "on two lanes at once");
+    a.lane_lost();
+    assert_eq!(a.admit(&chunk(0, 0), 2, 0).unwrap(), Admit::Have);
+    assert_eq!(a.admit(&chunk(2, 4), 2, 0).unwrap(), Admit::Have);
+    assert_eq!(a.admit(&chunk(1, 2), 2, 0).unwrap(), Admit::Take);
+    assert!(
+        is_misfit(a.admit(&chunk(1, 2), 2, 0)),
+        "on two lanes at once"
+    );
     a.give_up(1);
     bring(&mut a, 1, 2, b"cd");
     a.give_up(1);
@@ -79,47 +85,91 @@ fn drops_what_it_has_and_takes_again_what_was_given_up() {
 }
 
 #[test]
+fn an_item_comes_again_only_after_a_lane_was_lost_and_as_it_was() {
+    let mut a = assembler();
+    bring(&mut a, 0, 0, b"ab");
+    bring(&mut a, 2, 4, b"ef");
+    for index in [0, 2] {
+        let again = a.admit(&chunk(index, index * 2), 2, 0);
+        assert!(is_misfit(again), "no lane was lost");
+    }
+    a.lane_lost();
+    assert!(is_misfit(a.admit(&chunk(0, 0), 3, 0)), "longer than it was");
+    assert!(is_misfit(a.admit(&chunk(2, 4), 2, 9)), "other octets");
+    assert!(is_misfit(a.admit(&chunk(2, 4), 1, 0)), "shorter");
+    let config = DeviceChunk {
+        section: Section::Config,
+        ..chunk(2, 4)
+    };
+    assert!(is_misfit(a.admit(&config, 2, 0)), "of another section");
+    let instead = a.mark(&mark(Mark::DataEnd, 0, 2, 4));
+    assert!(instead.is_err(), "a mark in a chunk's place");
+    // Three indices were seen: so often may items come again.
+    for _ in 0..3 {
+        assert_eq!(a.admit(&chunk(2, 4), 2, 0).unwrap(), Admit::Have);
+    }
+    assert!(is_misfit(a.admit(&chunk(2, 4), 2, 0)), "once too often");
+    a.lane_lost();
+    bring(&mut a, 1, 2, b"cd");
+    bring(&mut a, 3, 6, b"gh");
+    assert_eq!(a.admit(&chunk(1, 2), 2, 0).unwrap(), Admit::Have);
+    assert!(
+        is_misfit(a.admit(&chunk(3, 6), 2, 0)),
+        "it came after the loss"
+    );
+}
+
+#[test]
 fn takes_up_to_the_granted_octet_and_not_one_more() {
     let mut a = assembler();
     assert!(matches!(
-        a.admit(&chunk(9, WINDOW - 8191), 8192),
+        a.admit(&chunk(9, WINDOW - 8191), 8192, 0),
         Err(Fault::Misbehaved(Misbehaved::Credit { end, offset_max: WINDOW, .. })) if end == WINDOW + 1
     ));
     assert_eq!(
-        a.admit(&chunk(9, WINDOW - 8192), 8192).unwrap(),
+        a.admit(&chunk(9, WINDOW - 8192), 8192, 0).unwrap(),
         Admit::Take
     );
-    assert!(a.admit(&chunk(10, u64::MAX), 1).is_err());
+    assert!(a.admit(&chunk(10, u64::MAX), 1, 0).is_err());
     assert!(
-        is_misfit(a.admit(&chunk(1, 0), 8193)),
+        is_misfit(a.admit(&chunk(1, 0), 8193, 0)),
         "longer than its chunks are"
     );
-    assert!(is_misfit(a.admit(&chunk(1, 0), 0)));
+    assert!(is_misfit(a.admit(&chunk(1, 0), 0, 0)));
 }
 
 #[test]
 fn refuses_offsets_with_a_gap_or_an_overlap() {
     let mut a = assembler();
-    assert!(is_misfit(a.admit(&chunk(0, 1), 5)), "the first begins at 0");
-    bring(&mut a, 0, 0, &[0; 10]);
-    assert!(is_misfit(a.admit(&chunk(1, 9), 5)));
-    assert!(is_misfit(a.admit(&chunk(1, 11), 5)));
-    bring(&mut a, 5, 100, &[0; 10]);
-    assert!(is_misfit(a.admit(&chunk(6, 109), 5)));
-    assert!(is_misfit(a.admit(&chunk(6, 111), 5)));
-    assert!(is_misfit(a.admit(&chunk(4, 99), 2)));
     assert!(
-        is_misfit(a.admit(&chunk(4, 98), 1)),
+        is_misfit(a.admit(&chunk(0, 1), 5, 0)),
+        "the first begins at 0"
+    );
+    bring(&mut a, 0, 0, &[0; 10]);
+    assert!(is_misfit(a.admit(&chunk(1, 9), 5, 0)));
+    assert!(is_misfit(a.admit(&chunk(1, 11), 5, 0)));
+    bring(&mut a, 5, 100, &[0; 10]);
+    assert!(is_misfit(a.admit(&chunk(6, 109), 5, 0)));
+    assert!(is_misfit(a.admit(&chunk(6, 111), 5, 0)));
+    assert!(is_misfit(a.admit(&chunk(4, 99), 2, 0)));
+    assert!(
+        is_misfit(a.admit(&chunk(4, 98), 1, 0)),
         "a gap below a held item"
     );
-    assert!(is_misfit(a.admit(&chunk(3, 95), 6)), "across a held item");
-    assert!(is_misfit(a.admit(&chunk(7, 105), 2)), "inside a held item");
     assert!(
-        is_misfit(a.admit(&chunk(3, 5), 2)),
+        is_misfit(a.admit(&chunk(3, 95), 6, 0)),
+        "across a held item"
+    );
+    assert!(
+        is_misfit(a.admit(&chunk(7, 105), 2, 0)),
+        "inside a held item"
+    );
+    assert!(
+        is_misfit(a.admit(&chunk(3, 5), 2, 0)),
         "inside what came already"
     );
-    assert_eq!(a.admit(&chunk(4, 99), 1).unwrap(), Admit::Take);
-    assert!(is_misfit(a.admit(&chunk(u64::MAX, 500), 1)));
+    assert_eq!(a.admit(&chunk(4, 99), 1, 0).unwrap(), Admit::Take);
+    assert!(is_misfit(a.admit(&chunk(u64::MAX, 500), 1, 0)));
 }
 
 #[test]
@@ -132,7 +182,7 @@ fn refuses_what_is_no_stream() {
                 section: Section::Config,
                 ..chunk(0, 0)
             };
-            a.admit(&config, 4).unwrap();
+            a.admit(&config, 4, 0).unwrap();
             return a.arrived(0, vec![0; 4]).is_err();
         }
         marks.iter().any(|(what, generation)| {
@@ -180,10 +230,10 @@ fn too_many_small_items_are_a_matter_of_limits() {
     for index in 0..most {
         bring(&mut a, index + 1, index + 1, &[0]);
     }
-    let error = a.admit(&chunk(most + 1, most + 1), 1).unwrap_err();
+    let error = a.admit(&chunk(most + 1, most + 1), 1, 0).unwrap_err();
     assert!(matches!(error, Fault::Limit { .. }), "{error}");
     // The lowest missing one is refused as well: the limit is the end of the session, not a pause.
-    assert!(a.admit(&chunk(0, 0), 1).is_err());
+    assert!(a.admit(&chunk(0, 0), 1, 0).is_err());
 }
 
 #[test]
@@ -248,10 +298,11 @@ fn cut(pieces: &[usize], config: usize) -> (Vec<Cut>, Vec<u8>) {
     (items, whole)
 }
 
-/// A lane with items on the way, of which the first may be half read.
+/// A lane with items on the way, of which the first may be half read, and items that arrived and are not acknowledged.
 #[derive(Default)]
 struct Way {
     items: std::collections::VecDeque<Cut>,
+    unacked: Vec<Cut>,
     reading: bool,
 }
 
@@ -262,7 +313,7 @@ proptest! {
     fn every_interleaving_of_lanes_gives_the_stream_that_was_cut(
         pieces in proptest::collection::vec(0usize..5000, 1..60),
         config in 0usize..3000,
-        steps in proptest::collection::vec((0usize..4, 0u8..8), 200..2000),
+        steps in proptest::collection::vec((0usize..4, 0u8..9), 200..2000),
     ) {
         const SMALL: u64 = 12_000;
         let (items, whole) = cut(&pieces, config);
@@ -293,13 +344,13 @@ proptest! {
                     Some(Cut::Chunk(head, octets)) if way.reading => {
                         a.arrived(head.index, octets).unwrap();
                         way.reading = false;
-                        way.items.pop_front();
+                        way.unacked.extend(way.items.pop_front());
                     }
-                    Some(Cut::Chunk(head, octets)) => match a.admit(&head, octets.len() as u64).unwrap() {
+                    Some(Cut::Chunk(head, octets)) => match a.admit(&head, octets.len() as u64, 0).unwrap() {
                         Admit::Take => way.reading = true,
-                        Admit::Have => { way.items.pop_front(); }
+                        Admit::Have => way.unacked.extend(way.items.pop_front()),
                     },
-                    Some(Cut::Mark(mark)) => { a.mark(&mark).unwrap(); way.items.pop_front(); }
+                    Some(Cut::Mark(mark)) => { a.mark(&mark).unwrap(); way.unacked.extend(way.items.pop_front()); }
                     None => {}
                 },
                 // The loader.
@@ -314,11 +365,15 @@ proptest! {
                     }
                     granted = a.credit().unwrap_or(granted);
                 }
-                // The lane dies; everything on it is sent again, the oldest first.
+                // What arrived on the lane is acknowledged.
+                7 => way.unacked.clear(),
+                // The lane dies; everything that it did not have acknowledged is sent again, the oldest first.
                 _ => {
                     if way.reading && let Some(Cut::Chunk(head, _)) = way.items.front() { a.give_up(head.index); }
                     way.reading = false;
-                    for item in std::mem::take(&mut way.items).into_iter().rev() { to_send.push_front(item); }
+                    a.lane_lost();
+                    let lost = std::mem::take(&mut way.unacked).into_iter().chain(std::mem::take(&mut way.items));
+                    for item in lost.collect::<Vec<_>>().into_iter().rev() { to_send.push_front(item); }
                 }
             }
             prop_assert!(a.held_bytes() <= SMALL, "{} octets held", a.held_bytes());

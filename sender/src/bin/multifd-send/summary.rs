@@ -253,9 +253,10 @@ impl Summary {
                 mib(device.stop_copy_bytes)
             );
             println!(
-                "               read after {}, sent after {}, loaded after {} (loading {}, config {}); now {}{}{}",
+                "               read after {}, sent after {}, there after {}, loaded after {} (loading {}, config {}); now {}{}{}",
                 part(device.saved_after_ms),
                 part(device.sent_after_ms),
+                part(device.arrived_after_ms),
                 part(device.loaded_after_ms),
                 part(device.load_ms),
                 part(device.config_ms),

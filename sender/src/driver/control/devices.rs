@@ -176,6 +176,9 @@ impl Control {
             let _ = inbox.recv_timeout(Duration::from_millis(1));
         });
         let desks = self.shared.depot.desks();
+        if !gone {
+            desks.iter().for_each(|desk| desk.was_cut_off());
+        }
         desks.iter().map(|desk| device_report(desk)).collect()
     }
 }
@@ -201,6 +204,7 @@ fn device_report(desk: &Desk) -> DeviceReport {
         read_ms: ms(figures.read),
         saved_after_ms: since_stop(figures.saved_at),
         sent_after_ms: since_stop(figures.sent_at),
+        arrived_after_ms: since_stop(figures.arrived_at),
         loaded_after_ms: since_stop(figures.loaded_at),
         load_ms: figures.loaded.map(|(load, _)| ms(load)),
         config_ms: figures.loaded.map(|(_, config)| ms(config)),
@@ -211,6 +215,7 @@ fn device_report(desk: &Desk) -> DeviceReport {
         stopped_at: figures.stopped_at,
         saved_at: figures.saved_at,
         sent_at: figures.sent_at,
+        arrived_at: figures.arrived_at,
         loaded_at: figures.loaded_at,
     }
 }

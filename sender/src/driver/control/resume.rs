@@ -361,6 +361,7 @@ impl Control {
         }
         for (before, frames) in handled {
             if let Some(lane) = lock(&before.lane).as_mut() {
+                self.shared.depot.arrived(lane.items_below(frames));
                 let settled = lane.acked(frames)?;
                 self.shared
                     .counters
