@@ -346,7 +346,10 @@ fn a_lane_lost_in_the_middle_of_a_device_costs_nothing_of_it() {
             "model:name=a,size=40M,initial=10M,config=100K",
             "model:name=b,size=20M,config=100K",
         ]);
-        plan.config = tx::Config::builder().channels(3).build().unwrap();
+        // With a lane less for a while on a busy host, even an idle guest may look as if it did not converge.
+        let config = tx::Config::builder().channels(3);
+        let limit = Duration::from_secs(60);
+        plan.config = config.downtime_limit(limit).build().unwrap();
         let cut = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&cut);
         plan.dial = Some(Box::new(move |inner| {

@@ -39,14 +39,7 @@ impl Stream {
 
     fn send(&mut self, source: &mut FakeSource<'_>, section: Section, bytes: u64) {
         while self.offset + bytes > self.granted {
-            let heard = source.control.hear_kind(Kind::Credit);
-            if let Frame::Credit(credits) = heard.frame() {
-                self.granted = credits
-                    .iter()
-                    .map(|credit| credit.offset_max)
-                    .max()
-                    .unwrap();
-            }
+            self.hear_credit(source);
         }
         let chunk = DeviceChunk {
             device: DeviceId::new(0),
@@ -58,10 +51,17 @@ impl Stream {
         (self.index, self.offset) = (self.index + 1, self.offset + bytes);
     }
 
-    /// The window is filled with chunks of this size, to the last octet that fits.
+    fn hear_credit(&mut self, source: &mut FakeSource<'_>) {
+        let heard = source.control.hear_kind(Kind::Credit);
+        if let Frame::Credit(credits) = heard.frame() {
+            let granted = credits.iter().map(|credit| credit.offset_max);
+            self.granted = granted.max().unwrap_or(self.granted);
+        }
+    }
+
+    /// What was granted is used up by chunks of this size.
     fn fill(&mut self, source: &mut FakeSource<'_>, section: Section, bytes: u64) {
-        let end = self.offset + WINDOW;
-        while self.offset + bytes <= end {
+        while self.offset + bytes <= self.granted {
             self.send(source, section, bytes);
         }
     }
@@ -96,13 +96,15 @@ const ACTS: [(&str, Act); 7] = [
         stream.fill(source, Section::Data, CHUNK / 8 * 7 - 1);
     }),
     ("small chunks after large ones", |source, stream, tap| {
-        // Buffers of what was taken are kept for what comes: they must make room.
+        // A window of buffers was needed at once, and is kept for what comes: it must make room.
+        stream.fill(source, Section::Data, CHUNK);
+        std::thread::sleep(Duration::from_millis(100));
         tap.open();
-        while stream.offset < 2 * WINDOW {
-            stream.send(source, Section::Data, CHUNK);
-        }
         while tap.taken() < stream.offset {
             std::thread::sleep(Duration::from_millis(1));
+        }
+        while stream.granted < stream.offset + WINDOW / 4 * 3 {
+            stream.hear_credit(source);
         }
         stream.leave_out(4096);
         stream.fill(source, Section::Data, 4096 * 2);

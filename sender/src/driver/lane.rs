@@ -135,8 +135,10 @@ impl<'s> Feeder<'s> {
         notes: &Sender<Note>,
     ) -> Result<(), Fault> {
         self.with_lane(|lane| lane.begin_round(round, last))?;
-        // The end mark follows whatever is sent below, and is sent without delay.
-        self.tx.set_more(true);
+        // The end mark follows whatever is sent below, and is sent without delay. Not so while devices are read with the guest
+        // paused: what follows may take them a while, and the destination waits for the last octets of each chunk.
+        self.tx
+            .set_more(!(last && self.shared.depot.outbox.is_used()));
         let mut unsent = Unsent::new(self.shared.dirty.clone());
         let shared = self.shared;
         let mut seat = None;
@@ -208,7 +210,6 @@ impl<'s> Feeder<'s> {
         while !depot.outbox.is_drained() {
             self.check_stop()?;
             if self.item()?.is_none() {
-                // Nothing to send now: what was held back must not wait.
                 let _ = depot.outbox.tokens().recv_timeout(NAP);
             }
         }

@@ -1,7 +1,7 @@
 //! Blackout of devices against the wire time of their state, over a link of a known rate and over loopback.
 //!
 //! ```text
-//! cargo bench -p multifd-tests --bench device -- [--json] [--short] [--rounds N] [--rate MBIT] [--channels 1,2,4,8] [--devices 1,2,4,8]
+//! cargo bench -p multifd-tests --bench device -- [--json | --markdown] [--short] [--rounds N] [--rate MBIT] [--channels 1,2,4,8] [--devices 1,2,4,8]
 //!     [--size MIB] [--large MIB] [--only shaped,loopback,slow,initial] [--chunk KIB] [--window KIB]
 //! ```
 //! *Ours* is a whole migration of a machine with model devices by the real source and destination, in two network namespaces; its
@@ -19,6 +19,7 @@
 mod link;
 mod plain;
 
+use std::cell::RefCell;
 use std::time::Duration;
 
 use link::{Cleared, Link};
@@ -31,7 +32,9 @@ use serde_json::{Value, json};
 
 #[derive(Debug)]
 struct Settings {
-    json: bool,
+    form: Form,
+    /// The table of the row that was printed last.
+    printed: RefCell<String>,
     rounds: usize,
     rate_mbit: u64,
     channels: Vec<u32>,
@@ -43,6 +46,17 @@ struct Settings {
     chunk: Option<u64>,
     window: Option<u64>,
     only: Vec<String>,
+}
+
+/// How rows are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// In words, a line each.
+    Words,
+    /// An object a line.
+    Json,
+    /// As tables for docs/measurements/device.md.
+    Markdown,
 }
 
 impl Settings {
@@ -95,7 +109,8 @@ fn main() {
 
 fn settings() -> Settings {
     let mut s = Settings {
-        json: false,
+        form: Form::Words,
+        printed: RefCell::default(),
         rounds: 3,
         rate_mbit: 4000,
         channels: vec![1, 2, 4, 8],
@@ -116,7 +131,8 @@ fn settings() -> Settings {
             each.collect()
         };
         match arg.as_str() {
-            "--json" => s.json = true,
+            "--json" => s.form = Form::Json,
+            "--markdown" => s.form = Form::Markdown,
             "--short" => {
                 (s.rounds, s.channels, s.devices) = (1, vec![1, 4], vec![1, 4]);
                 (s.large_mib, s.slow_mib, s.bare_mib) = (256, 8, 128);
@@ -203,10 +219,13 @@ fn sizes(settings: &Settings, link: &Link, octets: &mut [u8]) {
         for (count, size_mib) in &sets {
             let devices: Vec<_> = (0..*count).map(|i| config(i, size_mib << 20)).collect();
             let (mut rates, mut ours, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
-            for _ in 0..settings.rounds {
+            for round in 0..settings.rounds {
                 rates.push(plain::bare_rate(link, octets, *channels as usize));
                 ours.push(migrate(settings, link, &devices, *channels));
-                theirs.push(plain::one_stream(link, &devices).as_secs_f64() * 1e3);
+                // Once is enough for what takes many seconds.
+                if round == 0 || *size_mib <= settings.size_mib {
+                    theirs.push(plain::one_stream(link, &devices).as_secs_f64() * 1e3);
+                }
             }
             let wire = |f: &Figure, rate: &f64| f.bytes as f64 / rate * 1e3;
             let ratios = |of: fn(&Figure) -> f64| {
@@ -317,25 +336,92 @@ fn parts(of: &[Figure]) -> Value {
     })
 }
 
-/// One object a line, or its fields in words.
+/// The columns of each table in print.
+const COLUMNS: [(&str, &[&str]); 4] = [
+    ("device alone", &["read_mib_s", "write_mib_s"]),
+    (
+        "blackout",
+        &[
+            "link",
+            "channels",
+            "devices",
+            "mib_each",
+            "link_mib_s",
+            "wire_ms",
+            "blackout_ms",
+            "ratio",
+            "downtime_ms",
+            "downtime_ratio",
+            "one_stream_ms",
+            "one_stream_ratio",
+            "parts",
+        ],
+    ),
+    (
+        "slow devices",
+        &[
+            "devices",
+            "mib_each",
+            "read_mib_s",
+            "blackout_ms",
+            "of_one_device",
+            "one_stream_ms",
+            "parts",
+        ],
+    ),
+    (
+        "initial bytes",
+        &[
+            "channels",
+            "mib",
+            "initial_mib",
+            "mib_at_stop",
+            "downtime_without_ms",
+            "downtime_with_ms",
+            "less",
+            "parts",
+        ],
+    ),
+];
+
 fn print(settings: &Settings, row: Value) {
-    if settings.json {
+    if settings.form == Form::Json {
         println!("{row}");
         return;
     }
-    let Value::Object(fields) = row else { return };
-    let words: Vec<String> = fields
+    let table = row["table"].as_str().unwrap_or_default();
+    let columns = COLUMNS.iter().find(|(name, _)| *name == table);
+    let columns = columns.map_or(&[][..], |(_, columns)| *columns);
+    let cells: Vec<String> = columns.iter().map(|column| cell(&row[*column])).collect();
+    if settings.form == Form::Words {
+        let words: Vec<String> = columns
+            .iter()
+            .zip(cells)
+            .map(|(column, cell)| format!("{column} {cell}"))
+            .collect();
+        println!("{table}: {}", words.join(", "));
+        return;
+    }
+    if settings.printed.replace(table.to_owned()) != table {
+        println!("\n| {} |", columns.join(" | "));
+        println!("|{}", "---|".repeat(columns.len()));
+    }
+    println!("| {} |", cells.join(" | "));
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        // In the order of time.
+        Value::Object(parts) => [
+            "quiesce", "stop", "read", "wire", "load", "config", "commit",
+        ]
         .iter()
-        .map(|(key, value)| match value {
-            Value::String(text) => text.clone(),
-            Value::Object(parts) => {
-                let parts: Vec<_> = parts.iter().map(|(k, v)| format!("{k} {v}")).collect();
-                format!("[{}]", parts.join(", "))
-            }
-            other => format!("{key} {other}"),
-        })
-        .collect();
-    println!("{}", words.join("  "));
+        .filter_map(|part| Some(format!("{part} {}", parts.get(*part)?)))
+        .collect::<Vec<_>>()
+        .join(", "),
+        other => other.to_string(),
+    }
 }
 
 fn middle(of: &[Figure], f: impl Fn(&Figure) -> f64) -> f64 {

@@ -126,7 +126,12 @@ fn load_whole(mut socket: TcpStream, sinks: &mut [ModelDevice]) {
 }
 
 fn device(config: &DeviceConfig, state: DeviceState) -> ModelDevice {
-    let mut device = ModelDevice::new(config.clone()).expect("a device");
+    // Without configuration: one step less here.
+    let config = DeviceConfig {
+        config: 0,
+        ..config.clone()
+    };
+    let mut device = ModelDevice::new(config).expect("a device");
     lead(&mut device, state);
     device
 }
