@@ -377,7 +377,7 @@ impl Desk {
         let mut state = self.lock();
         let sent = state.stream.index();
         let arrived = state.figures.items_arrived;
-        if sent > 0 {
+        if sent > arrived {
             let name = &self.name;
             state.figures.trouble.get_or_insert_with(|| {
                 format!(

@@ -176,7 +176,9 @@ impl Control {
             let _ = inbox.recv_timeout(Duration::from_millis(1));
         });
         let desks = self.shared.depot.desks();
-        if !gone {
+        // One that failed is the cause; the others need no word then.
+        let cause = desks.iter().any(|desk| desk.figures().trouble.is_some());
+        if !gone && !cause {
             desks.iter().for_each(|desk| desk.was_cut_off());
         }
         desks.iter().map(|desk| device_report(desk)).collect()
