@@ -156,7 +156,6 @@ fn what_is_held_of_a_device_stays_within_its_window() {
     let before = resident_bytes();
     for (name, act) in ACTS {
         let growth = peak_bytes(|| run(act)).saturating_sub(before);
-        println!("{name}: {} KiB of {} KiB", growth >> 10, BOUND >> 10);
         assert!(growth < BOUND, "{name}: {growth} octets, {BOUND} allowed");
     }
 }
