@@ -75,6 +75,7 @@ const FULL_RETRY: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(crate) struct TrackingChoice {
     method: Method,
+    reason: &'static str,
     rings: Rings,
 }
 
@@ -86,6 +87,7 @@ pub(crate) struct KvmTracking {
 
 struct Shared {
     method: Method,
+    reason: &'static str,
     source: Mutex<Box<dyn Source>>,
     lent: AtomicBool,
     ring_full: RingFull,
@@ -106,19 +108,26 @@ impl TrackingChoice {
     /// # Errors
     /// [`Error::Tracking`] if what is demanded is not offered.
     pub(crate) fn enable(vm: &VmFd, wanted: Tracking, rings: Rings) -> Result<Self> {
-        let method = match wanted {
-            Tracking::Ring => Method::Ring,
-            Tracking::Log => Method::Log,
+        let (method, reason) = match wanted {
+            Tracking::Ring => (Method::Ring, "the user asked for KVM's dirty ring"),
+            Tracking::Log => (Method::Log, "the user asked for KVM's dirty log"),
             Tracking::Auto
             | Tracking::Kvm
             | Tracking::Process
             | Tracking::Userfault
-            | Tracking::Marks => kvm::probe(vm)?.method(),
+            | Tracking::Marks => match kvm::probe(vm)?.method() {
+                Method::Ring => (Method::Ring, "KVM offers its dirty ring"),
+                Method::Log => (Method::Log, "KVM offers no dirty ring, so its log is used"),
+            },
         };
         if method == Method::Ring {
             kvm::enable(vm, rings.config)?;
         }
-        Ok(Self { method, rings })
+        Ok(Self {
+            method,
+            reason,
+            rings,
+        })
     }
 
     /// The source, for vCPUs that have not run.
@@ -158,6 +167,7 @@ impl TrackingChoice {
         };
         let shared = Shared {
             method: self.method,
+            reason: self.reason,
             source: Mutex::new(source),
             lent: AtomicBool::new(false),
             ring_full,
@@ -257,6 +267,10 @@ struct Lent {
 impl Source for Lent {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn reason(&self) -> Option<String> {
+        Some(self.shared.reason.to_owned())
     }
 
     fn start(&mut self, set: &DirtySet) -> std::result::Result<(), TrackingError> {

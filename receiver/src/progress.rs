@@ -17,9 +17,12 @@ pub(crate) struct Counters {
     pub(crate) octets: AtomicU64,
     /// Octets of devices' data that were loaded.
     pub(crate) device_bytes: AtomicU64,
+    pub(crate) devices: AtomicU32,
+    pub(crate) devices_loaded: AtomicU32,
     pub(crate) frames: AtomicU64,
     pub(crate) pages_damaged: AtomicU64,
     pub(crate) refused: AtomicU64,
+    pub(crate) wrong_tokens: AtomicU64,
     cpu_ns: AtomicU64,
 }
 
@@ -43,9 +46,12 @@ impl Counters {
             zero_pages: self.zero_pages.load(Relaxed),
             octets: self.octets.load(Relaxed),
             device_bytes: self.device_bytes.load(Relaxed),
+            devices: self.devices.load(Relaxed),
+            devices_loaded: self.devices_loaded.load(Relaxed),
             frames: self.frames.load(Relaxed),
             pages_damaged: self.pages_damaged.load(Relaxed),
             refused: self.refused.load(Relaxed),
+            wrong_tokens: self.wrong_tokens.load(Relaxed),
             cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
         }
     }
@@ -70,12 +76,18 @@ pub struct Snapshot {
     pub octets: u64,
     /// Octets of devices' data that were loaded.
     pub device_bytes: u64,
+    /// Devices that come with the guest.
+    pub devices: u32,
+    /// Of which: those that have everything.
+    pub devices_loaded: u32,
     /// Frames that came on data channels.
     pub frames: u64,
     /// Pages whose checksum failed, every time counted.
     pub pages_damaged: u64,
     /// Connections that were refused.
     pub refused: u64,
+    /// Of which: because of a wrong ticket or secret.
+    pub wrong_tokens: u64,
     /// CPU time of the migration's own threads so far.
     pub cpu: Duration,
 }

@@ -51,6 +51,8 @@ pub struct Report {
     pub channels_rejoined: u32,
     /// How often all channels were lost and the migration was kept for the source to come back.
     pub suspensions: u32,
+    /// How often octets were changed on the way on the control channel, which was then lost with all others.
+    pub control_damaged: u32,
     /// How long it was kept so in all.
     pub suspended_ms: f64,
     /// How often the source asked how it ended.
@@ -61,6 +63,8 @@ pub struct Report {
     pub devices_left: Vec<String>,
     /// Connections that were refused.
     pub refused: u64,
+    /// Of which: because of a wrong ticket or secret.
+    pub wrong_tokens: u64,
     /// CPU seconds of this side's migration threads.
     pub cpu_receiver_s: f64,
     /// The digest that both sides had.
@@ -116,6 +120,7 @@ pub(crate) struct Timeline {
     pub(crate) rounds: u32,
     pub(crate) lanes_rejoined: u32,
     pub(crate) asked: u32,
+    pub(crate) control_damaged: u32,
     suspensions: u32,
     suspended_since: Option<Instant>,
     suspended: Duration,
@@ -182,6 +187,7 @@ impl Report {
             pages_damaged: end.pages_damaged,
             channels_rejoined: timeline.lanes_rejoined,
             suspensions: timeline.suspensions,
+            control_damaged: timeline.control_damaged,
             suspended_ms: timeline.suspended.as_secs_f64() * 1e3,
             asked: timeline.asked,
             devices: timeline
@@ -191,6 +197,7 @@ impl Report {
                 .collect(),
             devices_left: timeline.devices_left.clone(),
             refused: end.refused,
+            wrong_tokens: end.wrong_tokens,
             cpu_receiver_s: end.cpu.as_secs_f64(),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),
             error: error.map(ErrorReport::from),

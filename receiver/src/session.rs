@@ -13,6 +13,8 @@
 
 mod resume;
 
+pub use resume::DAMAGES_MAX;
+
 use std::time::Duration;
 
 use multifd_wire::frame::OutcomeState;
@@ -264,6 +266,10 @@ pub struct Session {
     alone_since: Option<Duration>,
     /// Whether it outlives its channels.
     kept: bool,
+    /// How often the control channel was lost by wrong checksums.
+    damages: u32,
+    /// The VMM has built the machine.
+    machine: bool,
     /// There are devices.
     devices: bool,
     /// Every device has everything; also true when there are none.
@@ -303,6 +309,8 @@ impl Session {
             lane_lost: false,
             alone_since: None,
             kept: false,
+            damages: 0,
+            machine: false,
             devices: false,
             devices_loaded: true,
             began: now,
@@ -394,7 +402,13 @@ impl Session {
             }
             (State::Setup(setup), Event::MachineReady) => {
                 setup.machine = true;
+                self.machine = true;
                 self.begin()
+            }
+            // The VMM was at it when the channels were lost (SPEC: RESUME-13).
+            (State::Suspended { .. }, Event::MachineReady) if !self.machine => {
+                self.machine = true;
+                Vec::new()
             }
             (State::Setup(_), Event::LaneJoined { lane }) => self.joined(lane),
             // SPEC: LANE-5

@@ -351,7 +351,14 @@ impl Error {
     /// Whether the link of the control channel failed, and no more than that: then the session may go on over another.
     #[must_use]
     pub(crate) fn loses_control(&self) -> bool {
-        self.at == ChannelRef::Control && matches!(*self.fault, Fault::Channel(_))
+        self.at == ChannelRef::Control
+            && (matches!(*self.fault, Fault::Channel(_)) || self.is_damage())
+    }
+
+    /// Whether octets were changed on the way: a checksum is wrong.
+    #[must_use]
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(&*self.fault, Fault::Malformed(error) if error.reason() == Reason::Corruption)
     }
 
     /// When it happened.

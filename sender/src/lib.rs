@@ -27,7 +27,7 @@ pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenNotConverging};
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
-pub use driver::{Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer};
+pub use driver::{AskTicket, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer, ask};
 pub use error::{Error, Fault};
 pub use progress::{Snapshot, SourceProgress};
 pub use report::{OutcomeKind, Report};

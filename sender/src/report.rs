@@ -61,6 +61,8 @@ pub struct Report {
     pub content_bytes: u64,
     /// How often all channels were lost and the migration was suspended.
     pub suspensions: u32,
+    /// How often octets were changed on the way on the control channel, which was then lost with all others.
+    pub control_damaged: u32,
     /// How long it was suspended in all; the guest ran here meanwhile.
     pub suspended_ms: f64,
     /// How long the guest stood still for switchovers that were broken off, because the channels were lost.
@@ -242,6 +244,10 @@ pub struct SourceReport {
     pub errors: u64,
     /// The `errno` of the last one that failed; 0 if none did.
     pub last_errno: i32,
+    /// The same in words.
+    pub last_error: Option<String>,
+    /// Why this source was chosen and no other, if there was a choice.
+    pub reason: Option<String>,
 }
 
 /// What went wrong.
@@ -291,6 +297,7 @@ pub(crate) struct Timeline {
     rounds: Vec<(RoundReport, Duration)>,
     lanes_lost: u32,
     lanes_reopened: u32,
+    pub(crate) control_damaged: u32,
     suspensions: u32,
     suspended_since: Option<Instant>,
     suspended: Duration,
@@ -523,6 +530,7 @@ impl Report {
             zero_bytes: end.zero_pages_sent * PAGE_BYTES_U64,
             content_bytes: end.pages_sent * PAGE_BYTES_U64,
             suspensions: timeline.suspensions,
+            control_damaged: timeline.control_damaged,
             suspended_ms: ms(timeline.suspended),
             broken_off_pause_ms: ms(timeline.broken_off),
             asked: timeline.asked,
@@ -571,6 +579,9 @@ impl From<&dyn Source> for SourceReport {
             unmaps: figures.unmaps,
             errors: figures.errors,
             last_errno: figures.last_errno,
+            last_error: (figures.last_errno != 0)
+                .then(|| std::io::Error::from_raw_os_error(figures.last_errno).to_string()),
+            reason: source.reason(),
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::error::{Error, Fault};
 use crate::forecast::{Conditions, Forecast, Observation, Writer, forecast};
 use crate::vmm::Reclaimed;
 
-pub use resume::SUSPENSIONS_MAX;
+pub use resume::{DAMAGES_MAX, SUSPENSIONS_MAX};
 
 /// Damaged or lost pages are sent again in a further last round; more than this many and the link can't be trusted.
 pub const REPAIR_ROUNDS_MAX: u32 = 16;
@@ -217,7 +217,9 @@ pub enum Effect {
 pub struct DeviceOutlook {
     /// Octets that they would give if they were stopped now.
     pub stop_bytes: u64,
-    /// How long the slowest of them would take to load its share, going by how long its initial bytes took.
+    /// How long the slowest of them would take to be read, going by how fast it was read so far; zero where nothing was.
+    pub read: Duration,
+    /// How long the slowest of them would take to load its share, going by how long what it loaded so far took.
     pub load: Duration,
     /// Names of those that want their initial bytes loaded before the guest is paused, and have not been told yet that they are.
     pub unacked: Vec<String>,
@@ -353,6 +355,10 @@ pub struct Session {
     /// How long the destination keeps the session without channels, and this side tries to come back.
     kept: Option<Duration>,
     suspensions: u32,
+    /// How often the control channel was lost by wrong checksums.
+    damages: u32,
+    /// The destination has not been ready yet: nothing was moved, and nothing was promised.
+    unready: bool,
     /// Why the channels were lost.
     doubt: Option<Error>,
 }
@@ -383,6 +389,8 @@ impl Session {
             predicted: None,
             kept: None,
             suspensions: 0,
+            damages: 0,
+            unready: true,
             doubt: None,
         }
     }
@@ -509,7 +517,10 @@ impl Session {
                 self.state = State::Setup { granted: true };
                 vec![Effect::SendSetup]
             }
-            (State::Setup { granted: true }, Event::Ready) => self.open(Round::new(0), now),
+            (State::Setup { granted: true }, Event::Ready) => {
+                self.unready = false;
+                self.open(Round::new(0), now)
+            }
             (
                 State::Sending { round, since },
                 Event::Encoded {
@@ -761,25 +772,26 @@ impl Session {
         let lag = ACK_LAG.as_secs_f64() * bandwidth;
         let landed = self.closed >= Some(round);
         let unacked_octets = if landed { 0 } else { self.unacked_octets };
-        let (stop_octets, load) = self.device_share();
-        // Loading goes on while the state arrives: only what it takes longer than the way counts.
+        let (stop_octets, work) = self.device_share();
+        // Reading and loading go on while the state travels: only what the slower of them takes longer than the way counts.
         let arrives = Duration::try_from_secs_f64(stop_octets / bandwidth).unwrap_or(Duration::MAX);
         Conditions {
             bandwidth,
             in_flight: (unacked_octets as f64 - lag).max(0.0) + stop_octets,
             fixed: FIXED_GUESS
                 + self.round_trip.unwrap_or_default() * 3
-                + load.saturating_sub(arrives),
+                + work.saturating_sub(arrives),
             limit: self.config.downtime_limit,
         }
     }
 
-    /// Octets that devices would still give, and the time that loading them would take.
+    /// Octets that devices would still give, and the time that reading or loading them would take, whichever is longer.
     fn device_share(&self) -> (f64, Duration) {
         self.devices
             .as_ref()
             .map_or((0.0, Duration::ZERO), |devices| {
-                (devices.stop_bytes as f64, devices.load)
+                let work = devices.load.max(devices.read);
+                (devices.stop_bytes as f64, work)
             })
     }
 

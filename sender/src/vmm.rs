@@ -6,6 +6,7 @@
 use bytes::Bytes;
 
 use crate::device::DeviceSource;
+use crate::driver::AskTicket;
 
 /// A piece of VM state or configuration, opaque to multifd.
 ///
@@ -70,6 +71,17 @@ pub trait Vmm: Send {
     /// An error refuses the migration before anything was sent.
     fn devices(&mut self) -> Result<Vec<Box<dyn DeviceSource>>, VmmError> {
         Ok(Vec::new())
+    }
+
+    /// The destination granted the session, and nothing else has happened yet. With this ticket another process can ask how the session
+    /// ended ([`crate::ask`]), if this one dies after the commit. Called once for each session; a resume goes on with the
+    /// same one. Whoever keeps the ticket has it on disk when this returns.
+    ///
+    /// # Errors
+    /// An error ends the migration before anything was moved.
+    fn granted(&mut self, ticket: &AskTicket) -> Result<(), VmmError> {
+        let _ = ticket;
+        Ok(())
     }
 
     /// Stops all vCPUs and the VMM's own writers of guest memory. After it returns, guest memory changes only through

@@ -22,6 +22,7 @@ fn text(octets: &[u8]) -> String {
 
 /// Every flag that the documentation names. A flag that is new joins this list.
 const FLAGS: &[&str] = &[
+    "--ask",
     "--ack-deadline",
     "--bandwidth",
     "--body",
@@ -49,6 +50,7 @@ const FLAGS: &[&str] = &[
     "--restart-if-lost",
     "--seed",
     "--stall",
+    "--state-file",
     "--tls-ca",
     "--tls-cert",
     "--tls-key",

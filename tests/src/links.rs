@@ -28,6 +28,9 @@ struct Shared {
     /// Connections whose octets vanish, once told so.
     holes: Mutex<Vec<(ChannelRef, Arc<AtomicBool>)>>,
     down: AtomicBool,
+    hangs: AtomicBool,
+    /// A bit on the control channel is to flip.
+    flips: Arc<AtomicBool>,
     dialled: AtomicU64,
     /// Over TCP to this address, or in memory.
     address: Option<Address>,
@@ -53,6 +56,8 @@ impl Links {
                 open: Mutex::default(),
                 holes: Mutex::default(),
                 down: AtomicBool::new(false),
+                hangs: AtomicBool::new(false),
+                flips: Arc::default(),
                 dialled: AtomicU64::new(0),
                 address,
             }),
@@ -104,6 +109,11 @@ impl Links {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// One bit of what the source says next on the control channel flips on its way.
+    pub fn flip_control(&self) {
+        self.shared.flips.store(true, Ordering::SeqCst);
+    }
+
     /// Cuts all lanes.
     pub fn cut_lanes(&self) {
         self.cut_those(|open| open != ChannelRef::Control);
@@ -128,6 +138,11 @@ impl Links {
     /// Whether new connections are refused.
     pub fn set_down(&self, down: bool) {
         self.shared.down.store(down, Ordering::SeqCst);
+    }
+
+    /// Whether dialling does not return, whatever the deadline.
+    pub fn set_hanging(&self, hangs: bool) {
+        self.shared.hangs.store(hangs, Ordering::SeqCst);
     }
 
     /// Cuts everything and refuses new connections until [`set_down`](Self::set_down).
@@ -156,6 +171,9 @@ impl tx::Dial for Links {
         channel: ChannelRef,
         deadline: Instant,
     ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
+        while self.shared.hangs.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         if self.shared.down.load(Ordering::SeqCst) {
             return Err("the link is down".into());
         }
@@ -174,7 +192,9 @@ impl tx::Dial for Links {
         };
         let hole = Arc::new(AtomicBool::new(false));
         self.holes().push((channel, Arc::clone(&hole)));
-        let ours = Split::new(ours, hole);
+        let control = channel == ChannelRef::Control;
+        let flips = control.then(|| Arc::clone(&self.shared.flips));
+        let ours = Split::new(ours, hole, flips);
         self.open().push((channel, ours.closer.clone()));
         self.shared.dialled.fetch_add(1, Ordering::SeqCst);
         if let Some(theirs) = theirs {
@@ -203,11 +223,19 @@ struct Split {
 }
 
 impl Split {
-    fn new(channel: Box<dyn Channel>, hole: Arc<AtomicBool>) -> Self {
+    fn new(
+        channel: Box<dyn Channel>,
+        hole: Arc<AtomicBool>,
+        flips: Option<Arc<AtomicBool>>,
+    ) -> Self {
         let name = channel.describe();
         let (tx, rx, closer) = channel.split();
         Self {
-            tx: Box::new(Leaky { inner: tx, hole }),
+            tx: Box::new(Leaky {
+                inner: tx,
+                hole,
+                flips,
+            }),
             rx,
             closer,
             name,
@@ -225,16 +253,25 @@ impl Channel for Split {
     }
 }
 
-/// A sending half that can be told to lose everything.
+/// A sending half that can be told to lose everything, or to change a bit.
 struct Leaky {
     inner: Box<dyn SendHalf>,
     hole: Arc<AtomicBool>,
+    flips: Option<Arc<AtomicBool>>,
 }
 
 impl SendHalf for Leaky {
     fn send(&mut self, head: &[u8], body: &[IoSource<'_>]) -> Result<(), ChannelError> {
         if self.hole.load(Ordering::SeqCst) {
             return Ok(());
+        }
+        let flips = |flips: &Arc<AtomicBool>| flips.swap(false, Ordering::SeqCst);
+        if self.flips.as_ref().is_some_and(flips) {
+            let mut changed = head.to_vec();
+            if let Some(octet) = changed.last_mut() {
+                *octet ^= 1;
+            }
+            return self.inner.send(&changed, body);
         }
         self.inner.send(head, body)
     }

@@ -436,3 +436,50 @@ fn ctrl_c_at_the_receiver_leaves_the_guest_to_the_source() {
         "{received}"
     );
 }
+
+#[test]
+fn how_a_migration_ended_can_be_asked_after_its_sender_was_killed() {
+    let (receiver, address) = Process::receiver(&["--suspend", "20s"]);
+    let folder = std::env::temp_dir().join(format!("multifd-ask-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let file = folder.join("state");
+    let file = file.to_str().expect("UTF-8");
+    let slow = [
+        "--connect",
+        &address,
+        "--bandwidth",
+        "8M",
+        "--state-file",
+        file,
+    ];
+    let mut sender = send(&slow);
+    let since = Instant::now();
+    while !std::path::Path::new(file).exists() {
+        assert!(since.elapsed() < PATIENCE, "no state file was written");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    sender.kill();
+    let _ = sender.end();
+    let ask = Process::start("multifd-send", &["--ask", file, "--report", "json"]).end();
+    assert_eq!(ask.status, Some(1), "{ask}");
+    assert_eq!(ask.report()["outcome"], "not-committed", "{ask}");
+    // The question has ended it there.
+    let ended = receiver.end();
+    assert_eq!(ended.status, Some(1), "{ended}");
+    // Nobody is there any more: unknown. A sender does not overwrite what may still be needed.
+    let later = ["--ask", file, "--reconnect-deadline", "300ms"];
+    assert_eq!(Process::start("multifd-send", &later).end().status, Some(4));
+    let (receiver, address) = Process::receiver(&[]);
+    let again = send(&["--connect", &address, "--state-file", file]).end();
+    assert_eq!(again.status, Some(1), "{again}");
+    assert!(again.to_string().contains("--ask"), "{again}");
+    assert_eq!(receiver.end().status, Some(1));
+    // One that ends well leaves none behind.
+    std::fs::remove_file(file).expect("it is left");
+    let (receiver, address) = Process::receiver(&[]);
+    let well = send(&["--connect", &address, "--state-file", file]).end();
+    assert_eq!(well.status, Some(0), "{well}");
+    assert_eq!(receiver.end().status, Some(0));
+    std::fs::remove_dir(&folder).expect("an empty folder");
+}

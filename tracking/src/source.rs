@@ -96,6 +96,11 @@ pub trait Source: Send {
     /// A short name for reports, such as `kvm-ring`.
     fn name(&self) -> &str;
 
+    /// Why this source was chosen and no other, in words for the user; `None` if there was nothing to choose.
+    fn reason(&self) -> Option<String> {
+        None
+    }
+
     /// Begins to track: every write after this call returned is reported by some later collection.
     ///
     /// # Errors

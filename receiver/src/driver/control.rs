@@ -171,6 +171,8 @@ pub(super) struct Control {
     layout: Option<Layout>,
     /// What of the set-up came on this control channel.
     seen: Seen,
+    /// The VMM was asked to build the machine.
+    preparing: bool,
     /// The configuration as it came first: a source that comes back has to have the same.
     first_configs: Vec<Blob>,
     /// The table of DEVICES, once it was read.
@@ -269,6 +271,7 @@ impl Control {
             reader: None,
             layout: None,
             seen: Seen::default(),
+            preparing: false,
             first_configs: Vec::new(),
             devices: None,
             features: Features::NONE,
@@ -519,9 +522,10 @@ impl Control {
                 },
             ));
         };
-        if self.landing.is_some() {
+        if self.landing.is_some() || self.preparing {
             self.same_configs()?;
         } else {
+            self.preparing = true;
             let blobs = self
                 .configs
                 .take(self.configs.count())
@@ -1134,6 +1138,8 @@ impl Control {
             let inventory = Inventory::new(&table, config.device_window_bytes);
             self.inventory = Some(Arc::new(inventory));
         }
+        let count = u32::try_from(table.len()).unwrap_or(u32::MAX);
+        self.shared.counters.devices.store(count, Ordering::Relaxed);
         if let Some(session) = self.session.as_mut().filter(|_| !table.is_empty()) {
             session.expect_devices();
         }
@@ -1213,6 +1219,7 @@ impl Control {
                 }
                 self.timeline.device_loaded(&loaded);
                 self.devices_loaded.insert(loaded.device, loaded.restarts);
+                self.count_devices();
                 if self.all_loaded() {
                     self.drive(Event::DevicesLoaded);
                 }
@@ -1220,6 +1227,7 @@ impl Control {
             DeviceNote::Restarted { device } => {
                 self.timeline.device_restarted(device);
                 if self.devices_loaded.remove(&device).is_some() {
+                    self.count_devices();
                     self.drive(Event::DeviceRestarted);
                 }
             }
@@ -1263,6 +1271,12 @@ impl Control {
         sinks
     }
 
+    fn count_devices(&self) {
+        let loaded = u32::try_from(self.devices_loaded.len()).unwrap_or(u32::MAX);
+        let counters = &self.shared.counters;
+        counters.devices_loaded.store(loaded, Ordering::Relaxed);
+    }
+
     fn count_lanes(&self) {
         let alive = self.lanes.iter().filter(|slot| !slot.ended).count();
         self.shared
@@ -1279,6 +1293,7 @@ impl Control {
             None => unreachable!("run() ends with an outcome"),
         };
         self.timeline.total_ms = ms(self.now());
+        self.timeline.control_damaged = self.session.as_ref().map_or(0, Session::damages);
         // The control channel first: if the lanes went first, the source would see lost lanes before it read why.
         if let Some(control) = &mut self.control {
             let _ = control.half().finish();

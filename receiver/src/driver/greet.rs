@@ -3,9 +3,9 @@
 //! Each has a thread of its own for as long as its deadline allows, so that a silent or hostile connection keeps nobody else
 //! from being served. Nothing is allocated for a connection before its hello was accepted but that thread.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::Outcome;
@@ -16,6 +16,16 @@ use multifd_wire::{
 };
 
 use super::{GREETERS_MAX, Note, OfferError, Shared, lock};
+
+/// The answer to the first wrong ticket or secret is kept back for this long, each further one twice as long as the one before.
+const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(50);
+
+/// Up to this.
+const WRONG_TOKEN_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// So many greeters may keep an answer back at once; who comes with a wrong token beyond that is not answered at all, so that
+/// there is always a greeter for the right one.
+const WRONG_TOKENS_AT_ONCE: usize = 32;
 
 /// A control channel whose hello was accepted.
 pub(super) struct Opened {
@@ -48,7 +58,25 @@ pub(super) struct Joined {
 
 /// Which session is at home, and what its channels must show.
 #[derive(Debug, Default)]
-pub(super) struct Desk(Mutex<Option<AtHome>>);
+pub(super) struct Desk(Mutex<Option<AtHome>>, WrongTokens);
+
+/// Tickets and secrets that were not the session's (SPEC: SEC-6).
+#[derive(Debug, Default)]
+struct WrongTokens {
+    /// How many came in a row that was not broken by a right one.
+    count: AtomicU32,
+    waiting: AtomicUsize,
+}
+
+impl WrongTokens {
+    /// How long the answer to another one is kept back.
+    fn pause(&self) -> Duration {
+        let before = self.count.fetch_add(1, Ordering::Relaxed);
+        WRONG_TOKEN_PAUSE
+            .saturating_mul(1 << before.min(16))
+            .min(WRONG_TOKEN_PAUSE_MAX)
+    }
+}
 
 #[derive(Debug)]
 struct AtHome {
@@ -59,6 +87,8 @@ struct AtHome {
     lanes_max: u32,
     /// The newest incarnation of each lane.
     joined: Vec<Option<Incarnation>>,
+    /// The session was resumed.
+    resumed: bool,
 }
 
 /// Why a hello was refused, in the words that the peer gets.
@@ -84,6 +114,7 @@ impl Desk {
             agreement,
             lanes_max,
             joined: vec![None; lanes_max as usize],
+            resumed: false,
         });
         Ok((ticket, resume_secret))
     }
@@ -114,7 +145,8 @@ impl Desk {
             Some(Some(newest)) if hello.incarnation <= *newest => {
                 Err((Reason::Misbehaved, "this lane has joined already"))
             }
-            Some(None) if hello.incarnation != Incarnation::new(0) => {
+            // After a resume it may have been lost before it was here (SPEC: RESUME-13).
+            Some(None) if hello.incarnation != Incarnation::new(0) && !home.resumed => {
                 Err((Reason::Misbehaved, "this lane was never here before"))
             }
             Some(joined) => {
@@ -136,7 +168,23 @@ impl Desk {
                 "the secret is not the one of this session",
             ));
         }
+        self.1.count.store(0, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Keeps the answer to a wrong token back for a while; says whether it is to be given at all (SPEC: SEC-6). Whoever has the right
+    /// one is not kept waiting by those who have not.
+    fn slow_down(&self, until: Instant) -> bool {
+        let WrongTokens { waiting, .. } = &self.1;
+        let pause = self.1.pause();
+        let answers = waiting.fetch_add(1, Ordering::AcqRel) < WRONG_TOKENS_AT_ONCE;
+        if answers {
+            let left = until.saturating_duration_since(Instant::now());
+            // Half of what is left, so that there is time to answer.
+            std::thread::sleep(pause.min(left / 2));
+        }
+        waiting.fetch_sub(1, Ordering::AcqRel);
+        answers
     }
 
     /// A session is resumed: the ticket of before is void (SPEC: GRANT-1). Returns the new one, and the secret.
@@ -150,6 +198,7 @@ impl Desk {
             return Err((Reason::Feature, "this session is not kept"));
         }
         home.ticket = random_token()?;
+        home.resumed = true;
         Ok((home.ticket, home.resume_secret))
     }
 
@@ -227,6 +276,9 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         && let Err((reason, text)) = shared.desk.knows(&hello)
     {
         let reply = HelloReply::refused(reason, text, hello.session);
+        if reason == Reason::BadTicket && !wrong_token(shared, deadline) {
+            return Ok(());
+        }
         return refuse(shared, &mut *tx, &mut *rx, &reply);
     }
     // SPEC: FEAT-5
@@ -270,7 +322,12 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 description,
                 reply: (hello.incarnation != Incarnation::new(0)).then_some(reply),
             }),
-            Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
+            Err(refusal) => {
+                if refusal.0 == Reason::BadTicket && !wrong_token(shared, deadline) {
+                    return Ok(());
+                }
+                return refuse(shared, &mut *tx, &mut *rx, &no(refusal));
+            }
         },
         Intent::Resume => match shared.desk.resume(&hello) {
             Ok((ticket, resume_secret)) => Note::Resuming(Opened {
@@ -290,6 +347,16 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         Intent::Ask => return answer(shared, &mut *tx, &mut *rx, &hello, &reply),
     };
     welcome(shared, note, &reply)
+}
+
+/// Counts a wrong ticket or secret, and slows its bearer down; says whether to answer.
+fn wrong_token(shared: &Shared, deadline: Instant) -> bool {
+    shared.counters.wrong_tokens.fetch_add(1, Ordering::Relaxed);
+    let answers = shared.desk.slow_down(deadline);
+    if !answers {
+        shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+    }
+    answers
 }
 
 /// Sends the acceptance and passes the channel on. The control thread sends nothing on it before it has it.
@@ -393,5 +460,34 @@ fn refuse(
     match rx.drain(64 * 1024) {
         Ok(_) | Err(ChannelError::Deadline { .. } | ChannelError::Reset { .. }) => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_wrong_token_waits_twice_as_long_as_the_one_before_up_to_a_bound() {
+        let wrong = WrongTokens::default();
+        let pauses: Vec<u128> = (0..8).map(|_| wrong.pause().as_millis()).collect();
+        assert_eq!(pauses, [50, 100, 200, 400, 800, 1600, 2000, 2000]);
+    }
+
+    #[test]
+    fn only_so_many_wrong_tokens_wait_for_an_answer_and_none_past_its_deadline() {
+        let desk = Desk::default();
+        let began = Instant::now();
+        assert!(desk.slow_down(began + Duration::from_millis(20)));
+        assert!(began.elapsed() < Duration::from_millis(200));
+        desk.1
+            .waiting
+            .store(WRONG_TOKENS_AT_ONCE, Ordering::Relaxed);
+        let now = Instant::now();
+        assert!(!desk.slow_down(now + Duration::from_secs(60)));
+        assert!(
+            now.elapsed() < Duration::from_millis(200),
+            "it does not wait either"
+        );
     }
 }

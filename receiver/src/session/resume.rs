@@ -17,7 +17,16 @@ use multifd_wire::{ChannelRef, Phase, Reason};
 use super::{Effect, Outcome, Session, Setup, State};
 use crate::error::{Error, Fault};
 
+/// A control channel on which checksums are wrong more often than this is no accident, and the migration is given up.
+pub const DAMAGES_MAX: u32 = 16;
+
 impl Session {
+    /// How often the control channel was lost by wrong checksums.
+    #[must_use]
+    pub fn damages(&self) -> u32 {
+        self.damages
+    }
+
     /// The source may come back when its channels are lost: the feature was agreed on (SPEC: FEAT-5).
     pub fn keep(&mut self) {
         self.kept = !self.config.suspend.is_zero();
@@ -26,18 +35,16 @@ impl Session {
     /// Whether a source that shows the secret may resume the session now.
     #[must_use]
     pub fn may_be_resumed(&self) -> bool {
-        self.kept
-            && match &self.state {
-                State::Setup(setup) => setup.resumed,
-                State::Owning | State::Over => false,
-                _ => true,
-            }
+        self.kept && !matches!(&self.state, State::Owning | State::Over)
     }
 
     /// The channels are lost, or worth nothing.
     pub(super) fn lost(&mut self, error: Error, now: Duration) -> Vec<Effect> {
+        // SPEC: ERR-2
+        self.damages += u32::from(error.is_damage());
         match &self.state {
             State::Suspended { .. } | State::Over => Vec::new(),
+            _ if self.damages > DAMAGES_MAX => self.fail(error),
             _ if self.may_be_resumed() => self.suspend(now),
             _ => self.fail(error),
         }
@@ -74,7 +81,7 @@ impl Session {
         (self.began, self.heard, self.progress) = (now, now, now);
         self.state = State::Setup(Setup {
             lanes: None,
-            machine: true,
+            machine: self.machine,
             resumed: true,
         });
         effects

@@ -24,6 +24,7 @@ use multifd_wire::{
     Round, SessionId, Text, Token,
 };
 
+use super::ask::AskTicket;
 use super::device::{Fleet, Order};
 use super::lane::LaneCommand;
 use super::link::{ControlSender, Inbound, open};
@@ -454,9 +455,12 @@ impl Control {
             .grant
             .as_ref()
             .map_or(u32::MAX, |grant| grant.lanes_max);
-        let lanes = match self.resumed {
-            Some(_) => u32::try_from(self.lanes.len()).unwrap_or(u32::MAX),
-            None => shared.config.channels.min(granted),
+        // A first set-up that was lost early has none yet.
+        let again = self.resumed.is_some() && !self.lanes.is_empty();
+        let lanes = if again {
+            u32::try_from(self.lanes.len()).unwrap_or(u32::MAX)
+        } else {
+            shared.config.channels.min(granted)
         };
         let memory_bytes = shared.layout.pages_total().value() * multifd_wire::PAGE_BYTES_U64;
         let devices = self.fleet.table();
@@ -468,7 +472,7 @@ impl Control {
             lanes,
             memory_bytes,
         })?;
-        if self.resumed.is_some() {
+        if again {
             return self.dial_all_again();
         }
         for id in 0..lanes {
@@ -824,6 +828,9 @@ impl Control {
         match inbound {
             Inbound::Granted(grant) => {
                 self.grant = Some(grant);
+                if self.resumed.is_none() {
+                    self.tell_ticket(grant.resume_secret)?;
+                }
                 self.secret = Some(grant.resume_secret);
                 let resume = self
                     .agreement
@@ -943,6 +950,15 @@ impl Control {
         Ok(())
     }
 
+    /// Whoever wants to ask for the outcome later, even from another process, has to know how.
+    fn tell_ticket(&mut self, secret: Token) -> Result<(), Error> {
+        let ticket = AskTicket::new(self.id.value(), secret.value());
+        self.vmm.granted(&ticket).map_err(|source| {
+            let step = "keep what is needed to ask for the outcome";
+            Error::new(Phase::Setup, Fault::Vmm { step, source })
+        })
+    }
+
     /// Once the destination is ready *and* every lane has read its acceptance, which may be later than READY.
     fn begin_rounds(&mut self) -> Result<(), Error> {
         if self.lanes.iter().any(|slot| slot.life == Life::Dialling) {
@@ -954,11 +970,16 @@ impl Control {
         let Some(ready) = self.destination_ready.take() else {
             return Ok(());
         };
-        self.start_tracking()?;
-        self.timeline.ready(self.shared.now(), ready.prepare_us);
-        self.start_devices()?;
+        self.begin_tracking(ready.prepare_us)?;
         self.drive(Event::Ready);
         Ok(())
+    }
+
+    /// Once the destination is ready for the first time.
+    fn begin_tracking(&mut self, prepare_us: u64) -> Result<(), Error> {
+        self.start_tracking()?;
+        self.timeline.ready(self.shared.now(), prepare_us);
+        self.start_devices()
     }
 
     fn start_tracking(&mut self) -> Result<(), Error> {
@@ -1095,6 +1116,11 @@ impl Control {
             Life::Redialling => self.redial_failed(id, &fault),
             // The way back is made with all lanes at once, or again from the start.
             Life::Dialling | Life::Alive if rejoining => {
+                let error = Error::new(phase, fault).at(ChannelRef::Lane(id));
+                self.drive(Event::Lost(error));
+            }
+            // Lost like the control channel may be: the set-up is made again, if it can be.
+            Life::Dialling if matches!(fault, Fault::Channel(_)) => {
                 let error = Error::new(phase, fault).at(ChannelRef::Lane(id));
                 self.drive(Event::Lost(error));
             }
@@ -1280,6 +1306,7 @@ impl Control {
             self.vmm.migrated();
         }
         self.timeline.ended();
+        self.timeline.control_damaged = self.session.damages();
         if migrated {
             self.say_goodbye();
         }
@@ -1288,6 +1315,9 @@ impl Control {
             let _ = control.half().finish();
         }
         self.hear_the_farewell();
+        if let Outcome::Failed(error) | Outcome::Cancelled(error) = &outcome {
+            self.last_word(error);
+        }
         self.shared.stop.store(true, Relaxed);
         self.open = None;
         for slot in &mut self.lanes {
@@ -1341,11 +1371,15 @@ impl Control {
 
     /// Lanes end when their command queue and their channel are closed; notes are read meanwhile so that none blocks on them.
     fn join_lanes(&mut self) {
+        let began = Instant::now();
         for slot in &mut self.lanes {
+            // One that dials has taken nothing, and is not waited for any longer than a moment.
+            let dials = slot.closer.is_none();
             while slot
                 .thread
                 .as_ref()
                 .is_some_and(|thread| !thread.is_finished())
+                && !(dials && began.elapsed() > resume::STRAGGLERS_MAX)
             {
                 // A lane that was still dialling when it ended.
                 if let Ok(Note::LaneUp { closer, .. }) =
@@ -1354,7 +1388,7 @@ impl Control {
                     closer.shutdown();
                 }
             }
-            if let Some(thread) = slot.thread.take() {
+            if let Some(thread) = slot.thread.take().filter(JoinHandle::is_finished) {
                 let _ = thread.join();
             }
         }

@@ -80,9 +80,14 @@ pub(super) struct Figures {
     /// The generation that has to be acknowledged, and the newest that is.
     pub(super) announced: u32,
     pub(super) acked: u32,
-    /// Octets and time of what was loaded for acknowledgements.
-    pub(super) acked_bytes: u64,
+    /// The time of what was loaded for acknowledgements.
     pub(super) acked_load: Duration,
+    /// Octets that were read of it in all, and the time that its own code took for them: how fast it can be read.
+    pub(super) read_bytes: u64,
+    pub(super) read_time: Duration,
+    /// The same for loading at the destination, as far as that was told.
+    pub(super) loaded_bytes: u64,
+    pub(super) loaded_time: Duration,
     pub(super) initial_bytes: u64,
     pub(super) pre_copy_bytes: u64,
     pub(super) stop_copy_bytes: u64,
@@ -340,7 +345,8 @@ impl Desk {
         figures.runs_again();
         (figures.items_arrived, figures.items) = (0, None);
         figures.announced = u32::from(self.flags.contains(DeviceFlags::SWITCHOVER_ACK));
-        (figures.acked, figures.acked_bytes, figures.acked_load) = (0, 0, Duration::ZERO);
+        (figures.acked, figures.acked_load) = (0, Duration::ZERO);
+        (figures.loaded_bytes, figures.loaded_time) = (0, Duration::ZERO);
     }
 
     /// The destination has loaded the initial bytes of a generation. Gives whether that was news.
@@ -365,8 +371,9 @@ impl Desk {
         }
         let figures = &mut state.figures;
         figures.acked = generation.value();
-        figures.acked_bytes += bytes;
         figures.acked_load += load;
+        figures.loaded_bytes += bytes;
+        figures.loaded_time += load;
         Ok(())
     }
 }
@@ -388,8 +395,10 @@ impl Desk {
     }
 
     /// The destination has loaded everything of it.
-    pub(super) fn loaded(&self, load: Duration, config: Duration) {
+    pub(super) fn loaded(&self, bytes: u64, load: Duration, config: Duration) {
         self.note(|figures| {
+            // All of it, what was acknowledged included.
+            (figures.loaded_bytes, figures.loaded_time) = (bytes, load);
             figures.loaded = Some((load, config));
             figures.loaded_at = Some(Instant::now());
         });
@@ -991,6 +1000,10 @@ impl Reader {
         }
         let (took, read) = (began.elapsed(), filled as u64);
         self.desk.note(|figures| {
+            if read > 0 {
+                figures.read_bytes += read;
+                figures.read_time += took;
+            }
             if last {
                 figures.read += took;
                 figures.stop_copy_bytes += read;

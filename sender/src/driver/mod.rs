@@ -10,6 +10,7 @@
 //! The control thread alone talks to the VMM and to the sources of dirty pages. Queues are bounded: at most one command per
 //! lane is under way, and [`NOTES_MAX`] notes.
 
+mod ask;
 mod control;
 mod crew;
 mod device;
@@ -32,6 +33,7 @@ use multifd_wire::{
     Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
 };
 
+pub use self::ask::{AskTicket, ask};
 pub use self::dial::{Dial, Dialer, SpreadDialer};
 use crate::config::Config;
 use crate::device::DeviceSource;

@@ -25,6 +25,9 @@ use crate::vmm::Reclaimed;
 /// A migration that is interrupted more often than this is not worth its link.
 pub const SUSPENSIONS_MAX: u32 = 1000;
 
+/// A control channel on which checksums are wrong more often than this is no accident, and the migration is given up.
+pub const DAMAGES_MAX: u32 = 16;
+
 /// With the guest paused a silent destination is given up after this, or eight round trips: the guest runs on meanwhile.
 const PAUSED_SILENCE: Duration = Duration::from_secs(1);
 
@@ -41,6 +44,12 @@ impl Session {
     #[must_use]
     pub fn is_kept(&self) -> bool {
         self.kept.is_some_and(|time| !time.is_zero())
+    }
+
+    /// How often the control channel was lost by wrong checksums.
+    #[must_use]
+    pub fn damages(&self) -> u32 {
+        self.damages
     }
 
     /// Whether a new control channel is open and the rounds do not go on yet.
@@ -61,11 +70,19 @@ impl Session {
 
     /// All channels are lost, or worth nothing.
     pub(super) fn lost(&mut self, error: Error, now: Duration) -> Vec<Effect> {
+        // SPEC: ERR-2
+        self.damages += u32::from(error.is_damage());
         let until = match self.state {
             State::Suspended { .. } | State::Asking { .. } | State::Over => return Vec::new(),
             State::Committed { .. } => return self.doubt(error, now),
-            State::Setup { .. } => return self.fail(error),
+            _ if self.damages > DAMAGES_MAX => return self.fail(error),
             State::Rejoining { until, .. } | State::Reopening { until, .. } => until,
+            // SPEC: RESUME-13. Within the time that set-up may take, as if nothing had happened.
+            State::Setup { granted: true } if self.unready && self.is_kept() => {
+                let kept = now + self.kept.unwrap_or_default();
+                kept.min(self.began + self.config.setup_deadline)
+            }
+            State::Setup { .. } => return self.fail(error),
             _ if !self.is_kept() || self.suspensions >= SUSPENSIONS_MAX => return self.fail(error),
             _ => now + self.kept.unwrap_or_default(),
         };
@@ -137,6 +154,7 @@ impl Session {
                 Event::Landed { rounds_closed },
             ) => {
                 self.doubt = None;
+                self.unready = false;
                 self.closed = rounds_closed.checked_sub(1).map(Round::new);
                 self.state = State::Reopening {
                     round: Round::new(rounds_closed),

@@ -100,6 +100,7 @@ const DEVICES_REJOINING: usize = usize::MAX - 12;
 fn outlook(unacked: &[&str]) -> Event {
     Event::Devices(DeviceOutlook {
         stop_bytes: 1 << 20,
+        read: Duration::ZERO,
         load: MS,
         unacked: unacked.iter().map(|name| (*name).to_owned()).collect(),
     })
@@ -548,6 +549,7 @@ fn what_devices_have_left_counts_for_the_downtime() {
     let decide = |stop_bytes: u64, load: Duration| {
         let mut session = with_devices(2);
         let event = Event::Devices(DeviceOutlook {
+            read: Duration::ZERO,
             stop_bytes,
             load,
             unacked: Vec::new(),
@@ -1195,6 +1197,60 @@ fn it_is_suspended_only_so_often() {
     }
     assert_eq!(times, SUSPENSIONS_MAX);
     assert!(matches!(session.state, State::Over));
+}
+
+#[test]
+fn damage_on_the_control_channel_is_a_loss_of_it_but_not_for_ever() {
+    let damage = || {
+        let fault = Fault::Malformed(multifd_wire::Malformed::HeaderCrc {
+            found: 1,
+            computed: 2,
+        });
+        let error = Error::new(Phase::Rounds, fault).at(ChannelRef::Control);
+        assert!(error.loses_control() && error.is_damage());
+        Event::Lost(error)
+    };
+    let mut session = kept(2, vec![]);
+    for times in 1..=DAMAGES_MAX {
+        assert_eq!(
+            words(&mut session, damage(), NOW),
+            ["disconnect", "reconnect"]
+        );
+        assert_eq!(session.damages(), times);
+        for event in [
+            Event::Reconnected,
+            Event::Granted,
+            Event::Landed { rounds_closed: 0 },
+            Event::Collected { pages: 1 },
+        ] {
+            let _ = session.handle(event, NOW);
+        }
+    }
+    let end = words(&mut session, damage(), NOW);
+    assert_eq!(end[1], format!("ABORT {}", Reason::Corruption.as_u32()));
+    assert!(matches!(session.state, State::Over));
+}
+
+#[test]
+fn a_first_set_up_that_is_lost_is_made_again_within_its_own_deadline() {
+    for (steps, kept_for) in [(0, Some(KEPT)), (1, None)] {
+        let mut session = led(keeping(WhenDestinationLost::Fail), steps);
+        session.kept_for(kept_for);
+        // Without a grant there is nothing to show, and nothing to come back to.
+        let _ = session.handle(lost(), NOW);
+        assert!(matches!(session.state, State::Over), "{steps}");
+    }
+    let mut session = kept(1, vec![lost()]);
+    assert_eq!(session.phase(), Phase::Suspended);
+    assert!(session.next_deadline() <= config().setup_deadline.min(KEPT + NOW));
+    assert!(words(&mut session, Event::Reconnected, NOW).is_empty());
+    assert_eq!(words(&mut session, Event::Granted, NOW), ["send set-up"]);
+    let landed = Event::Landed { rounds_closed: 0 };
+    assert_eq!(words(&mut session, landed, NOW), ["collect"]);
+    assert_eq!(
+        words(&mut session, Event::Collected { pages: 0 }, NOW),
+        ["open 0"]
+    );
 }
 
 #[test]

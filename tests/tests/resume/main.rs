@@ -6,6 +6,7 @@ mod lies_received;
 mod lies_sent;
 mod outcome;
 mod pairs;
+mod small_losses;
 mod stuck;
 mod suspended;
 mod switchover;

@@ -163,6 +163,48 @@ fn a_cancel_while_suspended_is_heeded_at_once() {
     assert!(ends.destination.error.is_some());
 }
 
+#[test]
+fn a_cancel_while_suspended_does_not_wait_for_a_dial_that_hangs() {
+    let pair = slow(2);
+    pair.sent(2 << 20);
+    pair.links.set_hanging(true);
+    pair.links.cut_all();
+    let (handle, links) = (pair.source.handle(), pair.links.clone());
+    wait_for("suspended", || handle.progress().phase == Phase::Suspended);
+    let began = Instant::now();
+    handle.cancel();
+    let source = pair.source.end(GRACE);
+    // A second for the last word, half a one for the thread that dials.
+    assert!(
+        began.elapsed() < Duration::from_millis(2500),
+        "{:?}",
+        began.elapsed()
+    );
+    source.runs_on("cancelled");
+    // Nobody could tell the destination: it frees after its own deadline.
+    links.set_hanging(false);
+    let received = pair.destination.end(RECONNECT + GRACE).finished;
+    assert_eq!(received.error.unwrap().code(), "receiver.timeout");
+}
+
+#[test]
+fn a_cancel_while_suspended_reaches_the_destination_if_the_link_is_back_soon() {
+    let pair = slow(2);
+    pair.sent(2 << 20);
+    pair.links.take_down();
+    let (handle, links) = (pair.source.handle(), pair.links.clone());
+    wait_for("suspended", || handle.progress().phase == Phase::Suspended);
+    let began = Instant::now();
+    handle.cancel();
+    wait_for("over", || handle.progress().phase == Phase::Done);
+    links.set_down(false);
+    let ends = pair.end();
+    ends.source.runs_on("cancelled");
+    let error = ends.destination.error.unwrap();
+    assert_eq!(error.code(), "receiver.peer.aborted", "{error}");
+    assert!(began.elapsed() < RECONNECT, "{:?}", began.elapsed());
+}
+
 /// A destination that is replaced by a fresh one while the link is down.
 fn replaced(choice: WhenDestinationLost) -> Pair {
     let config = comes_back()

@@ -118,6 +118,14 @@ pub fn choose(group: DmaGroup<'_>) -> Result<Vec<Chosen>, Error> {
 /// # Errors
 /// As [`choose`].
 pub fn choose_with(kernel: Arc<dyn Kernel>, group: DmaGroup<'_>) -> Result<Vec<Chosen>, Error> {
+    let mut all = chosen(kernel, group)?;
+    for one in &mut all {
+        one.source.because(&one.reason);
+    }
+    Ok(all)
+}
+
+fn chosen(kernel: Arc<dyn Kernel>, group: DmaGroup<'_>) -> Result<Vec<Chosen>, Error> {
     if group.devices.is_empty() {
         return Err(Error::Misuse {
             what: format!("{} has no devices", group.name),

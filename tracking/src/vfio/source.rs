@@ -94,6 +94,7 @@ pub struct DmaSource {
     still: Arc<Mutex<Still>>,
     options: DmaOptions,
     unmaps: bool,
+    reason: Option<String>,
 }
 
 struct Inner {
@@ -207,6 +208,7 @@ impl DmaSource {
             still: Arc::default(),
             options,
             unmaps,
+            reason: None,
         })
     }
 
@@ -362,9 +364,20 @@ fn start_map(reach: &Reach) -> &DmaMap {
     }
 }
 
+impl DmaSource {
+    /// Says why it was chosen.
+    pub(super) fn because(&mut self, reason: &str) {
+        self.reason = Some(reason.to_owned());
+    }
+}
+
 impl Source for DmaSource {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn reason(&self) -> Option<String> {
+        self.reason.clone()
     }
 
     fn start(&mut self, set: &DirtySet) -> Result<(), Error> {

@@ -118,6 +118,14 @@ fn run(
                     now.lanes,
                     now.phase
                 );
+                if now.devices > 0 {
+                    eprintln!(
+                        "  devices: {:.0} MiB loaded, {} of {} have everything",
+                        now.device_bytes as f64 / 1048576.0,
+                        now.devices_loaded,
+                        now.devices
+                    );
+                }
             }
             std::thread::sleep(Duration::from_millis(20));
         }

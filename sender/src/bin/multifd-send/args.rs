@@ -18,7 +18,7 @@ use multifd_transport::{Address, AddressKind, ChannelOptions};
 /// work is done by threads, and it says so), moves it to a multifd-receive while it runs, and prints what happened.
 #[derive(Debug, Parser)]
 #[command(name = "multifd-send", version, about, long_about, after_help = EXAMPLES)]
-#[command(group(ArgGroup::new("destination").required(true).args(["connect", "loopback"])))]
+#[command(group(ArgGroup::new("destination").required(true).args(["connect", "loopback", "ask"])))]
 pub(crate) struct Args {
     /// Where multifd-receive listens: HOST:PORT, [IPV6]:PORT or unix:/path, with tcp:, tls: or rdma: before it for another kind of
     /// channel than --transport's
@@ -28,6 +28,16 @@ pub(crate) struct Args {
     /// Start a multifd-receive on this host, and move the guest there
     #[arg(long)]
     pub(crate) loopback: bool,
+
+    /// Write FILE (for its owner only) before anything is moved, and remove it once the outcome is known. If this program is killed in
+    /// between, see --ask. FILE must not be there yet
+    #[arg(long, value_name = "FILE", requires = "connect")]
+    pub(crate) state_file: Option<PathBuf>,
+
+    /// Move nothing: ask the destination how the migration ended of which --state-file left FILE behind, for as long as
+    /// --reconnect-deadline. The program that wrote FILE must be dead: a migration that is not committed ends by the question
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ask: Option<PathBuf>,
 
     /// Data channels, 1 to 256. About one per 10 Gb/s of link, and no more than cores, is a good number
     #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Channels")]
@@ -207,6 +217,9 @@ Examples:
     multifd-send --connect dest:4444 --data dest:4444 --data rdma:10.0.0.2:4445 --channels 4
   a guest that is too busy (see the advice in the error):
     multifd-send --loopback --dirty-rate 2G --bandwidth 500M
+  to learn how it ended even if this program is killed (within multifd-receive's --suspend):
+    multifd-send --connect dest:4444 --state-file /run/vm7.state
+    multifd-send --ask /run/vm7.state
   over a link that comes and goes:
     multifd-send --connect dest:4444 --reconnect-deadline 10min
   is there a writer of guest memory that tells nobody? (here there is one)
@@ -246,6 +259,8 @@ Exit status:
      what came of it; the guest stays paused at the source
   5  migrated, but the guest's own check found an error
   6  the destination has the guest and could not run it: it is paused on both sides
+With --ask: 0 the guest runs at the destination; 1 it was not committed and never will be;
+  4 still unknown; 6 the destination has the guest and could not run it; 2 no such file
 
 Log: RUST_LOG=info (or debug) writes to standard error.";
 

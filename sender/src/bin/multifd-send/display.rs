@@ -127,9 +127,16 @@ fn round_line(before: &Snapshot, now: &Snapshot) -> String {
                 0 => String::new(),
                 times => format!(", {times} times everything"),
             };
+            let errors = match figures.errors {
+                0 => String::new(),
+                count => {
+                    let last = std::io::Error::from_raw_os_error(figures.last_errno);
+                    format!(", {count} errors, the last: {last}")
+                }
+            };
             let ms = figures.harvest_ns as f64 / 1e6;
             format!(
-                "{name} found {} pages in {ms:.1} ms{all_dirty}",
+                "{name} found {} pages in {ms:.1} ms{all_dirty}{errors}",
                 figures.pages
             )
         })

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use multifd_guest::{DEVICES_BLOB_KIND, DeviceConfig, Guest, ModelDevice};
-use multifd_sender::{Blob, DeviceSource, Reclaimed, Vmm, VmmError};
+use multifd_sender::{AskTicket, Blob, DeviceSource, Reclaimed, Vmm, VmmError};
+
+use crate::state_file::StateFile;
 
 /// The encoding of the guest's blobs; the guest checks its own version inside.
 const BLOB_VERSION: u32 = 1;
@@ -13,6 +15,7 @@ const BLOB_VERSION: u32 = 1;
 pub(crate) struct Machine {
     pub(crate) guest: Arc<Guest>,
     pub(crate) devices: Vec<DeviceConfig>,
+    pub(crate) state_file: Option<StateFile>,
 }
 
 impl Vmm for Machine {
@@ -39,6 +42,15 @@ impl Vmm for Machine {
             Ok(Box::new(device) as Box<dyn DeviceSource>)
         };
         self.devices.iter().map(make).collect()
+    }
+
+    fn granted(&mut self, ticket: &AskTicket) -> Result<(), VmmError> {
+        match &self.state_file {
+            Some(file) => file
+                .write(ticket)
+                .map_err(|error| VmmError::new(format!("{error:#}"))),
+            None => Ok(()),
+        }
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {

@@ -5,6 +5,7 @@ mod args;
 mod display;
 mod loopback;
 mod machine;
+mod state_file;
 mod summary;
 
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ use machine::Machine;
 use multifd_guest::{Guest, Tracking};
 use multifd_sender::{Config, Finished, Migration, OutcomeKind, Parts, SpreadDialer};
 use multifd_transport::rdma::RdmaOptions;
+use state_file::StateFile;
 use summary::Summary;
 
 /// How long the receiver of `--loopback` may take to check its guest: a large guest takes a second per few GiB.
@@ -44,6 +46,21 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Some(file) = &args.ask {
+        return match state_file::ask_outcome(file, way.options, args.reconnect_deadline) {
+            Ok((status, answer)) => {
+                match args.report {
+                    ReportKind::Json => println!("{answer}"),
+                    ReportKind::Text => println!("{}", answer["text"].as_str().unwrap_or_default()),
+                }
+                ExitCode::from(status)
+            }
+            Err(error) => {
+                eprintln!("multifd-send: {error:#}");
+                ExitCode::from(2)
+            }
+        };
+    }
     match run(&args, migration, &guest, way) {
         Ok(summary) => {
             summary.print(args.report);
@@ -122,10 +139,15 @@ fn run(
     let sources = vec![guest.tracking_source()?];
     let mut options = way.options;
     options.rdma = RdmaOptions::with_memory(guest.memory().to_channels(), args.rdma_registration);
+    let state_file = args
+        .state_file
+        .as_deref()
+        .map(|path| StateFile::new(path, &control));
     let parts = Parts {
         vmm: Box::new(Machine {
             guest: Arc::clone(&guest),
             devices: args.device.clone(),
+            state_file: state_file.clone(),
         }),
         memory: guest.memory().to_channels(),
         sources,
@@ -138,6 +160,9 @@ fn run(
         spawner: None,
     };
     let finished = watch(args, Migration::start(parts)?, interrupted);
+    if let Some(file) = state_file.filter(|_| finished.report.outcome != OutcomeKind::Unknown) {
+        file.remove();
+    }
     let alive = still_runs(&finished, &guest);
     let theirs = receiver.map(|receiver| {
         receiver.wait(if finished.error.is_none() {

@@ -148,6 +148,12 @@ impl Summary {
                 r.asked
             );
         }
+        if r.control_damaged > 0 {
+            println!(
+                "               {} times because octets on the control channel were changed on the way",
+                r.control_damaged
+            );
+        }
         if r.sent_again_bytes > 0 {
             println!(
                 "  sent again   {} that were on their way when a channel was lost",
@@ -196,6 +202,12 @@ impl Summary {
                 source.reported,
                 source.resets,
             );
+            if let Some(error) = &source.last_error {
+                println!("               its last error: {error}");
+            }
+            if let Some(reason) = &source.reason {
+                println!("               chosen because: {reason}");
+            }
         }
         if let Some(ms) = r.dirty_scan_ms {
             println!(

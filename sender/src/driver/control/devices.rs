@@ -121,6 +121,7 @@ impl Control {
     pub(super) fn device_loaded(&mut self, loaded: &DeviceLoaded) -> Result<(), Misbehaved> {
         let desk = self.shared.depot.desk(loaded.device)?;
         desk.loaded(
+            loaded.bytes,
             Duration::from_micros(loaded.load_us),
             Duration::from_micros(loaded.config_us),
         );

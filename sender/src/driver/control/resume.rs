@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use multifd_wire::frame::{KeepAlive, LaneMark};
+use multifd_wire::frame::{Abort, KeepAlive, LaneMark};
+use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{
     ChannelRef, Features, Hello, Incarnation, Kind, LaneId, Misbehaved, PageIndex, Phase, Reason,
-    Round, SessionId,
+    Round, SessionId, Text,
 };
 
 use super::{Control, Life, Note};
@@ -26,6 +27,15 @@ pub(super) const PAUSED_KEEP_ALIVE: Duration = Duration::from_millis(200);
 
 /// With the guest paused and no lane left the guest is let run again after this (SPEC: SWITCH-4).
 const PAUSED_ALONE_MAX: Duration = Duration::from_millis(300);
+
+/// How long a destination that has no channel any more is tried to be told that it is over.
+const LAST_WORD_MAX: Duration = Duration::from_secs(1);
+
+/// The pause between two attempts to.
+const LAST_WORD_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long the end waits for threads that are still dialling. A dialler that heeds its deadline ends soon by itself.
+pub(super) const STRAGGLERS_MAX: Duration = Duration::from_millis(500);
 
 /// What the destination sends behind RUNNING follows at once; one that sends nothing there is not waited for.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
@@ -389,11 +399,17 @@ impl Control {
             return false;
         };
         if let Some(rounds_closed) = resumed.rounds_closed
-            && self.destination_ready.is_some()
+            && let Some(ready) = self.destination_ready.take()
         {
-            self.destination_ready = None;
             self.resumed = None;
             self.timeline.resumed();
+            // The first set-up was lost: what follows it follows now (SPEC: RESUME-13).
+            if !self.tracking
+                && let Err(error) = self.begin_tracking(ready.prepare_us)
+            {
+                self.drive(Event::Failed(error));
+                return true;
+            }
             tracing::info!(rounds_closed, "the migration goes on");
             self.drive(Event::Landed { rounds_closed });
         }
@@ -468,20 +484,85 @@ impl Control {
         }
     }
 
-    /// Waits for threads of channels that were given up; notes are read meanwhile so that none blocks on them.
+    /// It is over while there was no channel: the destination keeps the guest's memory for a source that will not come, and is told so
+    /// if it can be reached at once. Otherwise it frees everything after its own deadline (SPEC: RESUME-3).
+    pub(super) fn last_word(&mut self, error: &Error) {
+        let gone = matches!(
+            error.fault(),
+            Fault::NotReconnected { .. }
+                | Fault::DestinationLost { .. }
+                | Fault::NotCommitted { .. }
+        );
+        if self.control.is_some() || !self.session.is_kept() || gone {
+            return;
+        }
+        let until = Instant::now() + LAST_WORD_MAX;
+        let mut dialling = self.back.take().is_some_and(|back| back.dialling);
+        while Instant::now() < until {
+            if !dialling {
+                self.attempt += 1;
+                if self.dial_back(Purpose::Resume).is_err() {
+                    return;
+                }
+                dialling = true;
+            }
+            match self.inbox.recv_deadline(until) {
+                Ok(Note::Reached { attempt, result }) if attempt == self.attempt => match result {
+                    Ok(Reached::Control(opened)) => return say_last_word(opened, error, until),
+                    // It keeps nothing any more.
+                    Err(Fault::Refused { .. }) => return,
+                    _ => {
+                        dialling = false;
+                        std::thread::sleep(LAST_WORD_PAUSE);
+                    }
+                },
+                Ok(Note::LaneUp { closer, .. }) => closer.shutdown(),
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Waits a moment for threads of channels that were given up; notes are read meanwhile so that none blocks on them. One that
+    /// dials and is not answered is left behind: it ends by itself, and can do nothing more.
     pub(super) fn join_stragglers(&mut self) {
         let began = Instant::now();
         for thread in std::mem::take(&mut self.stragglers) {
-            while !thread.is_finished() {
+            while !thread.is_finished() && began.elapsed() < STRAGGLERS_MAX {
                 if let Ok(Note::LaneUp { closer, .. }) =
                     self.inbox.recv_timeout(Duration::from_millis(1))
                 {
                     closer.shutdown();
                 }
             }
-            let _ = thread.join();
+            if thread.is_finished() {
+                let _ = thread.join();
+            }
         }
         tracing::trace!(took = ?began.elapsed(), "threads of lost channels have ended");
+    }
+}
+
+/// Says why it is over on a channel that was opened for nothing else, and lets the destination close it.
+fn say_last_word(opened: Open, error: &Error, until: Instant) {
+    let Open { mut tx, mut rx, .. } = opened;
+    tx.set_deadline(Some(until));
+    rx.set_deadline(Some(until));
+    let text = error.fault().to_string();
+    let text = Text::<TEXT_BYTES_MAX>::clip(&text);
+    let mut control = ControlSender::new(tx);
+    let said = control.send(Abort {
+        reason: error.reason(),
+        phase: error.phase(),
+        channel: error.channel(),
+        text: text.as_str(),
+    });
+    match said {
+        Ok(()) => {
+            let _ = control.half().finish();
+            let _ = rx.drain(64 << 10);
+        }
+        Err(fault) => tracing::debug!(%fault, "the destination could not be told"),
     }
 }
 

@@ -208,12 +208,14 @@ impl Fleet {
         for reader in &self.readers {
             let figures = reader.desk.figures();
             outlook.stop_bytes += figures.stop_bytes;
-            if figures.acked_bytes > 0 {
-                let share = figures.stop_bytes as f64 / figures.acked_bytes as f64;
-                let load = figures.acked_load.as_secs_f64() * share;
-                let load = Duration::try_from_secs_f64(load).unwrap_or(Duration::MAX);
-                outlook.load = outlook.load.max(load);
-            }
+            let takes = |bytes: u64, time: Duration| {
+                let share = figures.stop_bytes as f64 / bytes.max(1) as f64;
+                Duration::try_from_secs_f64(time.as_secs_f64() * share).unwrap_or(Duration::MAX)
+            };
+            let load = takes(figures.loaded_bytes, figures.loaded_time);
+            outlook.load = outlook.load.max(load);
+            let read = takes(figures.read_bytes, figures.read_time);
+            outlook.read = outlook.read.max(read);
             if figures.acked < figures.announced {
                 outlook.unacked.push(reader.desk.name.clone());
             }
