@@ -41,7 +41,9 @@ rdma-core         test -d /usr/share/doc/rdma-core
 rdmacm-utils      command -v rping'
 LAB_PACKAGES_TO_CHECK='
 openssl           command -v openssl
-python3           command -v python3'
+procps            command -v pgrep
+python3           command -v python3
+util-linux        command -v setpriv && command -v prlimit'
 # Each list ends and begins on a line of its own.
 LAB_PACKAGES_TO_BUILD+=$'\n'
 LAB_PACKAGES_TO_RUN+=$'\n'

@@ -145,7 +145,7 @@ departs() {
         fi
         sleep 1
     done
-    departed "$report"
+    departed "$report" || return 1
     grep -q kvm "$report" || { cat "$report" && return 1; }
 }
 
@@ -155,8 +155,7 @@ departs_with() {
     "$1" &
     cutter=$!
     shift
-    departs "$@"
-    wait "$cutter"
+    departs "$@" || return 1
+    wait "$cutter" || return 1
     python3 -c 'import json, sys; lost = json.load(open(sys.argv[1]))["channels_lost"]; sys.exit(None if lost else "no channel was lost")' "/tmp/$2.json"
-    cat /tmp/complaint
 }
