@@ -9,6 +9,8 @@ use multifd_receiver::Config;
 use multifd_transport::tls::{TlsPem, TlsServer};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 
+use crate::hold::Moment;
+
 /// Wait for a guest that multifd-send moves here, and run it.
 ///
 /// One guest is taken over; after it has run here for a while its memory is checked (every word of it), and the program ends.
@@ -56,6 +58,15 @@ pub(crate) struct Args {
     /// Stop waiting for a source when standard input ends: for whoever starts this program, and may be killed
     #[arg(long, hide = true)]
     pub(crate) until_stdin_closes: bool,
+
+    /// Stand still at this moment until a line comes on standard input: for tests that let something happen just then
+    #[arg(
+        long,
+        hide = true,
+        value_name = "MOMENT",
+        conflicts_with = "until_stdin_closes"
+    )]
+    pub(crate) hold_at: Option<Moment>,
 
     /// No progress display
     #[arg(long, short)]

@@ -8,6 +8,8 @@ use multifd_transport::GuestMemory;
 use multifd_wire::Layout;
 use multifd_wire::frame::Device;
 
+use crate::hold::{Hold, Moment};
+
 /// The guest, once there is one: shared with the program, which looks after it when the migration is over.
 #[derive(Clone, Default)]
 pub(crate) struct GuestHandle(Arc<Mutex<Option<Arc<Guest>>>>);
@@ -30,13 +32,22 @@ impl GuestHandle {
 pub(crate) struct Machine {
     guest: GuestHandle,
     devices: Vec<DeviceConfig>,
+    hold: Option<Hold>,
 }
 
 impl Machine {
-    pub(crate) fn new(guest: GuestHandle) -> Self {
+    /// A machine for a guest that is put into `guest`; `hold`: where a test wants it to stand still.
+    pub(crate) fn new(guest: GuestHandle, hold: Option<Hold>) -> Self {
         Self {
             guest,
             devices: Vec::new(),
+            hold,
+        }
+    }
+
+    fn reached(&mut self, moment: Moment) {
+        if let Some(hold) = &mut self.hold {
+            hold.reached(moment);
         }
     }
 
@@ -49,6 +60,7 @@ impl Machine {
 
 impl Vmm for Machine {
     fn prepare(&mut self, configs: Vec<Blob>, _: &Layout) -> Result<GuestMemory, VmmError> {
+        self.reached(Moment::Prepare);
         let (blob, devices) = match &configs[..] {
             [blob] => (blob, None),
             [blob, devices] => (blob, Some(devices)),
@@ -88,6 +100,7 @@ impl Vmm for Machine {
     }
 
     fn load(&mut self, states: Vec<Blob>) -> Result<(), VmmError> {
+        self.reached(Moment::Load);
         let [state] = &states[..] else {
             return Err(VmmError::new(format!(
                 "{} state blobs, and the built-in guest has one",
@@ -100,9 +113,12 @@ impl Vmm for Machine {
     }
 
     fn resume(&mut self, _: Ownership) -> Result<(), VmmError> {
+        self.reached(Moment::Resume);
         // Before it runs, so that a log without this line is the proof that it never did.
         tracing::info!("the guest is started here");
-        self.guest()?.run().map_err(VmmError::new)
+        self.guest()?.run().map_err(VmmError::new)?;
+        self.reached(Moment::Running);
+        Ok(())
     }
 
     fn discard(&mut self) {

@@ -1,10 +1,11 @@
 //! `multifd-receive`: waits for a guest, takes it over, lets it run, and checks that nothing of it was lost.
-#![allow(clippy::print_stdout, clippy::print_stderr)] // a program's business
+#[macro_use]
+mod say;
 
 mod args;
+mod hold;
 mod machine;
 
-use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +30,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // What can't be written must not end the thread that said it.
+        .log_internal_errors(false)
         .init();
     let settings = args
         .reception()
@@ -36,7 +39,7 @@ fn main() -> ExitCode {
     let (config, places) = match settings {
         Ok(settings) => settings,
         Err(error) => {
-            eprintln!("multifd-receive: {error:#}");
+            err!("multifd-receive: {error:#}");
             return ExitCode::from(2);
         }
     };
@@ -47,12 +50,12 @@ fn main() -> ExitCode {
             if args.report == ReportKind::Json {
                 let text = format!("{error:#}");
                 let error = json!({ "code": "cli.not-begun", "phase": "hello", "channel": null, "text": text });
-                println!(
+                out!(
                     "{}",
                     json!({ "outcome": "failed", "guest_check": null, "error": error })
                 );
             }
-            eprintln!("multifd-receive: {error:#}");
+            err!("multifd-receive: {error:#}");
             ExitCode::from(1)
         }
     }
@@ -83,14 +86,14 @@ fn run(
         .map(|listener| listener.local_address().clone())
         .collect();
     let guest = GuestHandle::default();
-    let machine = Machine::new(guest.clone());
+    let machine = Machine::new(guest.clone(), args.hold_at.map(hold::Hold::at));
     let reception = Reception::start(Parts {
         vmm: Box::new(machine),
         listeners,
         config,
         spawner: None,
     })?;
-    announce(args, &addresses)?;
+    announce(args, &addresses);
 
     let (handle, watch) = (reception.handle(), Arc::clone(&interrupted));
     let done = Arc::new(AtomicBool::new(false));
@@ -108,10 +111,10 @@ fn run(
             if !quiet && now.memory_pages > 0 && told.elapsed() > Duration::from_secs(1) {
                 told = Instant::now();
                 if now.phase == multifd_wire::Phase::Suspended {
-                    eprintln!("  link lost: keeping what came until the source is back");
+                    err!("  link lost: keeping what came until the source is back");
                     continue;
                 }
-                eprintln!(
+                err!(
                     "  round {}: {:.0} MiB received on {} channels ({})",
                     now.round,
                     now.octets as f64 / 1048576.0,
@@ -155,15 +158,14 @@ fn catch_signals() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 /// Tells where it listens, for people and for whoever started this program and asked for any free port.
-fn announce(args: &Args, addresses: &[Address]) -> anyhow::Result<()> {
+fn announce(args: &Args, addresses: &[Address]) {
     for address in addresses {
         if args.report == ReportKind::Json {
-            eprintln!("listening on {address}");
+            err!("listening on {address}");
         } else {
-            println!("listening on {address}");
+            out!("listening on {address}");
         }
     }
-    Ok(std::io::stdout().flush()?)
 }
 
 /// What became of the guest after it arrived.
@@ -229,25 +231,26 @@ fn report(args: &Args, finished: &Finished, check: Option<&Check>) {
             }
         });
         report["guest_beats"] = json!(check.map(|check| check.beats));
-        println!("{report}");
+        out!("{report}");
         return;
     }
     let r = &finished.report;
     match (&r.error, check) {
         (None, Some(check)) => {
-            println!(
+            out!(
                 "the guest runs here: {:.0} MiB of memory in {} rounds, digest {}",
                 r.memory_bytes as f64 / 1048576.0,
                 r.rounds,
                 r.digest.as_deref().unwrap_or("?")
             );
-            println!(
+            out!(
                 "guest check: {} ({} heart-beats since it arrived)",
-                check.text, check.beats
+                check.text,
+                check.beats
             );
         }
-        (None, None) => println!("the guest runs here"),
-        (Some(error), _) => eprintln!(
+        (None, None) => out!("the guest runs here"),
+        (Some(error), _) => err!(
             "multifd-receive: {} [{}] in phase {}{}",
             error.text,
             error.code,

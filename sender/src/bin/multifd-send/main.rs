@@ -1,5 +1,6 @@
 //! `multifd-send`: runs the built-in guest and moves it to a multifd-receive.
-#![allow(clippy::print_stdout, clippy::print_stderr)] // a program's business
+#[macro_use]
+mod say;
 
 mod args;
 mod display;
@@ -38,11 +39,13 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // What can't be written must not end the thread that said it.
+        .log_internal_errors(false)
         .init();
     let (migration, guest, way) = match args.checked() {
         Ok(checked) => checked,
         Err(error) => {
-            eprintln!("multifd-send: {error:#}");
+            err!("multifd-send: {error:#}");
             return ExitCode::from(2);
         }
     };
@@ -69,9 +72,9 @@ fn main() -> ExitCode {
         Err(error) => {
             // Found before anything was moved; a program that reads JSON gets its object all the same.
             if args.report == ReportKind::Json {
-                println!("{}", Summary::not_begun(&error));
+                out!("{}", Summary::not_begun(&error));
             }
-            eprintln!("multifd-send: {error:#}");
+            err!("multifd-send: {error:#}");
             ExitCode::from(1)
         }
     }
@@ -98,7 +101,7 @@ fn run(
     let to = destinations(&control, &data);
     let tell = |text: String| {
         if !args.quiet {
-            eprintln!("{text}");
+            err!("{text}");
         }
     };
     let guest = Arc::new(Guest::create(guest_config).context("the guest can't be made")?);

@@ -62,7 +62,7 @@ impl Summary {
 
     pub(crate) fn print(&self, kind: ReportKind) {
         match kind {
-            ReportKind::Json => println!("{}", self.object()),
+            ReportKind::Json => out!("{}", self.object()),
             ReportKind::Text => self.text(),
         }
     }
@@ -79,18 +79,18 @@ impl Summary {
         let r = &self.report;
         let seconds = r.total_ms / 1e3;
         match r.outcome {
-            OutcomeKind::Migrated => println!("\nmigrated: the guest runs at the destination"),
-            OutcomeKind::Failed => println!("\nfailed: {}", self.where_it_runs()),
-            OutcomeKind::Cancelled => println!("\ncancelled: {}", self.where_it_runs()),
-            OutcomeKind::Stranded => println!(
+            OutcomeKind::Migrated => out!("\nmigrated: the guest runs at the destination"),
+            OutcomeKind::Failed => out!("\nfailed: {}", self.where_it_runs()),
+            OutcomeKind::Cancelled => out!("\ncancelled: {}", self.where_it_runs()),
+            OutcomeKind::Stranded => out!(
                 "\nnot running: the destination took the guest over and could not run it; it is paused there, and stays paused here"
             ),
-            OutcomeKind::Unknown => println!(
+            OutcomeKind::Unknown => out!(
                 "\noutcome unknown: the commit was sent and nothing was heard since; the guest stays paused here"
             ),
         }
         if let Some(error) = &r.error {
-            println!(
+            out!(
                 "  reason       {} [{}] in phase {}{}",
                 error.text,
                 error.code,
@@ -102,7 +102,7 @@ impl Summary {
                     .unwrap_or_default()
             );
         }
-        println!(
+        out!(
             "  total        {seconds:.3} s, {} rounds over {} channels{}",
             r.rounds,
             r.channels,
@@ -116,11 +116,11 @@ impl Summary {
             }
         );
         if let (Some(downtime), Some(d)) = (r.downtime_ms, r.downtime) {
-            println!(
+            out!(
                 "  downtime     {downtime:.1} ms (predicted {:.1})",
                 r.predicted_downtime_ms.unwrap_or_default()
             );
-            println!(
+            out!(
                 "               pause {:.1}, last collection {:.1}, save {:.1}, send {:.1}, destination {:.1} (load {:.1}), commit {:.1}",
                 d.pause_ms,
                 d.collect_ms,
@@ -132,7 +132,7 @@ impl Summary {
             );
         }
         self.devices();
-        println!(
+        out!(
             "  memory       {}: sent {} with content, {} as zero pages, {} on the wire",
             mib(r.memory_bytes),
             mib(r.content_bytes),
@@ -140,7 +140,7 @@ impl Summary {
             mib(r.sent_bytes)
         );
         if r.suspensions > 0 || r.asked > 0 {
-            println!(
+            out!(
                 "  link         lost {} times, {:.3} s without it in all; a pause of {:.1} ms was broken off; the destination was asked {} times",
                 r.suspensions,
                 r.suspended_ms / 1e3,
@@ -155,13 +155,13 @@ impl Summary {
             );
         }
         if r.sent_again_bytes > 0 {
-            println!(
+            out!(
                 "  sent again   {} that were on their way when a channel was lost",
                 mib(r.sent_again_bytes)
             );
         }
-        println!("  goodput      {:.0} MiB/s", r.goodput_mib_s);
-        println!(
+        out!("  goodput      {:.0} MiB/s", r.goodput_mib_s);
+        out!(
             "  CPU          {:.2} s here, {} there",
             r.cpu_sender_s,
             r.cpu_receiver_s
@@ -172,7 +172,7 @@ impl Summary {
                 .dirty_after
                 .map(|pages| format!(", then dirty {}", mib(pages * 4096)))
                 .unwrap_or_default();
-            println!(
+            out!(
                 "  round {:<6} {} in {:.1} ms ({:.0} MiB/s on the wire){dirty}",
                 round.round,
                 mib(round.pages * 4096),
@@ -193,7 +193,7 @@ impl Summary {
             .filter(|(count, _)| *count > 0)
             .map(|(count, what)| format!(", {count} {what}"))
             .collect();
-            println!(
+            out!(
                 "  {:<12} {} pages found in {} harvests ({:.1} ms), {} reports, {} resets{trouble}",
                 source.name,
                 source.pages,
@@ -210,12 +210,12 @@ impl Summary {
             }
         }
         if let Some(ms) = r.dirty_scan_ms {
-            println!(
+            out!(
                 "  debug scan   all memory compared with what was sent, in {ms:.1} ms of the downtime"
             );
         }
         if let Some(equal) = r.digest_equal {
-            println!(
+            out!(
                 "  digest       {}{}",
                 r.digest.as_deref().unwrap_or(""),
                 if equal { " on both sides" } else { " DIFFERS" }
@@ -224,19 +224,19 @@ impl Summary {
         match &self.guest_check {
             Value::Null => {}
             Value::String(text) if text == "passed" => {
-                println!(
+                out!(
                     "  guest check  passed: every word of its memory is as new as its own log says ({} heart-beats at the destination)",
                     self.theirs["guest_beats"]
                 );
             }
-            other => println!("  guest check  FAILED: {other}"),
+            other => out!("  guest check  FAILED: {other}"),
         }
     }
 
     fn devices(&self) {
         let r = &self.report;
         if let Some(d) = r.downtime.and_then(|downtime| downtime.devices) {
-            println!(
+            out!(
                 "               devices: quiesce {:.1}, stop {:.1}, read {:.1}, wire {:.1}, load {:.1} (config {:.1}); memory after them {:.1}",
                 d.quiesce_ms,
                 d.stop_ms,
@@ -248,14 +248,14 @@ impl Summary {
             );
         }
         if r.ack_wait_ms > 0.0 {
-            println!(
+            out!(
                 "               waited {:.1} ms before it for initial bytes to be loaded, with the guest running",
                 r.ack_wait_ms
             );
         }
         for device in &r.devices {
             let part = |ms: Option<f64>| ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1} ms"));
-            println!(
+            out!(
                 "  device       {}: {} while the guest ran ({} initial, generation {} of {} loaded), {} while it stood still",
                 device.name,
                 mib(device.pre_copy_bytes),
@@ -264,7 +264,7 @@ impl Summary {
                 device.generations,
                 mib(device.stop_copy_bytes)
             );
-            println!(
+            out!(
                 "               read after {}, sent after {}, there after {}, loaded after {} (loading {}, config {}); now {}{}{}",
                 part(device.saved_after_ms),
                 part(device.sent_after_ms),
