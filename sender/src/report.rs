@@ -65,6 +65,8 @@ pub struct Report {
     pub control_damaged: u32,
     /// How long it was suspended in all; the guest ran here meanwhile.
     pub suspended_ms: f64,
+    /// The longest time in the rounds in which the destination acknowledged nothing; suspensions are not counted.
+    pub longest_pause_ms: f64,
     /// How long the guest stood still for switchovers that were broken off, because the channels were lost.
     pub broken_off_pause_ms: f64,
     /// How often the destination was asked how it ended.
@@ -301,6 +303,9 @@ pub(crate) struct Timeline {
     suspensions: u32,
     suspended_since: Option<Instant>,
     suspended: Duration,
+    /// When something was acknowledged last, while the rounds go on.
+    taken: Option<Instant>,
+    longest_pause: Duration,
     broken_off: Duration,
     asked: u32,
     committed: bool,
@@ -319,6 +324,15 @@ impl Timeline {
     pub(crate) fn ready(&mut self, now: Duration, prepare_us: u64) {
         tracing::info!(prepare_ms = prepare_us / 1000, "the destination is ready");
         self.rounds_began = Some(now);
+        self.taken = Some(Instant::now());
+    }
+
+    /// The destination acknowledged something.
+    pub(crate) fn taken(&mut self) {
+        if let Some(before) = &mut self.taken {
+            self.longest_pause = self.longest_pause.max(before.elapsed());
+            *before = Instant::now();
+        }
     }
 
     pub(crate) fn round_opened(&mut self, round: Round, pages: u64, now: Duration) {
@@ -397,6 +411,8 @@ impl Timeline {
     pub(crate) fn pausing(&mut self, predicted: Option<Duration>) {
         (self.paused, self.saved, self.final_sent, self.prepared) = (None, None, None, None);
         (self.running_again, self.last_collects) = (None, Duration::ZERO);
+        self.taken();
+        self.taken = None;
         self.pausing = Some(Instant::now());
         self.predicted = predicted;
     }
@@ -438,6 +454,7 @@ impl Timeline {
 
     /// All channels are lost. If the guest was paused it runs again by now.
     pub(crate) fn suspended(&mut self) {
+        self.taken = None;
         if self.suspended_since.is_none() {
             self.suspensions += 1;
             self.suspended_since = Some(Instant::now());
@@ -452,6 +469,7 @@ impl Timeline {
     pub(crate) fn resumed(&mut self) {
         if let Some(since) = self.suspended_since.take() {
             self.suspended += since.elapsed();
+            self.taken = Some(Instant::now());
         }
     }
 
@@ -532,6 +550,7 @@ impl Report {
             suspensions: timeline.suspensions,
             control_damaged: timeline.control_damaged,
             suspended_ms: ms(timeline.suspended),
+            longest_pause_ms: ms(timeline.longest_pause),
             broken_off_pause_ms: ms(timeline.broken_off),
             asked: timeline.asked,
             sent_again_bytes: end.octets_lost,

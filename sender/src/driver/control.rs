@@ -1010,6 +1010,7 @@ impl Control {
             .octets_acked
             .fetch_add(settled.octets, Relaxed);
         if settled.frames > 0 {
+            self.timeline.taken();
             self.session.progressed(self.shared.now());
         }
         Ok(())

@@ -21,12 +21,12 @@ const LANE_LOSSES_MAX: u32 = 64;
 /// How often it is looked whether the destination takes what lanes carry.
 const WATCH_PERIOD: Duration = Duration::from_millis(100);
 
-/// With the guest paused and another lane alive, a lane from which nothing was taken for this long is not waited for any
-/// longer: what it carried is sent again on the others, which takes less time.
-const PAUSED_LANE_STALL: Duration = Duration::from_millis(500);
+/// When nothing but silent lanes is waited for, with the guest paused or at the end of a round, a lane from which nothing was taken
+/// for this long is not waited for any longer: what it carried is sent again on the others, which takes less time.
+const LAST_LANE_STALL: Duration = Duration::from_millis(500);
 
 /// So many times as long as a body should take at the measured bandwidth: a slow lane is not a dead one.
-const PAUSED_BODIES: u32 = 8;
+const LAST_BODIES: u32 = 8;
 
 /// How far a lane was acknowledged when that last changed.
 #[derive(Debug, Clone, Copy, Default)]
@@ -238,15 +238,11 @@ impl Control {
                 Duration::try_from_secs_f64(body / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
             });
         let stall = self.shared.config.stall;
-        let limit = if paused && alive > 1 {
-            PAUSED_LANE_STALL
-                .max(bodies.saturating_mul(PAUSED_BODIES))
-                .min(stall)
-        } else {
-            stall
-        };
+        let soon = LAST_LANE_STALL
+            .max(bodies.saturating_mul(LAST_BODIES))
+            .min(stall);
         let closed = self.rounds_closed;
-        let mut dead = Vec::new();
+        let (mut dead, mut silent, mut busy, mut idle) = (Vec::new(), Vec::new(), 0, 0);
         for slot in self
             .lanes
             .iter_mut()
@@ -256,11 +252,29 @@ impl Control {
                 .as_ref()
                 .map_or((0, None), |lane| (lane.acked_frames(), lane.oldest_round()));
             let waits_for_others = oldest.is_none_or(|round| round.value() > closed);
+            idle += u32::from(waits_for_others);
             if waits_for_others || acked != slot.watch.acked {
                 slot.watch = Watch { acked, since: now };
-            } else if now.saturating_sub(slot.watch.since) > limit {
-                dead.push(slot.state.id);
+                busy += u32::from(!waits_for_others);
+                continue;
             }
+            let silence = now.saturating_sub(slot.watch.since);
+            if silence > stall {
+                dead.push(slot.state.id);
+            } else if silence > soon {
+                silent.push(slot.state.id);
+            } else {
+                busy += 1;
+            }
+        }
+        // The round, and a guest that runs nowhere, wait for them alone; a lane without anything on its way is there to take over.
+        let alone = if paused {
+            alive > 1
+        } else {
+            busy == 0 && idle > 0 && self.dials_again()
+        };
+        if alone {
+            dead.extend(silent);
         }
         for id in dead {
             self.give_up_lane(
