@@ -9,6 +9,7 @@ pub mod devices;
 pub mod dma;
 pub mod fake_destination;
 pub mod fake_source;
+pub mod faults;
 pub mod impaired;
 pub mod links;
 pub mod model;

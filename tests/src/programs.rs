@@ -6,40 +6,42 @@
 //! `cargo test --workspace` builds `multifd-send` and `multifd-receive` next to the tests, because their packages have
 //! integration tests of their own; `cargo test -p multifd-tests` alone does not, and [`path`] then says what to do.
 
-use std::ffi::OsStr;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, kill_process_group, prlimit};
 use serde_json::Value;
 
 /// Longest wait for anything that a process does in a second or two on a quiet host.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where the program was built: `target/<profile>/<name>`, two folders above the running test's own file.
+/// Where the program was built: `target/<profile>/<name>`, beside the running program, or above the running test's own file.
 ///
 /// # Panics
 /// If it is not there; with the command that builds it.
 #[must_use]
 pub fn path(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a test knows its own file");
-    let profile = test
-        .parent()
-        .and_then(|deps| deps.parent())
-        .expect("tests lie in target/<profile>/deps");
-    let program = profile.join(name);
-    assert!(
-        program.is_file(),
-        "there is no {}: build the programs with `cargo build -p multifd-sender -p multifd-receiver` and the options of this \
-         test run (such as --release), or run `cargo test --workspace`, which builds them",
-        program.display()
-    );
-    program
+    let ours = std::env::current_exe().expect("a process knows its own file");
+    let found = ours
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(name))
+        .find(|program| program.is_file());
+    found.unwrap_or_else(|| {
+        panic!(
+            "there is no {name} beside {}: build the programs with `cargo build -p multifd-sender -p multifd-receiver` and the \
+             options of this run (such as --release), or run `cargo test --workspace`, which builds them",
+            ours.display()
+        )
+    })
 }
 
 /// Whether this host has KVM; if not, `test` is skipped by name, or fails if `MULTIFD_REQUIRE_KVM` is 1.
@@ -81,11 +83,105 @@ pub fn seed() -> u64 {
     number_from_environment("MULTIFD_SEED").unwrap_or_else(fresh)
 }
 
+/// How a program is started.
+#[derive(Debug)]
+pub struct Launch {
+    name: String,
+    before: Vec<OsString>,
+    arguments: Vec<OsString>,
+    log: String,
+    output: Option<File>,
+    held: bool,
+}
+
+impl Launch {
+    /// As [`Process::start`] does it.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            before: Vec::new(),
+            arguments: Vec::new(),
+            log: "info".to_owned(),
+            output: None,
+            held: false,
+        }
+    }
+
+    /// With these arguments.
+    #[must_use]
+    pub fn arguments<S: AsRef<OsStr>>(mut self, arguments: &[S]) -> Self {
+        let arguments = arguments.iter().map(|word| word.as_ref().to_owned());
+        self.arguments.extend(arguments);
+        self
+    }
+
+    /// By way of another program, which has to become it with exec (such as `ip netns exec NAME`).
+    #[must_use]
+    pub fn by<S: AsRef<OsStr>>(mut self, words: &[S]) -> Self {
+        self.before
+            .extend(words.iter().map(|word| word.as_ref().to_owned()));
+        self
+    }
+
+    /// With this filter of its log.
+    #[must_use]
+    pub fn log(mut self, filter: &str) -> Self {
+        filter.clone_into(&mut self.log);
+        self
+    }
+
+    /// With standard output and standard error there; the test then reads neither.
+    #[must_use]
+    pub fn output(mut self, file: File) -> Self {
+        self.output = Some(file);
+        self
+    }
+
+    /// With a standard input that [`Process::release`] writes.
+    #[must_use]
+    pub fn held(mut self) -> Self {
+        self.held = true;
+        self
+    }
+
+    /// Starts it.
+    ///
+    /// # Panics
+    /// If it was not built, or cannot be started.
+    #[must_use]
+    pub fn start(self) -> Process {
+        let program = path(&self.name).into_os_string();
+        let mut words = self
+            .before
+            .into_iter()
+            .chain([program])
+            .chain(self.arguments);
+        let mut command = Command::new(words.next().expect("the program itself at least"));
+        command
+            .args(words)
+            .env("RUST_LOG", self.log)
+            .env("NO_COLOR", "1")
+            .stdin(if self.held {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            });
+        let piped = self.output.is_none();
+        if let Some(file) = self.output {
+            let copy = file.try_clone().expect("a descriptor");
+            command.stdout(file).stderr(copy);
+        }
+        Process::spawn(&self.name, command, piped)
+    }
+}
+
 /// A running program, its output collected as it comes.
 #[derive(Debug)]
 pub struct Process {
     name: String,
     child: Child,
+    input: Option<ChildStdin>,
     began: Instant,
     output: Option<JoinHandle<String>>,
     errors: Arc<Lines>,
@@ -99,38 +195,43 @@ impl Process {
     /// If it was not built, or cannot be started.
     #[must_use]
     pub fn start<S: AsRef<OsStr>>(name: &str, arguments: &[S]) -> Self {
-        let mut child = Command::new(path(name))
-            .args(arguments)
-            .env("RUST_LOG", "info")
-            .env("NO_COLOR", "1")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+        Launch::new(name).arguments(arguments).start()
+    }
+
+    fn spawn(name: &str, mut command: Command, piped: bool) -> Self {
+        if piped {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
+        let mut child = command
             .process_group(0)
             .spawn()
             .unwrap_or_else(|error| panic!("{name}: {error}"));
         let began = Instant::now();
-        let mut output = child.stdout.take().expect("piped");
-        let output = std::thread::spawn(move || {
-            let mut text = String::new();
-            let _ = output.read_to_string(&mut text);
-            text
+        let output = child.stdout.take().map(|mut output| {
+            std::thread::spawn(move || {
+                let mut text = String::new();
+                let _ = output.read_to_string(&mut text);
+                text
+            })
         });
         let errors = Arc::new(Lines::default());
-        let (source, lines) = (child.stderr.take().expect("piped"), Arc::clone(&errors));
-        let errors_reader = std::thread::spawn(move || {
-            for line in BufReader::new(source).lines().map_while(Result::ok) {
-                lines.push(line);
-            }
-            lines.end();
+        let lines = Arc::clone(&errors);
+        let errors_reader = child.stderr.take().map(|source| {
+            std::thread::spawn(move || {
+                for line in BufReader::new(source).lines().map_while(Result::ok) {
+                    lines.push(line);
+                }
+                lines.end();
+            })
         });
         Self {
             name: name.to_owned(),
+            input: child.stdin.take(),
             child,
             began,
-            output: Some(output),
+            output,
             errors,
-            errors_reader: Some(errors_reader),
+            errors_reader,
         }
     }
 
@@ -183,9 +284,10 @@ impl Process {
             .unwrap_or_else(|error| panic!("{} cannot be interrupted: {error}", self.name));
     }
 
-    /// `kill -9`. Without effect on a process that has ended.
+    /// `kill -9`, and what it had is free again. Without effect on a process that has ended.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     /// The processes that it started and that live.
@@ -207,37 +309,95 @@ impl Process {
         self.began.elapsed()
     }
 
+    /// Stops it as if its host stood still, until [`Self::go_on`]. Without effect on a process that has ended.
+    pub fn stand_still(&self) {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn go_on(&self) {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::CONT);
+    }
+
+    /// Ends what `--hold-at` began. Without effect on a process that was not held.
+    pub fn release(&mut self) {
+        if let Some(mut input) = self.input.take() {
+            let _ = input.write_all(b"\n");
+        }
+    }
+
+    /// From now on it may open no descriptor with a number from `most` on; gives the limit that it had. `None` if it has ended.
+    #[must_use]
+    pub fn limit_descriptors(&self, most: u64) -> Option<u64> {
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", self.child.id())).ok()?;
+        let line = limits
+            .lines()
+            .find(|line| line.starts_with("Max open files"))?;
+        // The hard limit stays.
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: line.split_whitespace().nth(4)?.parse().ok(),
+        };
+        let old = prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit);
+        old.ok()?.current
+    }
+
+    /// Whether it has said a line with `text` on standard error by now.
+    #[must_use]
+    pub fn said(&self, text: &str) -> bool {
+        self.errors.wait_for(text, Instant::now()).is_some()
+    }
+
+    /// All that it said on standard error by now.
+    #[must_use]
+    pub fn words(&self) -> String {
+        self.errors.text()
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_over(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Waits until it has ended, and gives all that it said.
     ///
     /// # Panics
     /// If that takes longer than [`PATIENCE`].
     #[must_use]
-    pub fn end(mut self) -> Ended {
+    pub fn end(self) -> Ended {
+        self.end_within(PATIENCE)
+            .unwrap_or_else(|what| panic!("{what}"))
+    }
+
+    /// As [`Self::end`], with a bound of the caller's own.
+    ///
+    /// # Errors
+    /// It did not end; with all that it said. It is killed.
+    pub fn end_within(mut self, longest: Duration) -> Result<Ended, String> {
         let asked = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("it is our child") {
                 break status;
             }
-            assert!(
-                asked.elapsed() < PATIENCE,
-                "{} does not end; so far it said:\n{}",
-                self.name,
-                self.errors.text()
-            );
-            std::thread::sleep(Duration::from_millis(5));
+            if asked.elapsed() >= longest {
+                let (name, said) = (&self.name, self.errors.text());
+                return Err(format!("{name} does not end; so far it said:\n{said}"));
+            }
+            std::thread::sleep(Duration::from_millis(2));
         };
         let took = self.began.elapsed();
         if let Some(reader) = self.errors_reader.take() {
             let _ = reader.join();
         }
         let output = self.output.take().map(|output| output.join());
-        Ended {
+        Ok(Ended {
             name: self.name.clone(),
             status: status.code(),
             output: output.and_then(Result::ok).unwrap_or_default(),
             errors: self.errors.text(),
             took,
-        }
+        })
     }
 }
 
