@@ -70,10 +70,12 @@ fn run(
     let interrupted = catch_signals()?;
     if args.until_stdin_closes {
         let closed = Arc::clone(&interrupted);
-        std::thread::spawn(move || {
+        let listen = move || {
             let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
             closed.store(true, Ordering::Relaxed);
-        });
+        };
+        let thread = std::thread::Builder::new().spawn(listen);
+        thread.context("no thread for standard input")?;
     }
     let listeners: Vec<_> = places
         .iter()
@@ -101,7 +103,7 @@ fn run(
         Arc::clone(&done),
         args.quiet || args.report == ReportKind::Json,
     );
-    let watcher = std::thread::spawn(move || {
+    let watcher = std::thread::Builder::new().spawn(move || {
         let mut told = Instant::now();
         while !ended.load(Ordering::Relaxed) {
             if watch.load(Ordering::Relaxed) {
@@ -133,9 +135,13 @@ fn run(
             std::thread::sleep(Duration::from_millis(20));
         }
     });
+    // The reception needs nobody who watches it.
+    if let Err(error) = &watcher {
+        err!("multifd-receive: no progress display, and Ctrl-C does not end it: {error}");
+    }
     let finished = reception.wait();
     done.store(true, Ordering::Relaxed);
-    let _ = watcher.join();
+    let _ = watcher.map(std::thread::JoinHandle::join);
     let check = observe(args, &finished, &guest, &interrupted);
     report(args, &finished, check.as_ref());
     Ok(match (finished.report.outcome, check) {

@@ -79,13 +79,14 @@ impl Receiver {
             addresses.push(address.parse()?);
         }
         // Its log goes where ours goes.
-        std::thread::spawn(move || std::io::copy(&mut errors, &mut std::io::stderr()));
+        let thread = || std::thread::Builder::new();
+        thread().spawn(move || std::io::copy(&mut errors, &mut std::io::stderr()))?;
         let mut output = child.stdout.take().context("its standard output is ours")?;
-        let report = std::thread::spawn(move || {
+        let report = thread().spawn(move || {
             let mut text = String::new();
             let _ = output.read_to_string(&mut text);
             text
-        });
+        })?;
         Ok(Self {
             child,
             addresses,

@@ -217,7 +217,7 @@ fn watch(args: &Args, migration: Migration, interrupted: Arc<AtomicBool>) -> Fin
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
     let mut display = Display::new(args.quiet);
-    let watcher = std::thread::spawn(move || {
+    let watcher = std::thread::Builder::new().spawn(move || {
         let mut told = false;
         while !ended.load(Ordering::Relaxed) {
             if interrupted.load(Ordering::Relaxed) && !told {
@@ -229,9 +229,13 @@ fn watch(args: &Args, migration: Migration, interrupted: Arc<AtomicBool>) -> Fin
         }
         display.finish();
     });
+    // The migration needs nobody who watches it.
+    if let Err(error) = &watcher {
+        err!("multifd-send: no progress display, and Ctrl-C does not cancel: {error}");
+    }
     let finished = migration.wait();
     done.store(true, Ordering::Relaxed);
-    let _ = watcher.join();
+    let _ = watcher.map(std::thread::JoinHandle::join);
     finished
 }
 
