@@ -124,7 +124,7 @@ fn run(
                     now.phase
                 );
                 if now.devices > 0 {
-                    eprintln!(
+                    err!(
                         "  devices: {:.0} MiB loaded, {} of {} have everything",
                         now.device_bytes as f64 / 1048576.0,
                         now.devices_loaded,

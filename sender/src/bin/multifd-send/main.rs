@@ -53,13 +53,13 @@ fn main() -> ExitCode {
         return match state_file::ask_outcome(file, way.options, args.reconnect_deadline) {
             Ok((status, answer)) => {
                 match args.report {
-                    ReportKind::Json => println!("{answer}"),
-                    ReportKind::Text => println!("{}", answer["text"].as_str().unwrap_or_default()),
+                    ReportKind::Json => out!("{answer}"),
+                    ReportKind::Text => out!("{}", answer["text"].as_str().unwrap_or_default()),
                 }
                 ExitCode::from(status)
             }
             Err(error) => {
-                eprintln!("multifd-send: {error:#}");
+                err!("multifd-send: {error:#}");
                 ExitCode::from(2)
             }
         };

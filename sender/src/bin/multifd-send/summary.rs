@@ -149,7 +149,7 @@ impl Summary {
             );
         }
         if r.control_damaged > 0 {
-            println!(
+            out!(
                 "               {} times because octets on the control channel were changed on the way",
                 r.control_damaged
             );
@@ -203,10 +203,10 @@ impl Summary {
                 source.resets,
             );
             if let Some(error) = &source.last_error {
-                println!("               its last error: {error}");
+                out!("               its last error: {error}");
             }
             if let Some(reason) = &source.reason {
-                println!("               chosen because: {reason}");
+                out!("               chosen because: {reason}");
             }
         }
         if let Some(ms) = r.dirty_scan_ms {
