@@ -26,7 +26,7 @@ claim "registration, refusals and deadlines over both" tests 300 "$LAB_RDMA_TEST
 claim "a hostile peer is refused over both, and canaries stay whole" tests 300 "$LAB_TRANSPORT_TESTS" rdma::
 [[ $MODE != long ]] || claim "no descriptor stays open over either" tests 300 "$LAB_RDMA_DESCRIPTORS"
 
-# ---- the limit on locked memory (RLIMIT_MEMLOCK): a guest of 48 MiB below a limit of 8 ----
+# ---- the limit on locked memory (RLIMIT_MEMLOCK): a guest of 64 MiB below a limit of 8 ----
 
 # limited KIB COMMAND...: with that limit, and without the right to pass over it that root has.
 limited() {
@@ -35,7 +35,7 @@ limited() {
     prlimit --memlock="$bytes:$bytes" setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock "${@:2}"
 }
 
-GUEST=(--memory 48M --tracking process --vcpus 1 --working-set 4M --dirty-rate 1M --zero-percent 0 --warm-up 200ms --downtime-limit 5s --stall 60s
+GUEST=(--memory 64M --tracking process --vcpus 1 --working-set 4M --dirty-rate 1M --zero-percent 0 --warm-up 200ms --downtime-limit 5s --stall 60s
     --channels 2 --quiet --report json)
 PORT=5000
 
