@@ -16,6 +16,7 @@
 mod bits;
 mod blobs;
 pub mod config;
+mod damage;
 pub mod device;
 mod driver;
 pub mod error;
@@ -29,6 +30,7 @@ pub mod vfio;
 pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError};
+pub use damage::DamageReport;
 pub use device::{DeviceError, DeviceSink};
 pub use driver::{Finished, Handle, OfferError, Parts, Reception};
 pub use error::{Error, Fault};

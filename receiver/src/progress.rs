@@ -3,12 +3,16 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use multifd_wire::Phase;
+use multifd_wire::{ChannelRef, Phase};
+
+use crate::damage::Damage;
+use crate::error::Fault;
 
 /// The live counters. Shared by all threads of a migration.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     phase: AtomicU32,
+    pub(crate) damage: Damage,
     pub(crate) round: AtomicU32,
     pub(crate) lanes: AtomicU32,
     pub(crate) memory_pages: AtomicU64,
@@ -27,6 +31,21 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
+    /// A checksum found octets that were changed on the way.
+    pub(crate) fn note_damage(&self, at: ChannelRef, frame: &str, count: u64) {
+        let phase = Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello);
+        self.damage.note(phase, at, frame, count);
+    }
+
+    /// The same, if it was a checksum that this fault comes from.
+    pub(crate) fn note_fault(&self, at: ChannelRef, fault: &Fault) {
+        if let Fault::Malformed(malformed) = fault
+            && let Some(frame) = malformed.damaged()
+        {
+            self.note_damage(at, frame, 1);
+        }
+    }
+
     pub(crate) fn set_phase(&self, phase: Phase) {
         self.phase.store(phase.as_u32(), Relaxed);
     }

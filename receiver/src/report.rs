@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use multifd_wire::{ChannelRef, DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
 
+use crate::damage::DamageReport;
 use crate::driver::LoadedDevice;
 use crate::error::Error;
 use crate::progress::Snapshot;
@@ -47,6 +48,8 @@ pub struct Report {
     pub zero_bytes: u64,
     /// Pages whose checksum failed, every time counted.
     pub pages_damaged: u64,
+    /// What came damaged from the source: each by phase, channel and frame.
+    pub damaged: Vec<DamageReport>,
     /// Data channels that the source opened again after they were lost.
     pub channels_rejoined: u32,
     /// How often all channels were lost and the migration was kept for the source to come back.
@@ -185,6 +188,7 @@ impl Report {
             content_bytes: end.pages * PAGE_BYTES_U64,
             zero_bytes: end.zero_pages * PAGE_BYTES_U64,
             pages_damaged: end.pages_damaged,
+            damaged: Vec::new(),
             channels_rejoined: timeline.lanes_rejoined,
             suspensions: timeline.suspensions,
             control_damaged: timeline.control_damaged,

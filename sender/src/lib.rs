@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+mod damage;
 pub mod device;
 mod driver;
 pub mod error;
@@ -25,7 +26,10 @@ pub mod session;
 pub mod vfio;
 pub mod vmm;
 
-pub use config::{Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenNotConverging};
+pub use config::{
+    Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost, WhenNotConverging,
+};
+pub use damage::DamageReport;
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use driver::{AskTicket, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer, ask};
 pub use error::{Error, Fault};

@@ -8,14 +8,17 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use multifd_tracking::{Figures, Source};
-use multifd_wire::Phase;
+use multifd_wire::{ChannelRef, Phase};
 
+use crate::damage::Damage;
+use crate::error::Fault;
 use crate::forecast::Forecast;
 
 /// The live counters. Shared by all threads of a migration.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     phase: AtomicU32,
+    pub(crate) damage: Damage,
     pub(crate) round: AtomicU32,
     pub(crate) lanes: AtomicU32,
     pub(crate) memory_pages: AtomicU64,
@@ -86,6 +89,21 @@ struct LiveSource {
 }
 
 impl Counters {
+    /// A checksum found octets that were changed on the way.
+    pub(crate) fn note_damage(&self, at: ChannelRef, frame: &str, count: u64) {
+        let phase = Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello);
+        self.damage.note(phase, at, frame, count);
+    }
+
+    /// The same, if it was a checksum that this fault comes from.
+    pub(crate) fn note_fault(&self, at: ChannelRef, fault: &Fault) {
+        if let Fault::Malformed(malformed) = fault
+            && let Some(frame) = malformed.damaged()
+        {
+            self.note_damage(at, frame, 1);
+        }
+    }
+
     /// All zero, for these sources.
     pub(crate) fn new(sources: &[Box<dyn Source>]) -> Self {
         let live = |name: &str| LiveSource {

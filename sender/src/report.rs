@@ -8,6 +8,7 @@ use multifd_wire::{ChannelRef, PAGE_BYTES_U64, Round};
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::damage::DamageReport;
 use crate::error::Error;
 use crate::progress::Snapshot;
 use crate::session::Outcome;
@@ -86,6 +87,8 @@ pub struct Report {
     pub digest_equal: Option<bool>,
     /// The digest over all pages as last sent.
     pub digest: Option<String>,
+    /// What came damaged from the destination: each by phase, channel and frame.
+    pub damaged: Vec<DamageReport>,
     /// How long the debug scan for unreported writes took, if it was asked for and got its turn; part of the downtime.
     pub dirty_scan_ms: Option<f64>,
     /// How long the switchover waited for nothing but devices' initial bytes to be loaded; the guest ran meanwhile.
@@ -564,6 +567,7 @@ impl Report {
                 .then_some(true)
                 .or_else(|| mismatch(error)),
             digest: timeline.digest.map(|digest| format!("{digest:016x}")),
+            damaged: Vec::new(),
             dirty_scan_ms: timeline.dirty_scan.map(ms),
             ack_wait_ms: ms(timeline.ack_wait),
             device_bytes: end.device_bytes,

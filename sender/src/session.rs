@@ -347,6 +347,8 @@ pub struct Session {
     waiting_since: Option<Duration>,
     /// Rounds that were made while waiting: they do not count as used up.
     rounds_waited: u32,
+    /// When the last of them was begun.
+    round_waited_at: Duration,
     /// The newest round that the destination closed: nothing of it is on its way any more.
     closed: Option<Round>,
     polished: u32,
@@ -383,6 +385,7 @@ impl Session {
             devices_saved: true,
             waiting_since: None,
             rounds_waited: 0,
+            round_waited_at: Duration::ZERO,
             closed: None,
             polished: 0,
             repairs: 0,
@@ -838,7 +841,18 @@ impl Session {
         }
         match round.next() {
             Some(next) => {
-                self.rounds_waited += u32::from(self.waiting_since.is_some());
+                let waits = self.waiting_since.is_some()
+                    && self.acks_missing()
+                    && !self.acks_waived(now);
+                // Rounds bring the acknowledgements no nearer. When they can't bring the downtime below its limit either, because
+                // the devices' part alone is above it, they would follow one another without end, most of them empty.
+                if waits && now < self.round_waited_at + WAIT_ROUND {
+                    effects.extend(self.wait_for_devices(round, since, now));
+                    return effects;
+                }
+                if waits {
+                    (self.rounds_waited, self.round_waited_at) = (self.rounds_waited + 1, now);
+                }
                 effects.extend(self.open(next, now));
             }
             None => effects.extend(self.fail(Error::new(

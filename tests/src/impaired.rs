@@ -7,10 +7,11 @@ use std::time::Duration;
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::{Address, GuestMemory, Listener, TcpOptions};
-use multifd_wire::Phase;
+use multifd_wire::{ChannelRef, LaneId, Phase};
 
 use crate::model::{DestinationMachine, Random, SourceMachine, differing_page, fill, memory};
-use crate::proxy::{Direction, Impairment, Proxy, Rule};
+use crate::flow::Place;
+use crate::proxy::{Direction, Flipped, Impairment, Proxy, Rule};
 
 /// Small enough that a migration takes a moment, and large enough for several rounds.
 const MEMORY_BYTES: u64 = 4 << 20;
@@ -27,8 +28,60 @@ pub struct Passage {
     pub error: Option<String>,
     /// The rules that were carried out.
     pub happened: Vec<Rule>,
+    /// Bits that were flipped, and whether a report names them.
+    pub flipped: Vec<(Flipped, bool)>,
     /// What must never be; empty if all is well.
     pub violations: Vec<String>,
+}
+
+/// Dozens of flipped bits: in the pages of every lane, and one elsewhere in two of three migrations.
+#[must_use]
+pub fn draw_flips(random: &mut Random) -> Vec<Rule> {
+    let flip = |connection, direction, after| Rule {
+        connection,
+        direction,
+        after,
+        impairment: Impairment::Flip,
+    };
+    let mut rules: Vec<Rule> = (0..40)
+        .map(|_| {
+            // Behind the first heads; nearly everything there is content of pages.
+            let connection = 1 + random.below(LANES.into()) as u32;
+            flip(connection, Direction::Forth, 10_000 + random.below(1_200_000))
+        })
+        .collect();
+    match random.below(3) {
+        0 => rules.push(flip(0, Direction::Forth, random.below(1_500))),
+        1 => rules.push(flip(0, Direction::Back, random.below(1_500))),
+        _ => {}
+    }
+    rules.sort_by_key(|rule| (rule.connection, rule.after));
+    rules.dedup_by_key(|rule| (rule.connection, rule.after));
+    rules
+}
+
+/// Which flipped bits a report names, by channel and frame. One that the other side never read can't be in any: the first that ends the
+/// migration may hide others, and so may a channel that was closed over another one.
+fn named(flipped: &[Flipped], sent: &tx::Report, received: &rx::Report) -> Vec<(Flipped, bool)> {
+    let channel = |flip: &Flipped| match flip.lane {
+        Some(lane) => Some(ChannelRef::Lane(LaneId::new(lane)).to_string()),
+        None if flip.connection == 0 && flip.place == Place::Hello => None,
+        None => Some(ChannelRef::Control.to_string()),
+    };
+    let is_named = |flip: &Flipped| {
+        let name = flip.place.name(flip.direction);
+        match flip.direction {
+            Direction::Forth => received
+                .damaged
+                .iter()
+                .any(|d| d.frame == name && (d.channel == channel(flip) || name == "hello")),
+            Direction::Back => sent
+                .damaged
+                .iter()
+                .any(|d| d.frame == name && (d.channel.is_none() || flip.lane.is_some() || d.channel == channel(flip) || name == "hello_reply")),
+        }
+    };
+    flipped.iter().map(|flip| (*flip, is_named(flip))).collect()
 }
 
 /// One to three rules from a seed.
@@ -139,7 +192,7 @@ pub fn migrate(seed: u64, rules: Vec<Rule>) -> Passage {
     if sent.error.is_some() && theirs.progress().phase == Phase::Hello {
         theirs.cancel();
     }
-    let happened = proxy.happened();
+    let (happened, flipped) = (proxy.happened(), proxy.flipped());
     drop(proxy);
     let received = reception.wait();
     let mut violations = Vec::new();
@@ -185,7 +238,24 @@ pub fn migrate(seed: u64, rules: Vec<Rule>) -> Passage {
             violations.push("the guest at the destination has another state".to_owned());
         }
     }
+    let flipped = named(&flipped, &sent.report, &received.report);
+    let only_flips = happened
+        .iter()
+        .all(|rule| rule.impairment == Impairment::Flip);
+    let migrated = outcome == tx::OutcomeKind::Migrated;
+    if only_flips && !flipped.is_empty() {
+        // Where everything arrived, every page was looked at; where not, something was found that ended it.
+        let in_pages = |flip: &Flipped| flip.place == Place::Body("PAGES");
+        let missed = flipped.iter().find(|(flip, named)| !named && in_pages(flip));
+        if migrated && let Some((flip, _)) = missed {
+            violations.push(format!("{flip:?} was not named in {:?}", received.report.damaged));
+        }
+        if !migrated && !flipped.iter().any(|(_, named)| *named) {
+            violations.push(format!("it failed, and none of {flipped:?} was named"));
+        }
+    }
     Passage {
+        flipped,
         outcome,
         error: sent.error.map(|error| error.to_string()),
         happened,

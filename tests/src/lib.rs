@@ -10,6 +10,7 @@ pub mod dma;
 pub mod fake_destination;
 pub mod fake_source;
 pub mod faults;
+pub mod flow;
 pub mod impaired;
 pub mod links;
 pub mod model;

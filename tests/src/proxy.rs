@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
+use crate::flow::{Flow, Place};
+
 /// Octets that are read at once.
 const PIECE: usize = 16 << 10;
 
@@ -60,9 +62,23 @@ pub struct Rule {
     pub impairment: Impairment,
 }
 
+/// A flipped bit: on which connection, and in what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flipped {
+    /// The connection, in the order in which they were made.
+    pub connection: u32,
+    /// The lane that it is for, if it is one.
+    pub lane: Option<u32>,
+    /// Which way the octet went.
+    pub direction: Direction,
+    /// What it belonged to.
+    pub place: Place,
+}
+
 struct Shared {
     rules: Vec<Rule>,
     happened: Mutex<Vec<Rule>>,
+    flipped: Mutex<Vec<Flipped>>,
     connections: AtomicU32,
     ended: AtomicBool,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -87,6 +103,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             rules,
             happened: Mutex::new(Vec::new()),
+            flipped: Mutex::new(Vec::new()),
             connections: AtomicU32::new(0),
             ended: AtomicBool::new(false),
             threads: Mutex::new(Vec::new()),
@@ -106,6 +123,16 @@ impl Proxy {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The bits that were flipped by now.
+    #[must_use]
+    pub fn flipped(&self) -> Vec<Flipped> {
+        self.shared
+            .flipped
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// The rules that were carried out by now.
@@ -209,6 +236,7 @@ fn pass(
     rules.sort_by_key(|rule| rule.after);
     rules.reverse();
     let mut octets = vec![0; PIECE];
+    let mut flow = Flow::new(direction);
     let (mut passed, mut rate) = (0u64, None);
     let _ = from.set_read_timeout(Some(LOOK));
     while !shared.ended.load(Ordering::SeqCst) && !broken.load(Ordering::SeqCst) {
@@ -219,7 +247,7 @@ fn pass(
         if most == 0
             && let Some(rule) = rules.pop()
         {
-            if let Some(way) = happens(shared, rule, &mut from, &mut to, &mut rate) {
+            if let Some(way) = happens(shared, rule, &mut flow, &mut from, &mut to, &mut rate) {
                 return way;
             }
             passed += u64::from(rule.impairment == Impairment::Flip);
@@ -235,6 +263,7 @@ fn pass(
             Err(error) if is_timeout(&error) => continue,
             Err(_) => return reset(&from, &to),
         };
+        flow.pass(&octets[..count]);
         if to.write_all(&octets[..count]).is_err() {
             return reset(&from, &to);
         }
@@ -250,6 +279,7 @@ fn pass(
 fn happens(
     shared: &Shared,
     rule: Rule,
+    flow: &mut Flow,
     from: &mut TcpStream,
     to: &mut TcpStream,
     rate: &mut Option<u64>,
@@ -267,10 +297,22 @@ fn happens(
                 }
             }
         }
+        let flipped = Flipped {
+            connection: rule.connection,
+            lane: flow.lane().filter(|_| rule.connection > 0),
+            direction: rule.direction,
+            place: flow.place(),
+        };
+        flow.pass(&octet);
         octet[0] ^= 1;
         if to.write_all(&octet).is_err() {
             return Some(reset(from, to));
         }
+        shared
+            .flipped
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(flipped);
     }
     shared
         .happened

@@ -7,9 +7,12 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use multifd_wire::DeviceState;
 use multifd_wire::limits::DEVICE_NAME_BYTES_MAX;
+
+use super::stream::BLOCK;
 
 /// The longest configuration of a model device: what the destination takes at most.
 pub const DEVICE_CONFIG_BYTES_MAX: u64 = multifd_wire::limits::BLOB_BYTES_MAX;
@@ -19,6 +22,9 @@ pub const DEVICE_STATE_BYTES_MIN: u64 = 4096;
 
 /// The largest state. The device keeps 16 octets for each 64 KiB of it.
 pub const DEVICE_STATE_BYTES_MAX: u64 = 1 << 40;
+
+/// The smallest block.
+const BLOCK_BYTES_MIN: u64 = 1 << 10;
 
 /// When a model device is made to fail. Each happens once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,8 +75,10 @@ pub struct DeviceConfig {
     pub name: String,
     /// Its whole state.
     pub size: u64,
-    /// How much of it can be read while it runs, and comes first; rounded to whole blocks of 64 KiB. 0: none.
+    /// How much of it can be read while it runs, and comes first; rounded to whole blocks. 0: none.
     pub initial: u64,
+    /// In which pieces it changes its state and gives it away: 1 KiB to 64 KiB, which is what it is if not said.
+    pub block: u64,
     /// How fast it changes its state while it runs: the part that can be read then, or all of it if none can.
     pub growth: u64,
     /// How fast it can be read; 0 as fast as it can.
@@ -83,6 +91,8 @@ pub struct DeviceConfig {
     pub dma: u64,
     /// How often it announces new initial bytes.
     pub reinit: u32,
+    /// How long after the ones before were read; whole milliseconds.
+    pub reinit_after: Duration,
     /// Whether it can be read while it runs. With `initial` 0 it then has only a little to say until it is stopped.
     pub pre_copy: bool,
     /// Whether it has the P2P-quiescent state.
@@ -105,12 +115,14 @@ impl DeviceConfig {
             name: name.to_owned(),
             size,
             initial: 0,
+            block: BLOCK,
             growth: 0,
             read: 0,
             write: 0,
             config: 0,
             dma: 0,
             reinit: 0,
+            reinit_after: Duration::from_millis(30),
             pre_copy: false,
             p2p: true,
             ack: false,
@@ -145,6 +157,9 @@ impl DeviceConfig {
         }
         if !(DEVICE_STATE_BYTES_MIN..=DEVICE_STATE_BYTES_MAX).contains(&self.size) {
             return wrong(format!("size is {}, must be 4K to 1T", self.size));
+        }
+        if !(BLOCK_BYTES_MIN..=BLOCK).contains(&self.block) {
+            return wrong(format!("block is {}, must be 1K to 64K", self.block));
         }
         if self.initial > self.size {
             return wrong(format!(
@@ -183,7 +198,10 @@ impl fmt::Display for DeviceConfig {
         write!(f, ",initial={},growth={}", self.initial, self.growth)?;
         write!(f, ",read={},write={}", self.read, self.write)?;
         write!(f, ",config={},dma={}", self.config, self.dma)?;
-        write!(f, ",reinit={},seed={}", self.reinit, self.seed)?;
+        write!(f, ",block={}", self.block)?;
+        let after = self.reinit_after.as_millis();
+        write!(f, ",reinit={},reinit-ms={after}", self.reinit)?;
+        write!(f, ",seed={}", self.seed)?;
         write!(
             f,
             ",pre-copy={},p2p={}",
@@ -237,12 +255,14 @@ impl FromStr for DeviceConfig {
                 "name" => value.clone_into(&mut config.name),
                 "size" => config.size = size(key, value)?,
                 "initial" => config.initial = size(key, value)?,
+                "block" => config.block = size(key, value)?,
                 "growth" => config.growth = size(key, value)?,
                 "read" => config.read = size(key, value)?,
                 "write" => config.write = size(key, value)?,
                 "config" => config.config = size(key, value)?,
                 "dma" => config.dma = size(key, value)?,
                 "reinit" => config.reinit = number(key, value)?,
+                "reinit-ms" => config.reinit_after = Duration::from_millis(number(key, value)?),
                 "seed" => config.seed = number(key, value)?,
                 "pre-copy" => pre_copy = Some(yes_or_no(key, value)?),
                 "p2p" => config.p2p = yes_or_no(key, value)?,
@@ -251,8 +271,8 @@ impl FromStr for DeviceConfig {
                 "fail" => config.failure = Some(value.parse()?),
                 _ => {
                     return Err(DeviceConfigError(format!(
-                        "`{key}` is none of name, size, initial, growth, read, write, config, dma, reinit, seed, pre-copy, p2p, \
-                         ack, after-memory, fail"
+                        "`{key}` is none of name, size, initial, block, growth, read, write, config, dma, reinit, reinit-ms, seed, \
+                         pre-copy, p2p, ack, after-memory, fail"
                     )));
                 }
             }
@@ -349,6 +369,7 @@ mod tests {
             "model:size=100M",
             "model:name=nic-0,size=1G,initial=900M,growth=10M,read=1G,write=2G,config=4K,dma=1M,reinit=2,seed=9,p2p=no",
             "model:size=64K,pre-copy=yes,after-memory=yes,fail=break@stop-copy",
+            "model:size=64K,initial=8K,block=4K,reinit=1,reinit-ms=5",
             "model:size=64K,fail=read@1K",
             "model:size=64K,fail=corrupt@77",
             "model:size=64K,fail=hang@stop-copy",
@@ -372,6 +393,8 @@ mod tests {
             ("model:size=1M,ack=yes", "ack"),
             ("model:size=1M,reinit=1", "reinit"),
             ("model:size=1M,config=17M", "config"),
+            ("model:size=1M,block=1023", "block"),
+            ("model:size=1M,block=65537", "block"),
             ("model:size=1M,speed=3", "none of"),
             ("model:size=1M,fail=maybe", "fail"),
             ("model:size=1M,fail=step@limbo", "no state"),

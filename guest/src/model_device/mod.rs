@@ -25,16 +25,13 @@ pub use config::{
 pub use dma::Dma;
 
 use content::Piece;
-use stream::{BLOCK, Cut, Intake, Outgoing};
+use stream::{Cut, Intake, Outgoing};
 
 /// The kind number of the blob that describes a machine's model devices: each as text, a line each.
 pub const DEVICES_BLOB_KIND: u32 = 0x6d64_6576;
 
 /// The page of its DMA.
 const PAGE: u64 = 4096;
-
-/// How long after its initial octets were read it announces new ones.
-const REINIT_AFTER: Duration = Duration::from_millis(30);
 
 /// The head of its configuration: operations and DMA writes done.
 const CONFIG_HEAD: usize = 16;
@@ -155,7 +152,7 @@ impl ModelDevice {
         config.check()?;
         let now = Instant::now();
         let device = Self {
-            cut: Cut::new(config.seed, config.size, config.initial),
+            cut: Cut::new(config.seed, config.size, config.initial, config.block),
             state: DeviceState::Running,
             operations: 0,
             dma_writes: 0,
@@ -293,7 +290,7 @@ impl ModelDevice {
         let over = outgoing.initial_bytes() == 0;
         if over && self.reinits > 0 {
             let since = *self.initial_over.get_or_insert(now);
-            if now.duration_since(since) >= REINIT_AFTER {
+            if now.duration_since(since) >= self.config.reinit_after {
                 (self.reinits, self.initial_over) = (self.reinits - 1, None);
                 outgoing.reinit();
                 self.announced = true;
@@ -528,7 +525,7 @@ impl ModelDevice {
         if !self.state.is_running() || self.config.growth == 0 {
             return;
         }
-        self.owed += since.as_secs_f64() * self.config.growth as f64 / BLOCK as f64;
+        self.owed += since.as_secs_f64() * self.config.growth as f64 / self.config.block as f64;
         let count = self.owed.floor();
         self.owed -= count;
         self.do_operations(count as u64);

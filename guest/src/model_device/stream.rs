@@ -15,7 +15,7 @@
 use super::content::Piece;
 use super::{DeviceFault, newest};
 
-/// A record with its content; the last block may be shorter.
+/// A record with its content, if nothing else is asked for; the last block may be shorter.
 pub(super) const BLOCK: u64 = 64 << 10;
 
 /// Head of a record.
@@ -28,6 +28,8 @@ const MAGIC: [u8; 4] = *b"MDEV";
 pub(super) struct Cut {
     seed: u64,
     size: u64,
+    /// Octets of a block.
+    block: u64,
     /// Blocks in all.
     pub(super) blocks: u64,
     /// Blocks that can be read while the device runs: the first ones.
@@ -35,15 +37,16 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    pub(super) fn new(seed: u64, size: u64, initial: u64) -> Self {
+    pub(super) fn new(seed: u64, size: u64, initial: u64, block: u64) -> Self {
         // The last block must have room for its head.
-        let whole = (size - 1).checked_div(BLOCK).unwrap_or(0);
-        let blocks = whole + u64::from(size - whole * BLOCK > HEAD as u64);
+        let whole = (size - 1).checked_div(block).unwrap_or(0);
+        let blocks = whole + u64::from(size - whole * block > HEAD as u64);
         Self {
             seed,
             size,
+            block,
             blocks: blocks.max(1),
-            early: (initial / BLOCK).min(blocks),
+            early: initial.checked_div(block).unwrap_or(0).min(blocks),
         }
     }
 
@@ -64,9 +67,9 @@ impl Cut {
     /// Octets of a block's record.
     pub(super) fn bytes(&self, block: u64) -> u64 {
         if block + 1 == self.blocks {
-            (self.size - block * BLOCK).min(BLOCK)
+            (self.size - block * self.block).min(self.block)
         } else {
-            BLOCK
+            self.block
         }
     }
 

@@ -3,6 +3,7 @@
 use multifd_transport::GuestMemory;
 use multifd_transport::memory::RegionLayout;
 
+use super::stream::BLOCK;
 use super::*;
 
 const MIB: u64 = 1 << 20;

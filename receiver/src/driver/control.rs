@@ -1314,7 +1314,8 @@ impl Control {
         let vmm = self.vmm_home();
         let devices = sinks;
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
-        let report = Report::new(&self.timeline, &outcome, &self.shared.counters.snapshot());
+        let mut report = Report::new(&self.timeline, &outcome, &self.shared.counters.snapshot());
+        report.damaged = self.shared.counters.damage.list();
         let error = match outcome {
             Outcome::Running => None,
             Outcome::Failed(error) | Outcome::Stranded(error) => Some(error),

@@ -11,7 +11,7 @@ use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::Outcome;
 use multifd_wire::negotiate::{self, Agreement, Offer};
 use multifd_wire::{
-    Body, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId, Reason,
+    Body, ChannelRef, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId, Reason,
     Sequence, SessionId, Token, VersionRange,
 };
 
@@ -262,6 +262,10 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
     let hello = match Hello::decode(&octets) {
         Ok(hello) => hello,
         Err(error) => {
+            if let Some(frame) = error.damaged() {
+                // It can't be trusted in what it says that the channel is for.
+                shared.counters.note_damage(ChannelRef::None, frame, 1);
+            }
             let offer = shared.desk.offer_for(Intent::Start, Features::DEVICE_STATE);
             return refuse(
                 shared,

@@ -11,7 +11,7 @@ use crossbeam_channel::Sender;
 use multifd_transport::{ChannelError, ReceiveHalf, Span};
 use multifd_wire::frame::{Pages, Zeros};
 use multifd_wire::{
-    ChannelKind, Frame, HEADER_BYTES, Header, Incarnation, Kind, LaneId, Misbehaved, PageRun, Round,
+    ChannelKind, ChannelRef, Frame, HEADER_BYTES, Header, Incarnation, Kind, LaneId, Misbehaved, PageRun, Round,
 };
 
 use super::device::{DeviceNote, Inventory};
@@ -97,7 +97,9 @@ impl LaneThread {
                     }
                 }
                 Err(fault) => {
-                    self.shared.counters.add_cpu(thread_cpu(&mut cpu));
+                    let counters = &self.shared.counters;
+                    counters.add_cpu(thread_cpu(&mut cpu));
+                    counters.note_fault(ChannelRef::Lane(self.id), &fault);
                     return fault;
                 }
             }
@@ -188,10 +190,10 @@ impl LaneThread {
             .pages
             .fetch_add(pages.checksums.len() as u64, Ordering::Relaxed);
         if !bad.is_empty() {
-            self.shared
-                .counters
-                .pages_damaged
-                .fetch_add(bad.len() as u64, Ordering::Relaxed);
+            let pages = bad.iter().map(|run| u64::from(run.count())).sum();
+            let counters = &self.shared.counters;
+            counters.pages_damaged.fetch_add(pages, Ordering::Relaxed);
+            counters.note_damage(ChannelRef::Lane(self.id), header.kind().name(), pages);
             // Before the frame counts as handled: the give-back must overtake its acknowledgement (SPEC: BACK-2).
             let _ = self.notes.send(Note::Damaged {
                 lane: self.id,

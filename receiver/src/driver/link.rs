@@ -1,6 +1,5 @@
 //! Frames over a channel: reading heads, and the control channel's two directions.
 
-use crossbeam_channel::Sender;
 use multifd_transport::{ChannelError, ReceiveHalf, SendHalf};
 use multifd_wire::frame::{BlobPart, Commit, Device, Final, Regions, SetupEnd, Switchover};
 use multifd_wire::{
@@ -8,7 +7,7 @@ use multifd_wire::{
     Malformed, Misbehaved, Phase, Reason, Role, Sequence,
 };
 
-use super::Note;
+use super::{Note, Shared};
 use crate::error::{Error, Fault};
 
 /// The sending direction of the control channel.
@@ -99,18 +98,21 @@ pub(super) enum Inbound {
 }
 
 /// Reads the control channel until it ends, and passes every frame on. Never returns without a last word to the control thread.
-pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, epoch: u32, notes: &Sender<Note>) {
+pub(super) fn read_control(mut rx: Box<dyn ReceiveHalf>, shared: &Shared, epoch: u32) {
     let (mut expected, mut table) = (Sequence::FIRST, Vec::new());
     loop {
         let note = match next(&mut *rx, &mut expected, &mut table) {
             Ok(inbound) => Note::Inbound { epoch, inbound },
-            Err(fault) => Note::ControlLost {
-                epoch,
-                error: Error::new(Phase::Hello, fault).at(ChannelRef::Control),
-            },
+            Err(fault) => {
+                shared.counters.note_fault(ChannelRef::Control, &fault);
+                Note::ControlLost {
+                    epoch,
+                    error: Error::new(Phase::Hello, fault).at(ChannelRef::Control),
+                }
+            }
         };
         let ended = matches!(note, Note::ControlLost { .. });
-        if notes.send(note).is_err() || ended {
+        if shared.notes.send(note).is_err() || ended {
             return;
         }
     }

@@ -250,6 +250,7 @@ impl Control {
             &Hello::start(self.id, features, self.wanted()),
             deadline,
         )
+        .inspect_err(|fault| self.shared.counters.note_fault(ChannelRef::Control, fault))
         .map_err(hello_error)?;
         self.take_control(opened)?;
         let now = self.shared.now();
@@ -563,6 +564,9 @@ impl Control {
         );
         let body = Box::new(move || {
             let fault = lane_life(&shared, &*dial, attempt, &hello, &lane, &orders, &notes).err();
+            if let Some(fault) = &fault {
+                shared.counters.note_fault(ChannelRef::Lane(id), fault);
+            }
             let _ = notes.send(Note::LaneEnded {
                 lane: id,
                 incarnation,
@@ -1346,7 +1350,7 @@ impl Control {
         let devices = self.end_devices(gone);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
         self.shared.counters.note_sources(&self.sources);
-        let report = Report::new(
+        let mut report = Report::new(
             &self.timeline,
             &outcome,
             &self.shared.counters.snapshot(),
@@ -1354,6 +1358,7 @@ impl Control {
             &self.sources,
             devices,
         );
+        report.damaged = self.shared.counters.damage.list();
         let error = match outcome {
             Outcome::Migrated => None,
             Outcome::Failed(error)

@@ -16,8 +16,8 @@ use multifd_wire::{
     HelloReply, Incarnation, Incompatible, LaneId, Misbehaved, Phase, Reason, Role, Sequence,
 };
 
-use super::Note;
 use super::device::Depot;
+use super::{Note, Shared};
 use crate::error::{Error, Fault};
 
 /// A channel whose hello was accepted.
@@ -147,23 +147,26 @@ pub(super) enum Inbound {
 /// Reads the control channel until it ends, and passes every frame on. Never returns without a last word to the control thread.
 pub(super) fn read_control(
     mut rx: Box<dyn ReceiveHalf>,
-    depot: Arc<Depot>,
+    shared: &Shared,
     epoch: u32,
     notes: &Sender<Note>,
 ) {
     let mut reader = Reader {
         expected: Sequence::new(0),
         table: Vec::new(),
-        depot,
+        depot: Arc::clone(&shared.depot),
         epoch,
     };
     loop {
         let note = match reader.next(&mut *rx) {
             Ok(inbound) => Note::Inbound { epoch, inbound },
-            Err(fault) => Note::ControlLost {
-                epoch,
-                error: Error::new(Phase::Hello, fault).at(ChannelRef::Control),
-            },
+            Err(fault) => {
+                shared.counters.note_fault(ChannelRef::Control, &fault);
+                Note::ControlLost {
+                    epoch,
+                    error: Error::new(Phase::Hello, fault).at(ChannelRef::Control),
+                }
+            }
         };
         let ended = matches!(note, Note::ControlLost { .. });
         if notes.send(note).is_err() || ended {

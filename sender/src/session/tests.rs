@@ -503,6 +503,55 @@ fn without_an_acknowledgement_the_guest_runs_on_and_rounds_are_made_that_do_not_
     assert!(switches.contains(&"pause".to_owned()), "{switches:?}");
 }
 
+/// A session whose devices alone would keep the guest paused for longer than the limit, driven for two seconds: how many rounds
+/// it made, and whether it ended.
+fn rounds_of_a_heavy_device(unacked: &[&str]) -> (u32, bool) {
+    let mut session = devices_with(config(), 5);
+    let heavy = Event::Devices(DeviceOutlook {
+        stop_bytes: 1 << 40,
+        load: Duration::ZERO,
+        unacked: unacked.iter().map(|name| (*name).to_owned()).collect(),
+    });
+    let (mut now, mut rounds) = (67 * MS, 0);
+    let mut effects = session.handle(heavy, now);
+    while now < 2067 * MS && rounds < 1000 {
+        session.heard(now);
+        session.progressed(now);
+        let words = spoken(&effects);
+        let said = |word: &str| words.iter().any(|said| said.starts_with(word));
+        if finishes(&effects) > 0 {
+            return (rounds, true);
+        }
+        let event = if said("open") {
+            rounds += 1;
+            Event::Encoded {
+                octets: 4096,
+                unacked_octets: 0,
+            }
+        } else if said("collect") {
+            Event::Collected { pages: 0 }
+        } else {
+            now = session.next_deadline().min(now + 100 * MS);
+            Event::Tick
+        };
+        effects = session.handle(event, now);
+    }
+    (rounds, false)
+}
+
+#[test]
+fn rounds_that_cannot_help_do_not_follow_one_another_without_end_while_devices_load() {
+    let (rounds, ended) = rounds_of_a_heavy_device(&["nic"]);
+    assert!((1..=11).contains(&rounds), "{rounds} in two seconds");
+    assert!(!ended);
+}
+
+#[test]
+fn once_devices_are_loaded_rounds_count_again() {
+    let (rounds, ended) = rounds_of_a_heavy_device(&[]);
+    assert!(ended && rounds <= 31, "{rounds}");
+}
+
 #[test]
 fn past_the_acknowledgement_deadline_the_users_choice_decides() {
     let late = |choice| {

@@ -4,6 +4,8 @@
 //! time) and a moment (before the frame, inside it, after it, or some time later). If none of them happened by the time of the
 //! COMMIT, one happens there. So there is no migration without a fault.
 
+use std::collections::BTreeSet;
+
 use multifd_wire::{ChannelRef, HEADER_BYTES, HELLO_REPLY_BYTES, Kind};
 
 use super::network::Link;
@@ -49,6 +51,8 @@ pub enum Fault {
     TornPages,
     /// A bit of a page is flipped.
     FlipPage,
+    /// A bit of a device's chunk is flipped.
+    FlipChunk,
     /// A bit of a head on a data channel is flipped.
     FlipLaneHead,
     /// A bit of what the source says on the control channel is flipped.
@@ -61,12 +65,18 @@ pub enum Fault {
     CrashSource,
     /// The destination's program dies.
     CrashDestination,
+    /// The destination's program dies, and another one is started in its place.
+    RestartDestination,
+    /// Somebody else dials the destination: says nothing, or talks nonsense, or shows tickets and secrets that he made up.
+    Stranger,
     /// The source's user stops it.
     CancelSource,
     /// The destination's user stops it.
     CancelDestination,
     /// A VMM says no.
     VmmRefuses,
+    /// A device fails, or gives an octet that is not its own.
+    DeviceFails,
     /// A frame of the source is changed, and its checksums are right.
     ForgeForth,
     /// A frame of the destination is changed, and its checksums are right.
@@ -89,15 +99,19 @@ pub const RATES: &[(Fault, u32)] = &[
     (Fault::LateLane, 6),
     (Fault::TornPages, 8),
     (Fault::FlipPage, 10),
+    (Fault::FlipChunk, 4),
     (Fault::FlipLaneHead, 4),
     (Fault::FlipForth, 4),
     (Fault::FlipBack, 4),
     (Fault::FlipHello, 1),
     (Fault::CrashSource, 5),
     (Fault::CrashDestination, 6),
+    (Fault::RestartDestination, 5),
+    (Fault::Stranger, 5),
     (Fault::CancelSource, 5),
     (Fault::CancelDestination, 3),
     (Fault::VmmRefuses, 3),
+    (Fault::DeviceFails, 6),
     (Fault::ForgeForth, 5),
     (Fault::ForgeBack, 5),
 ];
@@ -128,6 +142,8 @@ enum When {
     },
     /// At this time after the start, in ns.
     Time(u64),
+    /// Not by itself.
+    Never,
 }
 
 /// Where, seen from the frame.
@@ -161,10 +177,27 @@ pub struct FrameSeen {
     pub kind: Option<Kind>,
     /// What an OUTCOME says (SPEC: ASK-2).
     pub outcome: Option<u32>,
+    /// Device and index of a chunk.
+    pub item: Option<(u32, u64)>,
     /// Octets of header and table.
     pub head: u64,
     /// Octets in all.
     pub bytes: u64,
+}
+
+/// A part of what is sent, with a checksum of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// What a channel begins with.
+    Hello,
+    /// The answer to it.
+    Reply,
+    /// A frame's header.
+    Header,
+    /// A frame's table.
+    Table,
+    /// A frame's body; of PAGES, a page of it.
+    Body,
 }
 
 impl FrameSeen {
@@ -191,16 +224,44 @@ impl FrameSeen {
         let state = frame
             .get(HEADER_BYTES..)
             .and_then(|table| table.first_chunk::<4>());
+        let table = head.get(HEADER_BYTES..).unwrap_or_default();
+        let item = table
+            .first_chunk::<4>()
+            .zip(table.get(8..).and_then(|rest| rest.first_chunk::<8>()))
+            .filter(|_| kind == Some(Kind::DeviceChunk))
+            .map(|(device, index)| (u32::from_le_bytes(*device), u64::from_le_bytes(*index)));
         Self {
             from,
             channel,
             number,
             kind,
+            item,
             outcome: state
                 .filter(|_| is_outcome)
                 .map(|state| u32::from_le_bytes(*state)),
             head: head.len() as u64,
             bytes,
+        }
+    }
+
+    /// What the octet belongs to, and the last octet that has to be read before a change of it can be found out.
+    pub(super) fn part(&self, octet: u64) -> (Part, u64) {
+        let (reply, header) = (HELLO_REPLY_BYTES as u64, HEADER_BYTES as u64);
+        if self.number > 0 {
+            return if octet < header {
+                (Part::Header, header - 1)
+            } else if octet < self.head {
+                (Part::Table, self.head - 1)
+            } else {
+                (Part::Body, self.bytes - 1)
+            };
+        }
+        match self.from {
+            Side::Source => (Part::Hello, self.bytes - 1),
+            Side::Destination if octet < reply => (Part::Reply, reply - 1),
+            // OUTCOME follows the answer to who asks.
+            Side::Destination if octet < reply + header => (Part::Header, reply + header - 1),
+            Side::Destination => (Part::Table, self.bytes - 1),
         }
     }
 
@@ -232,6 +293,8 @@ pub(super) enum Forgery {
 pub struct FrameFate {
     /// Bits that are flipped, counted from the first octet of the frame.
     pub(super) flips: Vec<u64>,
+    /// Octets of the frame with which a flipped bit can be found out, and the bit's number.
+    pub(super) marks: Vec<(u64, usize)>,
     /// The connection breaks when so many octets of it are on the way.
     pub(super) cut_at: Option<u64>,
     /// With a reset; otherwise with an orderly end.
@@ -252,6 +315,17 @@ impl FrameFate {
                 *octet ^= 1 << (bit % 8);
             }
         }
+    }
+
+    /// The marks among `count` octets of the frame from `begin` on, by their place among these.
+    pub(super) fn marks_in(&self, begin: u64, count: usize) -> Vec<(usize, usize)> {
+        self.marks
+            .iter()
+            .filter_map(|(octet, flip)| {
+                let place = usize::try_from(octet.checked_sub(begin)?).ok()?;
+                (place < count).then_some((place, *flip))
+            })
+            .collect()
     }
 
     /// Breaks the connection.
@@ -311,6 +385,8 @@ fn reseal(head: &mut [u8]) {
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
     pub(super) faults: Vec<Planned>,
+    /// Bits of pages that are still to be flipped, beside the faults.
+    storm: u64,
 }
 
 /// Control frames that a trigger may name.
@@ -341,6 +417,10 @@ const BACK: &[Kind] = &[
     Kind::GiveBack,
     Kind::LaneDown,
     Kind::Landed,
+    Kind::Credit,
+    Kind::SwitchoverAck,
+    Kind::DeviceLoaded,
+    Kind::DeviceLoaded,
 ];
 
 impl Plan {
@@ -356,23 +436,36 @@ impl Plan {
         }
     }
 
-    /// Only flips, and so many of them in pages that each round has some; now and then one elsewhere.
+    /// Only flips: many in pages, some elsewhere on data channels, and in half of all plans one that ends the migration, or may.
     #[must_use]
-    pub fn flips(random: &mut Random, count: usize) -> Self {
-        let mut faults: Vec<Planned> = (0..count)
-            .map(|_| Planned::draw(Fault::FlipPage, random))
-            .collect();
-        let other = [
-            Fault::FlipLaneHead,
-            Fault::FlipForth,
-            Fault::FlipBack,
-            Fault::FlipHello,
-        ];
-        faults.push(Planned::draw(
-            other[random.below(other.len() as u64) as usize],
-            random,
-        ));
-        Self { faults }
+    pub fn flips(random: &mut Random) -> Self {
+        let mut plan = Self {
+            storm: [20, 80, 200][random.below(3) as usize],
+            ..Self::default()
+        };
+        for fault in [Fault::FlipLaneHead, Fault::FlipChunk] {
+            for _ in 0..random.below(3) {
+                plan.faults.push(Planned::draw(fault, random));
+            }
+        }
+        let last = [Fault::FlipForth, Fault::FlipBack, Fault::FlipHello];
+        if let Some(fault) = last.get(random.below(6) as usize) {
+            plan.faults.push(Planned::draw(*fault, random));
+        }
+        plan
+    }
+
+    /// Bits of a body of pages that are flipped, if any.
+    pub(super) fn storm_over(&mut self, seen: &FrameSeen, random: &mut Random) -> Vec<u64> {
+        let is_pages = seen.kind == Some(Kind::Pages) && seen.bytes > seen.head;
+        if self.storm == 0 || !is_pages || random.below(2) == 0 {
+            return Vec::new();
+        }
+        let count = (1 + random.below(8)).min(self.storm);
+        self.storm -= count;
+        let (from, bits) = (seen.head * 8, (seen.bytes - seen.head) * 8);
+        let flips: BTreeSet<u64> = (0..count).map(|_| from + random.below(bits)).collect();
+        flips.into_iter().collect()
     }
 
     /// No fault at all.
@@ -389,7 +482,7 @@ impl Plan {
             .enumerate()
             .filter_map(|(index, planned)| match planned.when {
                 When::Time(at) => Some((at, index)),
-                When::Frame { .. } => None,
+                When::Frame { .. } | When::Never => None,
             })
             .collect();
         times.sort_unstable();
@@ -466,7 +559,12 @@ impl Planned {
             | Fault::LateLane => frame(
                 Side::Source,
                 On::Lanes,
-                (random.below(4) == 0).then_some(Kind::RoundEnd),
+                match random.below(8) {
+                    0 | 1 => Some(Kind::RoundEnd),
+                    2 => Some(Kind::DeviceChunk),
+                    3 => Some(Kind::DeviceMark),
+                    _ => None,
+                },
                 false,
                 skewed(random, 24) as u32,
             ),
@@ -477,6 +575,15 @@ impl Planned {
                 false,
                 skewed(random, 40) as u32,
             ),
+            Fault::FlipChunk => frame(
+                Side::Source,
+                On::Lanes,
+                Some(Kind::DeviceChunk),
+                false,
+                skewed(random, 16) as u32,
+            ),
+            // What it does is the device's own affair: drawn with it.
+            Fault::DeviceFails => When::Never,
             Fault::FlipLaneHead => frame(
                 Side::Source,
                 On::Lanes,
@@ -484,8 +591,19 @@ impl Planned {
                 false,
                 skewed(random, 40) as u32,
             ),
-            Fault::FlipForth => some_control(random, Side::Source),
-            Fault::FlipBack => some_control(random, Side::Destination),
+            // Of a kind that is named, or whatever comes.
+            Fault::FlipForth | Fault::FlipBack => {
+                let from = if fault == Fault::FlipForth {
+                    Side::Source
+                } else {
+                    Side::Destination
+                };
+                if random.below(2) == 0 {
+                    some_control(random, from)
+                } else {
+                    frame(from, On::Control, None, false, skewed(random, 24) as u32)
+                }
+            }
             Fault::FlipHello => {
                 let on = if random.below(2) == 0 {
                     On::Control
@@ -497,7 +615,11 @@ impl Planned {
             Fault::ForgeForth if random.below(2) == 0 => frame(
                 Side::Source,
                 On::Lanes,
-                None,
+                match random.below(6) {
+                    0 => Some(Kind::DeviceChunk),
+                    1 => Some(Kind::DeviceMark),
+                    _ => None,
+                },
                 false,
                 skewed(random, 40) as u32,
             ),
@@ -527,6 +649,7 @@ impl Planned {
             fault,
             Fault::TornPages
                 | Fault::FlipPage
+                | Fault::FlipChunk
                 | Fault::FlipLaneHead
                 | Fault::FlipForth
                 | Fault::FlipBack
@@ -568,7 +691,7 @@ impl Planned {
             && *hello == (seen.number == 0)
             && (kind.is_none() || *kind == seen.kind)
             // A flip in a body needs one.
-            && (self.fault != Fault::FlipPage || seen.bytes > seen.head);
+            && (!matches!(self.fault, Fault::FlipPage | Fault::FlipChunk) || seen.bytes > seen.head);
         if fits && *left > 0 {
             *left -= 1;
             return false;

@@ -14,8 +14,10 @@ use multifd_tracking::{
 };
 use multifd_transport::memory::RegionLayout;
 use multifd_transport::{GuestMemory, Span};
+use multifd_wire::frame::Device;
 use multifd_wire::{Layout, PAGE_BYTES, PAGE_BYTES_U64};
 
+use super::devices;
 use super::faults::Side;
 use super::schedule;
 use super::world::{Step, World};
@@ -88,6 +90,8 @@ struct State {
     noted: Vec<(u32, u64)>,
     writes: u64,
     destination: Option<GuestMemory>,
+    /// Memory of programs that died: their ghosts may still write it.
+    buried: Vec<GuestMemory>,
     /// What `save` gave last.
     saved: Vec<u8>,
     loaded: Option<Vec<u8>>,
@@ -105,7 +109,9 @@ pub struct Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         leave_memory(&self.shape, self.memory.clone());
-        if let Some(memory) = self.lock().destination.take() {
+        let mut state = self.lock();
+        let buried = std::mem::take(&mut state.buried);
+        for memory in state.destination.take().into_iter().chain(buried) {
             leave_memory(&self.shape, memory);
         }
     }
@@ -134,6 +140,7 @@ impl Machine {
                 noted: Vec::new(),
                 writes: 0,
                 destination: None,
+                buried: Vec::new(),
                 saved: Vec::new(),
                 loaded: None,
             }),
@@ -313,6 +320,14 @@ impl Machine {
         None
     }
 
+    /// The destination's program died.
+    pub(super) fn bury_destination(&self) {
+        let mut state = self.lock();
+        state.loaded = None;
+        let memory = state.destination.take();
+        state.buried.extend(memory);
+    }
+
     /// The memory of a destination that is no more goes back to the pool.
     pub(super) fn forget_destination(&self) {
         let mut state = self.lock();
@@ -324,7 +339,11 @@ impl Machine {
 }
 
 /// The source's machine monitor.
-pub(super) struct SourceVmm(pub(super) Arc<World>);
+pub(super) struct SourceVmm {
+    pub(super) world: Arc<World>,
+    /// The guest's devices, until a migration takes them.
+    pub(super) devices: Vec<Box<dyn tx::DeviceSource>>,
+}
 
 impl tx::Vmm for SourceVmm {
     fn config(&mut self) -> Result<Vec<tx::Blob>, tx::VmmError> {
@@ -335,22 +354,26 @@ impl tx::Vmm for SourceVmm {
         }])
     }
 
+    fn devices(&mut self) -> Result<Vec<Box<dyn tx::DeviceSource>>, tx::VmmError> {
+        Ok(std::mem::take(&mut self.devices))
+    }
+
     fn pause(&mut self) -> Result<(), tx::VmmError> {
         schedule::sleep(50_000);
-        self.0.machine.catch_up();
-        if self.0.refuses(Step::Pause) {
+        self.world.machine.catch_up();
+        if self.world.refuses(Step::Pause) {
             return Err(tx::VmmError::new("a processor does not stop"));
         }
-        self.0.source_paused();
+        self.world.source_paused();
         Ok(())
     }
 
     fn save(&mut self) -> Result<Vec<tx::Blob>, tx::VmmError> {
         schedule::sleep(100_000);
-        if self.0.refuses(Step::Save) {
+        if self.world.refuses(Step::Save) {
             return Err(tx::VmmError::new("a device cannot be saved"));
         }
-        let machine = &self.0.machine;
+        let machine = &self.world.machine;
         // Saving may itself write memory: this machine does.
         let region = machine.shape.len() as u32 - 1;
         machine.fill(region, 0);
@@ -368,7 +391,7 @@ impl tx::Vmm for SourceVmm {
     }
 
     fn resume(&mut self, _: tx::Reclaimed) -> Result<(), tx::VmmError> {
-        self.0.source_resumed();
+        self.world.source_resumed();
         Ok(())
     }
 }
@@ -411,6 +434,14 @@ pub(super) struct DestinationVmm {
     pub(super) world: Arc<World>,
     /// How long each step takes, in ns.
     pub(super) step_ns: u64,
+    /// Which of the destination's programs it belongs to.
+    pub(super) life: u32,
+}
+
+impl DestinationVmm {
+    fn lives(&self) -> bool {
+        self.world.lives_as(Side::Destination, self.life)
+    }
 }
 
 impl rx::Vmm for DestinationVmm {
@@ -430,11 +461,15 @@ impl rx::Vmm for DestinationVmm {
             return Err(rx::VmmError::new("no such machine here"));
         }
         let memory = take_memory(&machine.shape);
-        if self.world.lives(Side::Destination) {
+        if self.lives() {
             machine.forget_destination();
             machine.lock().destination = Some(memory.clone());
         }
         Ok(memory)
+    }
+
+    fn devices(&mut self, table: &[Device]) -> Result<Vec<Box<dyn rx::DeviceSink>>, rx::VmmError> {
+        devices::at_destination(&self.world, self.life, table)
     }
 
     fn load(&mut self, states: Vec<rx::Blob>) -> Result<(), rx::VmmError> {
@@ -442,10 +477,16 @@ impl rx::Vmm for DestinationVmm {
         if self.world.refuses(Step::Load) {
             return Err(rx::VmmError::new("this state is of another version"));
         }
-        if self.world.lives(Side::Destination) {
+        if self.lives() {
             self.world.machine.lock().loaded = states.first().map(|blob| blob.octets.to_vec());
         }
         Ok(())
+    }
+
+    fn discard(&mut self) {
+        if self.lives() {
+            self.world.discarded();
+        }
     }
 
     fn resume(&mut self, _: rx::Ownership) -> Result<(), rx::VmmError> {
@@ -453,7 +494,7 @@ impl rx::Vmm for DestinationVmm {
         if self.world.refuses(Step::Resume) {
             return Err(rx::VmmError::new("no processor"));
         }
-        if self.world.lives(Side::Destination) {
+        if self.lives() {
             if let Some((region, page)) = self.world.machine.differing_page() {
                 self.world.violation(format!(
                     "the guest was started at the destination with another page {page} of region {region}"

@@ -11,16 +11,19 @@
 //! See docs/decisions/0017 for why it runs the drivers and not only the machines. [`run`] needs a program that has
 //! `interpose.rs` in it; `multifd-sim` is one.
 
+mod devices;
 pub mod faults;
 pub mod machine;
 pub mod network;
 mod oracle;
 pub mod schedule;
+mod stranger;
 pub mod world;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use multifd_guest::DeviceConfig;
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::{Channel, Spawner};
@@ -29,11 +32,14 @@ use multifd_wire::ChannelRef;
 use self::faults::{Fault, Plan, Side};
 use self::machine::{DestinationVmm, Machine, Notes, Pace, SourceVmm};
 use self::network::Quality;
-use self::world::World;
+use self::world::{Scene, World};
 use crate::model::Random;
 
 /// The longest that a simulated migration may last, second attempts included. The settings' deadlines add up to less.
 const LIMIT_NS: u64 = 240_000_000_000;
+
+/// Whether a session with devices outlives its channels.
+const DEVICES_RESUME: bool = false;
 
 /// What is simulated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,8 +62,12 @@ pub struct Verdict {
     pub violations: Vec<String>,
     /// Faults that happened.
     pub faults: Vec<Fault>,
-    /// Bits that were flipped.
-    pub flips: u64,
+    /// What came of flipped bits: of which frame, in which part, how it ended; and how many.
+    pub flips: Vec<(String, u64)>,
+    /// Devices of the guest.
+    pub devices: usize,
+    /// Devices that run at the destination with their state.
+    pub devices_moved: u64,
     /// How the source says that it ended.
     pub outcome: tx::OutcomeKind,
     /// The source's error, by code.
@@ -74,13 +84,22 @@ pub struct Verdict {
 
 /// The command that runs a seed again, with everything that happens.
 #[must_use]
-pub fn replay_command(seed: u64) -> String {
+pub fn replay_command(seed: u64, mode: Mode) -> String {
+    let mode = match mode {
+        Mode::Faults => "",
+        Mode::Flips => " --flips",
+        Mode::Calm => " --calm",
+    };
     format!(
-        "replay: cargo run --release -p multifd-tests --bin multifd-sim -- --seed {seed} --trace"
+        "replay: cargo run --release -p multifd-tests --bin multifd-sim -- --seed {seed} --trace{mode}"
     )
 }
 
+/// What came of a flipped bit that nobody read: the connection ended before.
+pub const NEVER_READ: &str = "never read";
+
 /// The settings that a seed gives.
+#[derive(Clone)]
 struct Settings {
     shape: Vec<u64>,
     quality: Vec<Quality>,
@@ -91,6 +110,10 @@ struct Settings {
     step_ns: u64,
     must_converge: bool,
     resumes: bool,
+    devices: Vec<DeviceConfig>,
+    starts_afresh: bool,
+    /// How long the destination may hold a machine whose source has died, in ns.
+    holds_ns: u64,
 }
 
 fn pick<T: Copy>(random: &mut Random, of: &[T]) -> T {
@@ -129,7 +152,25 @@ impl Settings {
         let must_converge = random.below(4) > 0;
         let reconnect_ms = pick(random, &[0, 300, 4000, 4000]);
         let suspend_ms = pick(random, &[0, 300, 8000, 8000, 8000]);
+        let devices = devices::draw(random);
+        // A destination that loads slowly is waited for, or not.
+        let ack_deadline_ms = pick(random, &[None, None, None, Some(5), Some(500)]);
+        let when_ack_late = if random.below(2) == 0 {
+            tx::WhenAckLate::Fail
+        } else {
+            tx::WhenAckLate::GoOn
+        };
+        let ack_may_fail = ack_deadline_ms.is_some() && when_ack_late == tx::WhenAckLate::Fail;
+        let starts_afresh = random.below(2) == 0;
         let config = tx::Config::builder()
+            .when_destination_lost(if starts_afresh {
+                tx::WhenDestinationLost::StartAfresh
+            } else {
+                tx::WhenDestinationLost::Fail
+            })
+            .device_chunk_bytes(pick(random, &[4096, 10_000, 64 << 10]))
+            .ack_deadline(ack_deadline_ms.map(Duration::from_millis))
+            .when_ack_late(when_ack_late)
             .reconnect_deadline(Duration::from_millis(reconnect_ms))
             .progress_deadline(Duration::from_secs(3))
             .channels(lanes)
@@ -150,6 +191,7 @@ impl Settings {
             .build()
             .expect("settings within their ranges");
         let receiver = rx::Config::builder()
+            .device_window_bytes(pick(random, &[64 << 10, 64 << 10, 1 << 20]))
             .suspend(Duration::from_millis(suspend_ms))
             .progress_deadline(Duration::from_secs(3))
             .hello_deadline(Duration::from_secs(1))
@@ -169,8 +211,14 @@ impl Settings {
                 hot_pages: pick(random, &[4, 16, 1000]),
             },
             step_ns: pick(random, &[10_000, 100_000, 20_000_000]),
-            must_converge,
-            resumes: reconnect_ms >= 4000 && suspend_ms >= 8000,
+            must_converge: must_converge && !(ack_may_fail && !devices.is_empty()),
+            resumes: reconnect_ms >= 4000
+                && suspend_ms >= 8000
+                && (DEVICES_RESUME || devices.is_empty()),
+            devices,
+            starts_afresh,
+            // Noticing it may take a stall or the set-up's deadline, and the VMM may be at work.
+            holds_ns: (suspend_ms + stall_ms + 6_000) * 1_000_000,
         }
     }
 }
@@ -194,7 +242,7 @@ impl Spawner for SmallThreads {
 /// Dials the simulated destination.
 struct SimDial {
     world: Arc<World>,
-    destination: rx::Handle,
+    destination: Arc<Mutex<rx::Handle>>,
     quality: Vec<Quality>,
 }
 
@@ -215,7 +263,8 @@ impl tx::Dial for SimDial {
         }
         let (ours, theirs, link) = network::connect(&self.world, channel, quality);
         self.world.connected(link);
-        self.destination.offer(theirs)?;
+        let destination = lock(&self.destination).clone();
+        destination.offer(theirs)?;
         Ok(ours)
     }
 }
@@ -226,8 +275,9 @@ impl tx::Dial for SimDial {
 /// If the program has not `interpose.rs` in it: then threads would wait for real.
 #[must_use]
 pub fn run(seed: u64, mode: Mode, trace: bool) -> Verdict {
+    let replay = replay_command(seed, mode);
     let (mut verdict, figures) =
-        schedule::simulate(seed, LIMIT_NS, || simulated(seed, mode, trace));
+        schedule::simulate(seed, LIMIT_NS, &replay, || simulated(seed, mode, trace));
     verdict.figures = figures;
     verdict
 }
@@ -244,7 +294,7 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
     let settings = Settings::draw(&mut random);
     let plan = match mode {
         Mode::Faults => Plan::draw(&mut random),
-        Mode::Flips => Plan::flips(&mut random, 14),
+        Mode::Flips => Plan::flips(&mut random),
         Mode::Calm => Plan::none(),
     };
     let machine = Machine::new(
@@ -254,23 +304,31 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
     );
     let world = World::new(
         Random::new(random.next_u64()),
-        plan,
-        machine,
-        settings.config.channels(),
-        settings.stall_ns,
-        settings.resumes,
-        trace,
+        Scene {
+            plan,
+            machine,
+            devices: settings.devices.clone(),
+            lanes: settings.config.channels(),
+            stall_ns: settings.stall_ns,
+            resumes: settings.resumes,
+            starts_afresh: settings.starts_afresh,
+            // Where every flipped bit is accounted for, no page is damaged for another reason.
+            tears: mode != Mode::Flips,
+            trace,
+        },
     );
     let theirs = Arc::clone(&world);
     let fate = SmallThreads.spawn("fate", Box::new(move || theirs.fate_life()));
-    let attempt = attempt(&world, &settings, true);
+    let devices = devices::at_source(&world);
+    let mut attempt = attempt(&world, &settings, devices, true);
     world.end();
     let _ = fate.expect("a thread can be started").join();
     let judged = oracle::judge(&world, &attempt, &settings);
     let second = oracle::may_try_again(&world, &attempt) && random.below(4) == 0;
     if second {
         world.calm_down();
-        let again = self::attempt(&world, &settings, false);
+        let devices = std::mem::take(&mut attempt.sent.devices);
+        let again = self::attempt(&world, &settings, devices, false);
         oracle::judge_second(&world, &again);
     }
     let summary = world.summary();
@@ -282,7 +340,9 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
             .iter()
             .map(|(_, fault, _)| *fault)
             .collect(),
-        flips: summary.flips.len() as u64,
+        flips: oracle::fates_of_flips(&world, &attempt),
+        devices: settings.devices.len(),
+        devices_moved: summary.devices_moved,
         outcome: judged,
         code: attempt.sent.error.as_ref().map(tx::Error::code),
         pages_given_back: attempt.sent.report.pages_given_back,
@@ -296,27 +356,36 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
 struct Attempt {
     sent: tx::Finished,
     received: rx::Finished,
+    /// Of the destination's program that was started after the first one died.
+    restarted: Option<rx::Finished>,
 }
 
-fn attempt(world: &Arc<World>, settings: &Settings, first: bool) -> Attempt {
-    let reception = rx::Reception::start(rx::Parts {
-        vmm: Box::new(DestinationVmm {
-            world: Arc::clone(world),
-            step_ns: settings.step_ns,
-        }),
-        listeners: Vec::new(),
-        config: settings.receiver.clone(),
-        spawner: Some(Box::new(SmallThreads)),
-    })
-    .expect("threads can be started");
-    let destination = reception.handle();
+impl Attempt {
+    /// What the destination that lived last has to say.
+    fn received(&self) -> &rx::Finished {
+        self.restarted.as_ref().unwrap_or(&self.received)
+    }
+}
+
+fn attempt(
+    world: &Arc<World>,
+    settings: &Settings,
+    devices: Vec<Box<dyn tx::DeviceSource>>,
+    first: bool,
+) -> Attempt {
+    let reception = receive(world, settings, world.life());
+    let destination = Arc::new(Mutex::new(reception.handle()));
+    let restarted = Arc::new(Mutex::new(None));
     let migration = tx::Migration::start(tx::Parts {
-        vmm: Box::new(SourceVmm(Arc::clone(world))),
+        vmm: Box::new(SourceVmm {
+            world: Arc::clone(world),
+            devices,
+        }),
         memory: world.machine.memory(),
         sources: vec![Box::new(Notes(Arc::clone(world)))],
         dial: Box::new(SimDial {
             world: Arc::clone(world),
-            destination: destination.clone(),
+            destination: Arc::clone(&destination),
             quality: settings.quality.clone(),
         }),
         config: settings.config.clone(),
@@ -324,15 +393,59 @@ fn attempt(world: &Arc<World>, settings: &Settings, first: bool) -> Attempt {
     })
     .expect("threads can be started");
     if first {
-        let (source, theirs) = (migration.handle(), destination.clone());
+        let (source, theirs) = (migration.handle(), reception.handle());
         world.set_cancel(Side::Source, move || source.cancel());
         world.set_cancel(Side::Destination, move || theirs.cancel());
+        let (again, to, place) = (
+            Arc::clone(world),
+            settings.clone(),
+            (Arc::clone(&destination), Arc::clone(&restarted)),
+        );
+        world.set_restart(move || {
+            let reception = receive(&again, &to, again.life());
+            *lock(&place.0) = reception.handle();
+            *lock(&place.1) = Some(reception);
+        });
+        let (strange, to) = (Arc::clone(world), Arc::clone(&destination));
+        let quality = settings.quality[0];
+        world.set_stranger(Arc::new(move |draw, hello| {
+            stranger::comes(&strange, &lock(&to), quality, draw, hello);
+        }));
     }
     let sent = migration.wait();
-    // A destination to which nobody came, or comes any more, waits until it is told to go.
-    if sent.error.is_some() && destination.progress().phase == multifd_wire::Phase::Hello {
-        destination.cancel();
+    world.no_more_comers();
+    let finish = |reception: rx::Reception| {
+        let handle = reception.handle();
+        // A destination to which nobody came, or comes any more, waits until it is told to go.
+        if handle.progress().phase == multifd_wire::Phase::Hello {
+            handle.cancel();
+        }
+        reception.wait()
+    };
+    let received = finish(reception);
+    let restarted = lock(&restarted).take();
+    Attempt {
+        sent,
+        received,
+        restarted: restarted.map(finish),
     }
-    let received = reception.wait();
-    Attempt { sent, received }
+}
+
+/// Starts the destination's program.
+fn receive(world: &Arc<World>, settings: &Settings, life: u32) -> rx::Reception {
+    rx::Reception::start(rx::Parts {
+        vmm: Box::new(DestinationVmm {
+            world: Arc::clone(world),
+            step_ns: settings.step_ns,
+            life,
+        }),
+        listeners: Vec::new(),
+        config: settings.receiver.clone(),
+        spawner: Some(Box::new(SmallThreads)),
+    })
+    .expect("threads can be started")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

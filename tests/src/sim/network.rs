@@ -53,6 +53,8 @@ struct Segment {
     at: u64,
     octets: Vec<u8>,
     read: usize,
+    /// Flipped bits that can be found out once the octet at this place was read, by their number.
+    marks: Vec<(usize, usize)>,
 }
 
 struct State {
@@ -133,6 +135,10 @@ impl Pipe {
 pub struct Link {
     /// What the source dialled it for.
     pub channel: ChannelRef,
+    /// Its number among all.
+    pub number: u64,
+    /// Which of the destination's programs it leads to.
+    pub life: u32,
     /// Source to destination.
     forth: Arc<Pipe>,
     /// Destination to source.
@@ -180,6 +186,8 @@ pub fn connect(
 ) -> (Box<dyn Channel>, Box<dyn Channel>, Arc<Link>) {
     let link = Arc::new(Link {
         channel,
+        number: world.count_link(),
+        life: world.life(),
         forth: Arc::new(Pipe::new(quality)),
         back: Arc::new(Pipe::new(quality)),
     });
@@ -220,7 +228,7 @@ impl Channel for SimChannel {
         });
         let name = self.describe();
         let send = SimSend {
-            world: self.world,
+            world: Arc::clone(&self.world),
             side: self.side,
             channel: self.channel,
             link: self.link,
@@ -231,6 +239,7 @@ impl Channel for SimChannel {
             failed: None,
         };
         let receive = SimReceive {
+            world: self.world,
             inlet: Inlet(self.into),
             name,
             limits: Limits::default(),
@@ -370,6 +379,9 @@ impl SimSend {
         self.check(0, wanted)?;
         self.world.preempt();
         let seen = FrameSeen::new(self.side, self.channel, self.frames, head, wanted);
+        if self.frames == 0 && self.side == Side::Source && self.channel == ChannelRef::Control {
+            self.world.hello_seen(head);
+        }
         self.frames += 1;
         let fate = self.world.frame_leaves(&seen, &self.link);
         let mut wait = Wait::new(self.limits);
@@ -439,7 +451,7 @@ impl SimSend {
                 if room > 0 {
                     let (now_octets, rest) = octets.split_at(room);
                     octets = rest;
-                    state.put(now_octets, now);
+                    state.put(now_octets, now, fate.marks_in(*done, room));
                 }
                 (room, state.newest.max(state.frozen_until))
             };
@@ -462,7 +474,7 @@ impl SimSend {
 }
 
 impl State {
-    fn put(&mut self, octets: &[u8], now: u64) {
+    fn put(&mut self, octets: &[u8], now: u64, marks: Vec<(usize, usize)>) {
         let begin = self.free_at.max(now);
         self.free_at = begin + octets.len() as u64 * self.quality.ps_per_octet / 1000;
         self.newest = self.newest.max(self.free_at + self.quality.latency_ns);
@@ -471,6 +483,7 @@ impl State {
             at: self.newest,
             octets: octets.to_vec(),
             read: 0,
+            marks,
         });
     }
 
@@ -490,8 +503,9 @@ impl State {
         (count, None)
     }
 
-    fn take(&mut self, to: &mut [u8]) {
-        let mut at = 0;
+    /// Gives the flipped bits that can be found out now.
+    fn take(&mut self, to: &mut [u8]) -> Vec<usize> {
+        let (mut at, mut found) = (0, Vec::new());
         while at < to.len()
             && let Some(segment) = self.segments.front_mut()
         {
@@ -500,11 +514,21 @@ impl State {
             to[at..at + count].copy_from_slice(&from[..count]);
             segment.read += count;
             at += count;
+            if !segment.marks.is_empty() {
+                let read = segment.read;
+                found.extend(
+                    segment
+                        .marks
+                        .extract_if(.., |(place, _)| *place < read)
+                        .map(|(_, flip)| flip),
+                );
+            }
             if segment.read == segment.octets.len() {
                 self.segments.pop_front();
             }
         }
         self.queued -= at;
+        found
     }
 
     /// The end of the stream, if it has arrived; otherwise when it will have.
@@ -552,6 +576,7 @@ impl SendHalf for SimSend {
 }
 
 struct SimReceive {
+    world: Arc<World>,
     inlet: Inlet,
     name: String,
     limits: Limits,
@@ -605,14 +630,22 @@ impl SimReceive {
     }
 
     fn take(&self, to: &mut [u8]) {
-        let half_empty = {
+        for flip in self.take_unread(to) {
+            self.world.flip_arrived(flip);
+        }
+    }
+
+    /// Takes octets that nobody looks at.
+    fn take_unread(&self, to: &mut [u8]) -> Vec<usize> {
+        let (flips, half_empty) = {
             let mut state = self.inlet.0.lock();
-            state.take(to);
-            state.queued <= state.quality.capacity / 2
+            let flips = state.take(to);
+            (flips, state.queued <= state.quality.capacity / 2)
         };
         if half_empty {
             schedule::wake(self.inlet.0.room, usize::MAX);
         }
+        flips
     }
 
     fn small(&mut self, buf: &mut [u8]) -> Result<(), ChannelError> {
@@ -718,7 +751,7 @@ impl ReceiveHalf for SimReceive {
             match self.await_octets(1, &mut wait, 0, 1) {
                 Ok(count) => {
                     let count = count.min(usize::try_from(bytes_max - done).unwrap_or(usize::MAX));
-                    self.take(&mut vec![0; count]);
+                    let _ = self.take_unread(&mut vec![0; count]);
                     done += count as u64;
                     wait.moved();
                 }

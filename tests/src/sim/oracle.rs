@@ -4,18 +4,22 @@
 //! |---|---|
 //! | never two owners, none without COMMIT | by the world, whenever a VMM runs the guest |
 //! | the guest at the destination is the guest | memory and state compared when it is started there |
+//! | its devices are its devices, and run where it runs | by the world, at each call to a device; here at the end |
 //! | the report tells the truth | here, against the ledger |
 //! | a failed migration loses nothing | the guest runs at the source, the dirty set knows every page that differs |
 //! | nobody calls an honest peer a liar | here, by the errors' codes |
 //! | what need not fail does not | here, for plans of harmless faults |
-//! | a damaged octet is found and named | here, for plans of flips |
+//! | a damaged octet is found and named | here: the reports against the list of flipped bits that were read |
 //! | it ends, and leaves nothing behind | by the scheduler: simulated time is bounded, every thread has to end |
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use multifd_receiver as rx;
 use multifd_sender as tx;
-use multifd_wire::{ChannelRef, Kind};
+use multifd_wire::Kind;
 
-use super::faults::{Fault, Side};
+use super::NEVER_READ;
+use super::faults::{Fault, Part, Side};
 use super::world::{Summary, World};
 use super::{Attempt, Settings};
 
@@ -40,9 +44,9 @@ pub(super) fn judge(world: &World, attempt: &Attempt, settings: &Settings) -> tx
     world.say(&format!(
         "the source says {outcome:?} ({}), the destination {:?} ({})",
         code.unwrap_or("no error"),
-        attempt.received.report.outcome,
+        attempt.received().report.outcome,
         attempt
-            .received
+            .received()
             .error
             .as_ref()
             .map_or("no error", rx::Error::code)
@@ -55,6 +59,7 @@ pub(super) fn judge(world: &World, attempt: &Attempt, settings: &Settings) -> tx
     if !summary.ledger.destination_crashed {
         destination(world, &summary, attempt);
     }
+    held(world, &summary, attempt, settings);
     honesty(world, &summary, attempt);
     success(world, &summary, attempt, settings);
     flips(world, &summary, attempt);
@@ -79,6 +84,7 @@ fn source(world: &World, summary: &Summary, attempt: &Attempt) {
             if error.is_some() {
                 world.violation("migrated, but with an error");
             }
+            world.devices_stand_still();
         }
         tx::OutcomeKind::Failed | tx::OutcomeKind::Cancelled => {
             if !ledger.source_runs || ledger.destination_ran || ledger.commit_left {
@@ -87,6 +93,7 @@ fn source(world: &World, summary: &Summary, attempt: &Attempt) {
             if error.is_none_or(|error| error.fault().to_string().is_empty()) {
                 world.violation("failed, and does not say why");
             }
+            world.devices_are_home();
             // A page that was forged to be another one was acknowledged for what it was not.
             if !summary.forged
                 && let Some((region, page)) = world.machine.forgotten_page()
@@ -100,28 +107,30 @@ fn source(world: &World, summary: &Summary, attempt: &Attempt) {
             if ledger.source_runs || ledger.destination_ran || !ledger.commit_left {
                 world.violation(format!("stranded, says the source, but {ledger:?}"));
             }
+            world.devices_stand_still();
         }
         tx::OutcomeKind::Unknown => {
             if ledger.source_runs || !(ledger.commit_left || ledger.disowned) {
                 world.violation(format!("unknown, says the source, but {ledger:?}"));
             }
+            world.devices_stand_still();
         }
     }
 }
 
 fn destination(world: &World, summary: &Summary, attempt: &Attempt) {
     let ledger = &summary.ledger;
-    match attempt.received.report.outcome {
+    match attempt.received().report.outcome {
         rx::OutcomeKind::Running => {
             if !ledger.destination_runs {
                 world.violation(format!("running, says the destination, but {ledger:?}"));
             }
         }
         rx::OutcomeKind::Failed => {
-            if ledger.destination_ran {
+            if ledger.destination_runs {
                 world.violation(format!("failed, says the destination, but {ledger:?}"));
             }
-            if attempt.received.error.is_none() {
+            if attempt.received().error.is_none() {
                 world.violation("failed at the destination, and does not say why");
             }
         }
@@ -129,11 +138,34 @@ fn destination(world: &World, summary: &Summary, attempt: &Attempt) {
             let refused = summary
                 .happened
                 .iter()
-                .any(|(_, fault, _)| *fault == Fault::VmmRefuses);
+                .any(|(_, fault, _)| matches!(fault, Fault::VmmRefuses | Fault::DeviceFails));
             if ledger.destination_ran || !ledger.commit_left || !refused {
                 world.violation(format!("stranded, says the destination, but {ledger:?}"));
             }
         }
+    }
+}
+
+/// A destination whose source died frees everything when its time is up; a source whose destination was restarted says so.
+fn held(world: &World, summary: &Summary, attempt: &Attempt, settings: &Settings) {
+    if let Some(held) = summary.held_ns
+        && held > settings.holds_ns
+    {
+        world.violation(format!(
+            "the destination held the machine for {} ms after its source had died, {} at most",
+            held / 1_000_000,
+            settings.holds_ns / 1_000_000
+        ));
+    }
+    let code = attempt.sent.error.as_ref().map(tx::Error::code);
+    if summary.must_say_lost
+        && summary.happened.len() == 1
+        && settings.must_converge
+        && code != Some("sender.peer.session-lost")
+    {
+        world.violation(format!(
+            "the destination was restarted, and the source says {code:?}"
+        ));
     }
 }
 
@@ -142,19 +174,19 @@ fn honesty(world: &World, summary: &Summary, attempt: &Attempt) {
     let damaged = summary
         .flips
         .iter()
-        .any(|flip| flip.in_head || flip.kind != Some(Kind::Pages));
+        .any(|flip| !flip.is_in_page());
     if summary.forged || damaged {
         return;
     }
     let codes = [
         attempt.sent.error.as_ref().map(tx::Error::code),
-        attempt.received.error.as_ref().map(rx::Error::code),
+        attempt.received().error.as_ref().map(rx::Error::code),
     ];
     for code in codes.into_iter().flatten() {
         if accuses(code) {
             let errors = (
                 attempt.sent.error.as_ref().map(ToString::to_string),
-                attempt.received.error.as_ref().map(ToString::to_string),
+                attempt.received().error.as_ref().map(ToString::to_string),
             );
             world.violation(format!("{code} between honest peers: {errors:?}"));
         }
@@ -175,78 +207,109 @@ fn success(world: &World, summary: &Summary, attempt: &Attempt, settings: &Setti
     }
 }
 
-/// A flipped bit was found: pages come back, anything else ends a channel or the migration, by name.
+/// Every flipped bit that the other side could find out is in its report, by channel and frame; and nothing else is.
+///
+/// A program that died reports nothing, and what was forged may look damaged.
 fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
-    let others = summary
-        .happened
-        .iter()
-        .any(|(_, fault, _)| !is_flip(*fault));
-    if others || summary.flips.is_empty() {
+    let crashed = summary.ledger.source_crashed || summary.ledger.destination_crashed;
+    if crashed || summary.restarts > 0 || summary.forged {
         return;
     }
-    let pages = summary
-        .flips
-        .iter()
-        .filter(|flip| !flip.in_head && flip.kind == Some(Kind::Pages))
-        .count() as u64;
-    let elsewhere: Vec<_> = summary
-        .flips
-        .iter()
-        .filter(|flip| flip.in_head || flip.kind != Some(Kind::Pages))
-        .collect();
-    let migrated = attempt.sent.report.outcome == tx::OutcomeKind::Migrated;
-    let damaged = attempt.received.report.pages_damaged;
-    if elsewhere.is_empty() {
-        // Two bits of one page are one damaged page; no plan has so many flips that this says nothing.
-        if migrated && pages > 0 && damaged == 0 {
-            world.violation(format!(
-                "{pages} bits were flipped in pages, and none was found"
-            ));
+    type Place = (Side, Option<String>, String);
+    let mut seen = BTreeSet::new();
+    // At least, and at most.
+    let mut expected: BTreeMap<Place, (u64, u64)> = BTreeMap::new();
+    for flip in summary.flips.iter().filter(|flip| flip.arrived) {
+        let page = if flip.is_in_page() { flip.page } else { 0 };
+        if !seen.insert((flip.link, flip.from, flip.number, flip.part, page)) {
+            continue;
         }
-        return;
+        let channel = (flip.part != Part::Hello).then(|| flip.channel.to_string());
+        let place = (flip.from, channel, flip.name().to_owned());
+        let (least, most) = expected.entry(place).or_default();
+        *least += u64::from(!flip.repeated);
+        *most += 1;
     }
-    let named = |channel: ChannelRef| {
-        let ours = attempt.sent.error.as_ref().map(tx::Error::channel);
-        let theirs = attempt.received.error.as_ref().map(rx::Error::channel);
-        ours == Some(channel) || theirs == Some(channel)
-    };
-    // The first that is found ends it, so that of several only one can be asked for.
-    let [flip] = elsewhere[..] else { return };
-    let converged = attempt
-        .sent
-        .error
-        .as_ref()
-        .is_none_or(|error| !error.code().contains("converging"));
-    // A migration that ended for another reason may have ended before the frame was read.
-    if converged {
-        // A source that finds its control channel damaged after the commit asks how it ended.
-        let lost = attempt.sent.report.channels_lost > 0
-            || attempt.received.report.refused > 0
-            || attempt.sent.report.asked > 0;
-        if migrated && !lost {
-            let harmless = flip.from == Side::Destination && flip.kind == Some(Kind::Running);
-            world.violation(format!(
-                "{flip:?} was not found (harmless: {harmless}), the source migrated"
-            ));
-        } else if !migrated && !named(flip.channel) && !lost {
-            let errors = (
-                attempt.sent.error.as_ref().map(ToString::to_string),
-                attempt.received.error.as_ref().map(ToString::to_string),
-            );
-            world.violation(format!("{flip:?} was not named: {errors:?}"));
+    let reports = [
+        (
+            Side::Source,
+            attempt
+                .received()
+                .report
+                .damaged
+                .iter()
+                .map(|d| (&d.channel, &d.frame, d.count))
+                .collect::<Vec<_>>(),
+        ),
+        (
+            Side::Destination,
+            attempt
+                .sent
+                .report
+                .damaged
+                .iter()
+                .map(|d| (&d.channel, &d.frame, d.count))
+                .collect(),
+        ),
+    ];
+    let mut found: BTreeMap<Place, u64> = BTreeMap::new();
+    for (from, report) in reports {
+        for (channel, frame, count) in report {
+            *found
+                .entry((from, channel.clone(), frame.clone()))
+                .or_default() += count;
         }
+    }
+    // A page that the guest wrote while it was sent is damaged as well.
+    let torn = |place: &Place| summary.tears && place.2 == Kind::Pages.name();
+    for (place, (least, most)) in &expected {
+        let most = if torn(place) { &u64::MAX } else { most };
+        let count = found.remove(place).unwrap_or(0);
+        if !(*least..=*most).contains(&count) {
+            world.violation(format!(
+                "{least} to {most} changes of {} on {:?} from {:?} had to be found and named, {count} were; flips: {:?}",
+                place.2, place.1, place.0, summary.flips
+            ));
+        }
+    }
+    for (place, count) in found.into_iter().filter(|(place, _)| !torn(place)) {
+        world.violation(format!(
+            "{count} changes of {} on {:?} from {:?} were found, and there was none",
+            place.2, place.1, place.0
+        ));
     }
 }
 
-fn is_flip(fault: Fault) -> bool {
-    matches!(
-        fault,
-        Fault::FlipPage
-            | Fault::FlipLaneHead
-            | Fault::FlipForth
-            | Fault::FlipBack
-            | Fault::FlipHello
-    )
+/// What came of each flipped bit, for the table: of which frame, in which part of it, and how it ended.
+pub(super) fn fates_of_flips(world: &World, attempt: &Attempt) -> Vec<(String, u64)> {
+    let summary = world.summary();
+    let migrated = attempt.sent.report.outcome == tx::OutcomeKind::Migrated;
+    let mut fates: BTreeMap<String, u64> = BTreeMap::new();
+    for flip in &summary.flips {
+        let kind = match flip.part {
+            Part::Hello | Part::Reply => "",
+            _ => flip.kind.map_or(Kind::Outcome.name(), Kind::name),
+        };
+        let end = match (flip.arrived, migrated) {
+            (false, _) => NEVER_READ,
+            (true, true) if flip.is_in_page() => "named; the page sent again; migrated",
+            (true, true) => "named; the channel made anew; migrated",
+            (true, false) => "named; migration failed, or its end unknown, and said why",
+        };
+        *fates
+            .entry(format!("{kind}/{:?}/{end}", flip.part))
+            .or_default() += 1;
+    }
+    for (side, damaged) in [
+        ("destination", &attempt.received().report.damaged),
+    ] {
+        for d in damaged {
+            *fates
+                .entry(format!("by phase: {side} in {}/{}/found", d.phase, d.frame))
+                .or_default() += d.count;
+        }
+    }
+    fates.into_iter().collect()
 }
 
 /// Whether the guest is still at the source, so that it can be migrated after all.
@@ -269,13 +332,21 @@ pub(super) fn judge_second(world: &World, attempt: &Attempt) {
     let stubborn = summary
         .happened
         .iter()
-        .any(|(_, fault, _)| *fault == Fault::VmmRefuses);
+        .any(|(_, fault, _)| matches!(fault, Fault::VmmRefuses | Fault::DeviceFails));
     let code = attempt.sent.error.as_ref().map(tx::Error::code);
     match attempt.sent.report.outcome {
-        tx::OutcomeKind::Migrated if summary.ledger.destination_runs => {}
+        tx::OutcomeKind::Migrated if summary.ledger.destination_runs => {
+            world.devices_stand_still();
+        }
         tx::OutcomeKind::Unknown | tx::OutcomeKind::Stranded
             if stubborn && !summary.ledger.source_runs => {}
-        tx::OutcomeKind::Failed if stubborn || code.is_some_and(|c| c.contains("converg")) => {}
+        // What it was told to give up for, if it takes too long.
+        tx::OutcomeKind::Failed
+            if stubborn
+                || code.is_some_and(|c| c.contains("converg") || c.contains("ack-deadline")) =>
+        {
+            world.devices_are_home();
+        }
         outcome => world.violation(format!(
             "the second attempt ended with {outcome:?} {:?}",
             attempt.sent.error.as_ref().map(ToString::to_string)

@@ -31,6 +31,10 @@ const LOOK_NS: u64 = 40;
 /// A thread that looks at the clock so often without ever waiting does not wait for anything: it spins.
 const LOOKS_MAX: u32 = 50_000;
 
+/// A simulation in which the baton goes round so often has threads that keep each other busy for nothing. One with all its
+/// deadlines needs some ten thousand.
+const SWITCHES_MAX: u64 = 1_000_000;
+
 /// Simulated threads that may exist in one simulation: far more than a migration has (a leak of threads is found by it).
 const THREADS_MAX: usize = 512;
 
@@ -99,6 +103,8 @@ struct Scheduler {
     looks: u32,
     fingerprint: u64,
     seed: u64,
+    /// The command that runs it again.
+    replay: String,
 }
 
 static SCHEDULER: Mutex<Option<Scheduler>> = Mutex::new(None);
@@ -127,7 +133,12 @@ pub struct Figures {
 /// Runs `body` as the first thread of a simulation that may last `limit_ns`, and then waits until every other thread has ended.
 /// A simulation in which nobody can go on, or which lasts too long, ends the process with the seed in the message: threads that
 /// hang cannot be taken down. So does a panic in any of its threads.
-pub fn simulate<T>(seed: u64, limit_ns: u64, body: impl FnOnce() -> T) -> (T, Figures) {
+pub fn simulate<T>(
+    seed: u64,
+    limit_ns: u64,
+    replay: &str,
+    body: impl FnOnce() -> T,
+) -> (T, Figures) {
     let one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     *lock() = Some(Scheduler {
         now: 1_000_000_000,
@@ -141,6 +152,7 @@ pub fn simulate<T>(seed: u64, limit_ns: u64, body: impl FnOnce() -> T) -> (T, Fi
         looks: 0,
         fingerprint: 0,
         seed,
+        replay: replay.to_owned(),
     });
     let me = announce();
     with(|s| {
@@ -150,7 +162,9 @@ pub fn simulate<T>(seed: u64, limit_ns: u64, body: impl FnOnce() -> T) -> (T, Fi
     ME.set(me + 1);
     watch_for_panics();
     let result = catch_unwind(AssertUnwindSafe(body));
-    let Ok(result) = result else { panicked(seed) };
+    let Ok(result) = result else {
+        panicked(seed, replay)
+    };
     while with(|s| s.threads.iter().skip(1).any(|t| t.state != State::Done)) {
         block(Key::AnyEnd, None);
     }
@@ -164,7 +178,7 @@ pub fn simulate<T>(seed: u64, limit_ns: u64, body: impl FnOnce() -> T) -> (T, Fi
     *lock() = None;
     drop(one);
     if PANICKED.load(Ordering::Relaxed) {
-        panicked(seed);
+        panicked(seed, replay);
     }
     (result, figures)
 }
@@ -186,16 +200,16 @@ fn watch_for_panics() {
     });
 }
 
-/// Not through `eprintln`, which a test's harness keeps to itself.
+/// Not through `println`, which a test's harness keeps to itself.
 fn last_words(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
 }
 
 /// The end of the process: a program that panicked may have left anything behind.
-fn panicked(seed: u64) -> ! {
+fn panicked(seed: u64, replay: &str) -> ! {
     last_words(&format!(
-        "VIOLATION seed {seed}: a thread panicked\n{}",
-        super::replay_command(seed)
+        "VIOLATION seed {seed}: a thread panicked\n{replay}"
     ));
     std::process::exit(71)
 }
@@ -391,6 +405,9 @@ impl Scheduler {
 
     /// Who runs next.
     fn pick(&mut self) -> u32 {
+        if self.switches > SWITCHES_MAX {
+            self.stuck("threads keep each other busy without end");
+        }
         while let Some(Reverse((when, _, id, waits))) = self.timers.peek().copied()
             && when <= self.now
         {
@@ -443,7 +460,7 @@ impl Scheduler {
                 text += &format!("  thread {id}: {:?}\n", thread.state);
             }
         }
-        last_words(&(text + &super::replay_command(self.seed)));
+        last_words(&(text + &self.replay));
         std::process::exit(70)
     }
 }

@@ -3,13 +3,17 @@
 //! The ledger of owners is written by the two machine monitors and by the network, never by the programs under test. The rule:
 //! whatever contradicts a promise is entered in `violations` at the moment at which it happens.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use multifd_guest::{DeviceConfig, DeviceFailure};
 use multifd_transport::Span;
-use multifd_wire::{ChannelRef, Kind};
+use multifd_wire::{ChannelRef, DeviceState, Hello, Kind, PAGE_BYTES_U64};
 
-use super::faults::{Fault, Forgery, FrameFate, FrameSeen, Moment, Plan, Planned, Side};
+use super::devices::{self, Seen};
+use super::faults::{
+    Fault, Forgery, FrameFate, FrameSeen, Moment, Part, Plan, Planned, Side,
+};
 use super::machine::Machine;
 use super::network::Link;
 use super::schedule::{self, Key};
@@ -25,10 +29,41 @@ pub struct Flip {
     pub from: Side,
     /// On which channel.
     pub channel: ChannelRef,
-    /// Of which frame; none for a hello.
+    /// Over which connection.
+    pub link: u64,
+    /// In which frame of it.
+    pub number: u64,
+    /// Of which kind it is; none for a hello.
     pub kind: Option<Kind>,
-    /// Whether it was in header or table, rather than in a body.
-    pub in_head: bool,
+    /// In which part of it.
+    pub part: Part,
+    /// In which page of the body, for PAGES.
+    pub page: u64,
+    /// The other side has read so far that it can find it out.
+    pub arrived: bool,
+    /// What the frame brings may have been brought by an earlier one, over another channel: then nobody looks at it.
+    pub repeated: bool,
+}
+
+impl Flip {
+    /// By which name the reports must call it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match (self.part, self.kind) {
+            (Part::Hello, _) => "hello",
+            (Part::Reply, _) => "hello_reply",
+            (Part::Header, _) => "header",
+            (_, Some(kind)) => kind.name(),
+            // The only frame that is sent together with a hello's answer.
+            (_, None) => Kind::Outcome.name(),
+        }
+    }
+
+    /// Whether it is in the content of a page, which is then sent again.
+    #[must_use]
+    pub fn is_in_page(&self) -> bool {
+        self.part == Part::Body && self.kind == Some(Kind::Pages)
+    }
 }
 
 /// A VMM's step that can fail.
@@ -67,11 +102,55 @@ pub struct Ledger {
     pub guest_died: bool,
 }
 
+/// What a world is made of.
+pub struct Scene {
+    /// What goes wrong in it.
+    pub plan: Plan,
+    /// The guest.
+    pub machine: Machine,
+    /// Its devices.
+    pub devices: Vec<DeviceConfig>,
+    /// Data channels.
+    pub lanes: u32,
+    /// The sides' stall, in ns.
+    pub stall_ns: u64,
+    /// Whether both sides wait long enough for each other to come back.
+    pub resumes: bool,
+    /// Whether the source begins again when the destination has forgotten everything.
+    pub starts_afresh: bool,
+    /// Whether the guest writes pages while they are sent, so that they arrive torn.
+    pub tears: bool,
+    /// Whether everything that happens is printed.
+    pub trace: bool,
+}
+
+/// A device as the world sees it.
+#[derive(Debug, Clone)]
+struct Apparatus {
+    config: DeviceConfig,
+    /// At the source.
+    source: Seen,
+    /// At the destination; none before it was made there.
+    destination: Option<Seen>,
+    /// Runs at the destination, with the state of the source's.
+    taken: bool,
+    /// The plan's failure, and whether it happened.
+    failure: Option<(Side, DeviceFailure)>,
+    failed: bool,
+}
+
+/// What a stranger does, by a number that was drawn and by the hello of the source, from which he knows the session.
+pub type Act = Arc<dyn Fn(u64, Hello) + Send + Sync>;
+
 struct State {
     random: Random,
     plan: Plan,
+    devices: Vec<Apparatus>,
     ledger: Ledger,
     links: Vec<Arc<Link>>,
+    links_made: u64,
+    /// Chunks and marks of devices that were sent, by device and index.
+    items: BTreeSet<(u32, u64)>,
     happened: Vec<(u64, Fault, String)>,
     later: Vec<(u64, usize, Option<Arc<Link>>)>,
     flips: Vec<Flip>,
@@ -89,6 +168,22 @@ struct State {
     stall_ns: u64,
     kinds_seen: BTreeMap<u16, u64>,
     trace: bool,
+    /// The destination's programs that died and were replaced.
+    life: u32,
+    /// When the next one is started.
+    restart_at: Option<u64>,
+    restart: Option<Box<dyn FnOnce() + Send>>,
+    /// The source is told to begin again when the destination has forgotten everything.
+    starts_afresh: bool,
+    /// Nothing but a restart of the destination happened in the rounds: the source has to say that.
+    must_say_lost: bool,
+    /// Dials the destination as somebody else.
+    stranger: Option<Act>,
+    /// The source's newest hello on a control channel.
+    hello: Option<Hello>,
+    /// When the source's program died, and when the destination's VMM took the machine down.
+    source_died_at: Option<u64>,
+    discarded_at: Option<u64>,
     cancel: [Option<Box<dyn Fn() + Send>>; 2],
 }
 
@@ -97,6 +192,7 @@ pub struct World {
     state: Mutex<State>,
     /// The guest and its memory at the source.
     pub machine: Machine,
+    tears: bool,
 }
 
 /// What a finished world knows.
@@ -112,6 +208,16 @@ pub struct Summary {
     pub violations: Vec<String>,
     /// Nothing happened that a migration may fail of.
     pub must_succeed: bool,
+    /// Devices that run at the destination with their state.
+    pub devices_moved: u64,
+    /// Programs of the destination that died and were replaced.
+    pub restarts: u32,
+    /// The source has to say that the destination has forgotten everything.
+    pub must_say_lost: bool,
+    /// How long after the death of the source's program the destination's VMM took the machine down, in ns.
+    pub held_ns: Option<u64>,
+    /// Pages may arrive torn.
+    pub tears: bool,
     /// A frame was forged: a program may call the other one a liar.
     pub forged: bool,
 }
@@ -119,15 +225,39 @@ pub struct Summary {
 impl World {
     /// A world in which the guest runs at the source.
     #[must_use]
-    pub fn new(
-        mut random: Random,
-        plan: Plan,
-        machine: Machine,
-        lanes: u32,
-        stall_ns: u64,
-        resumes: bool,
-        trace: bool,
-    ) -> Arc<Self> {
+    pub fn new(mut random: Random, scene: Scene) -> Arc<Self> {
+        let Scene {
+            plan,
+            machine,
+            devices,
+            lanes,
+            stall_ns,
+            resumes,
+            starts_afresh,
+            tears,
+            trace,
+        } = scene;
+        let plans = |fault| plan.faults.iter().any(|planned| planned.fault == fault);
+        let failing = (plans(Fault::DeviceFails) && !devices.is_empty()).then(|| {
+            let index = random.below(devices.len() as u64) as usize;
+            (index, devices::draw_failure(&mut random, &devices[index]))
+        });
+        let devices = devices.into_iter().enumerate();
+        let devices = devices
+            .map(|(index, config)| Apparatus {
+                config,
+                source: Seen {
+                    state: DeviceState::Running,
+                    operations: 0,
+                },
+                destination: None,
+                taken: false,
+                failure: failing
+                    .filter(|(failing, _)| *failing == index)
+                    .map(|(_, failure)| failure),
+                failed: false,
+            })
+            .collect();
         let refuses = [
             Step::Prepare,
             Step::Load,
@@ -136,19 +266,19 @@ impl World {
             Step::Save,
         ];
         let refuses = refuses[random.below(refuses.len() as u64) as usize];
-        let refused = plan
-            .faults
-            .iter()
-            .any(|planned| planned.fault == Fault::VmmRefuses);
+        let refused = plans(Fault::VmmRefuses);
         Arc::new(Self {
             state: Mutex::new(State {
                 random,
                 plan,
+                devices,
                 ledger: Ledger {
                     source_runs: true,
                     ..Ledger::default()
                 },
                 links: Vec::new(),
+                links_made: 0,
+                items: BTreeSet::new(),
                 happened: Vec::new(),
                 later: Vec::new(),
                 flips: Vec::new(),
@@ -165,9 +295,19 @@ impl World {
                 stall_ns,
                 kinds_seen: BTreeMap::new(),
                 trace,
+                life: 0,
+                restart_at: None,
+                restart: None,
+                starts_afresh,
+                must_say_lost: false,
+                stranger: None,
+                hello: None,
+                source_died_at: None,
+                discarded_at: None,
                 cancel: [None, None],
             }),
             machine,
+            tears,
         })
     }
 
@@ -178,6 +318,74 @@ impl World {
     /// What a side's user can do.
     pub fn set_cancel(&self, side: Side, cancel: impl Fn() + Send + 'static) {
         self.lock().cancel[side as usize] = Some(Box::new(cancel));
+    }
+
+    /// How another program is started in the place of the destination's.
+    pub fn set_restart(&self, restart: impl FnOnce() + Send + 'static) {
+        self.lock().restart = Some(Box::new(restart));
+    }
+
+    /// What a stranger does.
+    pub fn set_stranger(&self, act: Act) {
+        self.lock().stranger = Some(act);
+    }
+
+    /// Nobody is started any more, and nobody else comes: the source has said its last word. The destination's life.
+    pub fn no_more_comers(&self) {
+        let mut state = self.lock();
+        (state.restart, state.stranger, state.restart_at) = (None, None, None);
+    }
+
+    /// The source said hello on a control channel.
+    pub fn hello_seen(&self, octets: &[u8]) {
+        if let Some(hello) = octets
+            .first_chunk()
+            .and_then(|octets| Hello::decode(octets).ok())
+        {
+            self.lock().hello = Some(hello);
+        }
+    }
+
+    /// A stranger was let in.
+    pub fn let_in(&self, what: &str) {
+        self.violation(format!("a stranger was let in: {what}"));
+    }
+
+    /// Which of the destination's programs lives.
+    #[must_use]
+    pub fn life(&self) -> u32 {
+        self.lock().life
+    }
+
+    /// The destination's VMM takes the machine down.
+    pub fn discarded(&self) {
+        let now = schedule::now();
+        self.lock().discarded_at.get_or_insert(now);
+    }
+
+    /// The next program of the destination is started, if its time has come.
+    fn restart_if_due(self: &Arc<Self>, now: u64) {
+        let restart = {
+            let mut state = self.lock();
+            if state.restart_at.is_none_or(|at| at > now) {
+                return;
+            }
+            state.restart_at = None;
+            let Some(restart) = state.restart.take() else {
+                return;
+            };
+            state.say("the destination's program is started again");
+            state.life += 1;
+            state.ledger.destination_crashed = false;
+            state.kinds_seen.remove(&Kind::Grant.code());
+            for device in &mut state.devices {
+                // What ran there died with its host.
+                (device.destination, device.taken) = (None, false);
+            }
+            restart
+        };
+        self.machine.bury_destination();
+        restart();
     }
 
     /// Nothing goes wrong any more.
@@ -199,6 +407,14 @@ impl World {
             flips: state.flips.clone(),
             violations: state.violations.clone(),
             must_succeed: state.must_succeed,
+            devices_moved: state.devices.iter().filter(|device| device.taken).count() as u64,
+            restarts: state.life,
+            must_say_lost: state.must_say_lost,
+            held_ns: state
+                .source_died_at
+                .zip(state.discarded_at)
+                .map(|(died, discarded)| discarded.saturating_sub(died)),
+            tears: self.tears,
             forged: state.forged,
         }
     }
@@ -230,10 +446,34 @@ impl World {
         self.lock().over
     }
 
+    /// A number for a new link.
+    pub(super) fn count_link(&self) -> u64 {
+        let mut state = self.lock();
+        state.links_made += 1;
+        state.links_made
+    }
+
+    /// A side has read enough to find a flipped bit out.
+    pub(super) fn flip_arrived(&self, flip: usize) {
+        if let Some(flip) = self.lock().flips.get_mut(flip) {
+            flip.arrived = true;
+        }
+    }
+
     /// Ends the world's own threads.
     pub fn end(&self) {
         self.lock().over = true;
         schedule::wake(END, usize::MAX);
+    }
+
+    /// Whether the program that began as this one of its side is no ghost. The source has only one life.
+    #[must_use]
+    pub fn lives_as(&self, side: Side, life: u32) -> bool {
+        let state = self.lock();
+        match side {
+            Side::Source => !state.ledger.source_crashed,
+            Side::Destination => !state.ledger.destination_crashed && life == state.life,
+        }
     }
 
     /// Whether a side's program still lives.
@@ -280,6 +520,7 @@ impl World {
                 "two owners: the source resumed the guest, which ran at the destination",
             );
         }
+        self.devices_run(Side::Source);
         self.machine.set_running(true);
     }
 
@@ -307,6 +548,7 @@ impl World {
         } else if !ledger.commit_left {
             self.violation("the destination ran the guest without a COMMIT (COMMIT-1)");
         }
+        self.devices_run(Side::Destination);
     }
 
     /// Whether a VMM's step is to fail now.
@@ -320,10 +562,141 @@ impl World {
         refuses
     }
 
+    // ── devices ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// The configurations of one side's devices. A failure is of the first device that is made from them.
+    pub(super) fn device_configs(&self, side: Side) -> Vec<DeviceConfig> {
+        let mut state = self.lock();
+        let devices = state.devices.iter_mut();
+        devices
+            .map(|device| {
+                let mut config = device.config.clone();
+                if let Some((at, failure)) = device.failure
+                    && at == side
+                    && !device.failed
+                {
+                    config.failure = Some(failure);
+                }
+                config
+            })
+            .collect()
+    }
+
+    /// A device is about to run with the state that it has now.
+    pub(super) fn device_runs(&self, side: Side, index: usize) {
+        let (ledger, device) = {
+            let state = self.lock();
+            (state.ledger.clone(), state.devices[index].clone())
+        };
+        let name = &device.config.name;
+        match side {
+            Side::Source => {
+                if ledger.commit_left || device.taken {
+                    self.violation(format!(
+                        "{name} runs at the source after COMMIT (COMMIT-3): {ledger:?}"
+                    ));
+                }
+            }
+            Side::Destination => {
+                if !ledger.commit_left {
+                    self.violation(format!("{name} runs at the destination without a COMMIT"));
+                }
+                if device.source.state.is_running() {
+                    self.violation(format!(
+                        "two owners: {name} runs at the destination, and at the source it is {}",
+                        device.source.state
+                    ));
+                }
+                let loaded = device.destination.map(|seen| seen.operations);
+                if loaded != Some(device.source.operations) {
+                    self.violation(format!(
+                        "{name} runs at the destination as it was after {loaded:?} operations, and the source's has done {}",
+                        device.source.operations
+                    ));
+                }
+                self.lock().devices[index].taken = true;
+            }
+        }
+    }
+
+    /// What came of a call to a device.
+    pub(super) fn device_seen(&self, side: Side, index: usize, seen: Seen) {
+        let mut state = self.lock();
+        let now = seen.state;
+        let device = &mut state.devices[index];
+        let before = match side {
+            Side::Source => Some(std::mem::replace(&mut device.source, seen)),
+            Side::Destination => device.destination.replace(seen),
+        };
+        if state.trace && before.is_none_or(|before| before.state != now) {
+            state.say(&format!("device {index} at {side:?} is {now}"));
+        }
+    }
+
+    /// A device did not do what it was asked for.
+    pub(super) fn device_failed(&self, side: Side, index: usize, text: &str) {
+        let mut state = self.lock();
+        let device = &mut state.devices[index];
+        // Octets that the source's device has wrong are refused by the destination's.
+        let planned = device.failure.is_some();
+        device.failed |= planned;
+        if planned || state.forged {
+            state.must_succeed = false;
+            state.note(Fault::DeviceFails, format!("device {index} at {side:?}: {text}"));
+        } else {
+            drop(state);
+            self.violation(format!(
+                "device {index} at {side:?} was given what is not its state: {text}"
+            ));
+        }
+    }
+
+    /// Every device runs at the side that runs the guest; but for those that failed.
+    fn devices_run(&self, side: Side) {
+        let devices = self.lock().devices.clone();
+        for device in devices.iter().filter(|device| !device.failed) {
+            let runs = match side {
+                Side::Source => device.source.state == DeviceState::Running,
+                Side::Destination => {
+                    let there = device.destination.as_ref();
+                    device.taken && there.is_some_and(|seen| seen.state == DeviceState::Running)
+                }
+            };
+            if !runs {
+                self.violation(format!(
+                    "the guest runs at {side:?} while {} is {:?} at the source and {:?} at the destination",
+                    device.config.name, device.source, device.destination
+                ));
+            }
+        }
+    }
+
+    /// No device runs at the source any more.
+    pub(super) fn devices_stand_still(&self) {
+        let devices = self.lock().devices.clone();
+        for device in devices.iter().filter(|device| !device.failed) {
+            if device.source.state.is_running() {
+                self.violation(format!(
+                    "{} runs at the source, which gave the guest away",
+                    device.config.name
+                ));
+            }
+        }
+    }
+
+    /// Every device runs at the source.
+    pub(super) fn devices_are_home(&self) {
+        self.devices_run(Side::Source);
+    }
+
     // ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     /// A frame is handed to a channel: what becomes of it.
     pub fn frame_leaves(self: &Arc<Self>, seen: &FrameSeen, link: &Arc<Link>) -> FrameFate {
+        // Nothing is planned for strangers, and what a ghost says is heard by nobody.
+        if seen.channel == ChannelRef::None || link.life != self.life() {
+            return FrameFate::default();
+        }
         let hit = {
             let mut state = self.lock();
             if let Some(kind) = seen.kind {
@@ -364,11 +737,30 @@ impl World {
         for index in hit {
             self.happens(index, Some((seen, link)), &mut fate);
         }
+        let mut state = self.lock();
+        let State { plan, random, .. } = &mut *state;
+        let storm = plan.storm_over(seen, random);
+        if !storm.is_empty() {
+            state.note(
+                Fault::FlipPage,
+                format!("{} {} bits", seen.channel, storm.len()),
+            );
+        }
+        for bit in storm {
+            state.flip(seen, link, &mut fate, bit);
+        }
+        if let Some(item) = seen.item {
+            state.items.insert(item);
+        }
+        drop(state);
         fate
     }
 
     /// A frame is on its way.
     pub fn frame_left(self: &Arc<Self>, seen: &FrameSeen, link: &Arc<Link>) {
+        if seen.channel == ChannelRef::None || link.life != self.life() {
+            return;
+        }
         let hit = self.lock().plan.triggered(seen, Moment::After);
         for index in hit {
             let delay = self.lock().plan.faults[index].delay_ns;
@@ -384,7 +776,9 @@ impl World {
 
     /// Guest memory is about to be read for a frame.
     pub fn guest_memory_is_read(&self, span: Span<'_>, fate: &FrameFate) {
-        self.machine.catch_up();
+        if self.tears {
+            self.machine.catch_up();
+        }
         if fate.torn {
             self.machine.write_in(span);
         }
@@ -400,6 +794,7 @@ impl World {
                 return;
             }
             let now = schedule::now();
+            self.restart_if_due(now);
             let due = {
                 let mut state = self.lock();
                 state
@@ -424,7 +819,7 @@ impl World {
                 let state = self.lock();
                 let later = state.later.iter().map(|(at, ..)| *at).min();
                 let timed = times.last().map(|(at, _)| began + at);
-                [later, timed].into_iter().flatten().min()
+                [later, timed, state.restart_at].into_iter().flatten().min()
             };
             schedule::block(END, next);
         }
@@ -477,23 +872,18 @@ impl World {
                 state.note(fault, where_);
             }
             Fault::FlipPage
+            | Fault::FlipChunk
             | Fault::FlipLaneHead
             | Fault::FlipForth
             | Fault::FlipBack
             | Fault::FlipHello => {
                 let (from, to) = match fault {
-                    Fault::FlipPage => (seen.head, seen.bytes),
+                    Fault::FlipPage | Fault::FlipChunk => (seen.head, seen.bytes),
                     Fault::FlipLaneHead => (0, seen.head),
                     _ => (0, seen.bytes),
                 };
                 let bit = from * 8 + state.random.below((to - from) * 8);
-                fate.flips.push(bit);
-                state.flips.push(Flip {
-                    from: seen.from,
-                    channel: seen.channel,
-                    kind: seen.kind,
-                    in_head: bit / 8 < seen.head,
-                });
+                state.flip(seen, link, fate, bit);
                 state.must_succeed &= fault == Fault::FlipPage;
                 state.note(fault, format!("{where_} bit {bit}"));
             }
@@ -528,7 +918,6 @@ impl World {
             .rev()
             .find(|link| link.channel == ChannelRef::Control)
             .unwrap_or(link);
-        let is_lane = matches!(link.channel, ChannelRef::Lane(_));
         let note = |what: String| self.lock().note(fault, what);
         match fault {
             Fault::LaneReset | Fault::LaneSilent | Fault::LaneTruncated => {
@@ -594,6 +983,39 @@ impl World {
                 };
                 self.crash(side, &links, draw % 3 == 0);
             }
+            Fault::RestartDestination => {
+                note(String::new());
+                let (fine, at) = {
+                    let mut state = self.lock();
+                    let fine = state.must_succeed && state.resumes && state.in_rounds;
+                    let at = schedule::now() + 1 + draw % 500_000_000;
+                    (fine, at)
+                };
+                self.crash(Side::Destination, &links, draw % 3 == 0);
+                let mut state = self.lock();
+                // Whoever may start afresh has no other reason to fail.
+                state.must_succeed = fine && state.starts_afresh;
+                state.must_say_lost = fine && !state.starts_afresh;
+                state.restart_at = Some(at);
+                drop(state);
+                schedule::wake(END, usize::MAX);
+            }
+            Fault::Stranger => {
+                let stranger = {
+                    let mut state = self.lock();
+                    // Before anybody else has come, a stranger is as welcome as the source.
+                    let granted = state.kinds_seen.contains_key(&Kind::Grant.code());
+                    let act = state.stranger.clone();
+                    let stranger = granted.then(|| act.zip(state.hello)).flatten();
+                    if stranger.is_some() {
+                        state.note(Fault::Stranger, format!("of kind {}", draw % 8));
+                    }
+                    stranger
+                };
+                if let Some((act, hello)) = stranger {
+                    act(draw, hello);
+                }
+            }
             Fault::CancelSource | Fault::CancelDestination => {
                 note(String::new());
                 let side = if fault == Fault::CancelSource {
@@ -617,9 +1039,10 @@ impl World {
             | Fault::FlipHello
             | Fault::ForgeForth
             | Fault::ForgeBack
-            | Fault::VmmRefuses => {}
+            | Fault::VmmRefuses
+            | Fault::FlipChunk
+            | Fault::DeviceFails => {}
         }
-        let _ = is_lane;
     }
 
     /// A program dies. Its threads go on as ghosts: nothing that they do has an effect any more.
@@ -629,6 +1052,7 @@ impl World {
         match side {
             Side::Source => {
                 state.ledger.source_crashed = true;
+                state.source_died_at = Some(schedule::now());
                 state.ledger.guest_died |= !state.ledger.commit_left;
                 state.ledger.source_runs = false;
             }
@@ -653,6 +1077,29 @@ impl World {
 }
 
 impl State {
+    /// Flips a bit of a frame. A bit that is flipped already stays so.
+    fn flip(&mut self, seen: &FrameSeen, link: &Link, fate: &mut FrameFate, bit: u64) {
+        if fate.flips.contains(&bit) {
+            return;
+        }
+        let octet = bit / 8;
+        let (part, last) = seen.part(octet);
+        fate.flips.push(bit);
+        fate.marks.push((last, self.flips.len()));
+        let repeated = seen.item.is_some_and(|item| self.items.contains(&item));
+        self.flips.push(Flip {
+            from: seen.from,
+            channel: seen.channel,
+            link: link.number,
+            number: seen.number,
+            kind: seen.kind,
+            part,
+            page: octet.saturating_sub(seen.head) / PAGE_BYTES_U64,
+            arrived: false,
+            repeated,
+        });
+    }
+
     fn note(&mut self, fault: Fault, what: String) {
         self.say(&format!("FAULT {fault:?} {what}"));
         let at = schedule::now() - self.began;

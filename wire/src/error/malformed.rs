@@ -140,6 +140,18 @@ impl Malformed {
         }
     }
 
+    /// What a checksum or the magic found to be other octets than were sent, by name: a frame's kind; `header` where
+    /// the kind itself can't be trusted; a hello or its reply. `None` if the octets are as they were sent, as far as can be told.
+    #[must_use]
+    pub const fn damaged(&self) -> Option<&'static str> {
+        match self {
+            Self::Magic { structure } | Self::HelloCrc { structure, .. } => Some(structure),
+            Self::HeaderCrc { .. } => Some("header"),
+            Self::TableCrc { kind, .. } | Self::BodyCrc { kind, .. } => Some(kind.name()),
+            _ => None,
+        }
+    }
+
     /// What the peer is told.
     // SPEC: ERR-2
     #[must_use]

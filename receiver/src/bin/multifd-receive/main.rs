@@ -241,6 +241,15 @@ fn report(args: &Args, finished: &Finished, check: Option<&Check>) {
         return;
     }
     let r = &finished.report;
+    for damage in &r.damaged {
+        eprintln!(
+            "multifd-receive: damaged on the way, found by its checksum: {} times {} on {}, in phase {}",
+            damage.count,
+            damage.frame,
+            damage.channel.as_deref().unwrap_or("a new connection"),
+            damage.phase
+        );
+    }
     match (&r.error, check) {
         (None, Some(check)) => {
             out!(

@@ -3,6 +3,7 @@
 //! The rules it keeps: LANDED is said only when no thread of an old lane can land anything any more; a note of an old channel is
 //! never taken for one of the new; and "not committed" is said only by the session that then can't be committed any more.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -73,13 +74,13 @@ impl Control {
         let now = self.now();
         self.keep_alive_due = now + self.shared.config.keep_alive;
         self.ack_due = now + self.shared.config.ack_period;
-        let (notes, epoch, rx) = (self.shared.notes.clone(), self.epoch, opened.rx);
+        let (shared, epoch, rx) = (Arc::clone(&self.shared), self.epoch, opened.rx);
         let mut tx = opened.tx;
         tx.set_stall(Some(self.shared.config.stall));
         self.control = Some(ControlSender::new(tx));
         self.closer = Some(opened.closer);
         self.control_lost = false;
-        let body = Box::new(move || read_control(rx, epoch, &notes));
+        let body = Box::new(move || read_control(rx, &shared, epoch));
         match self.shared.spawner.spawn("mfd-reader", body) {
             Ok(reader) => self.reader = Some(reader),
             Err(source) => {

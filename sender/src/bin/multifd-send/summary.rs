@@ -160,6 +160,15 @@ impl Summary {
                 mib(r.sent_again_bytes)
             );
         }
+        for damage in &r.damaged {
+            out!(
+                "  damaged      {} times {} on {} ({}), found by its checksum",
+                damage.count,
+                damage.frame,
+                damage.channel.as_deref().unwrap_or("a new connection"),
+                damage.phase
+            );
+        }
         out!("  goodput      {:.0} MiB/s", r.goodput_mib_s);
         out!(
             "  CPU          {:.2} s here, {} there",

@@ -117,7 +117,8 @@ impl Control {
         );
         let (attempt, round_trip) = (self.attempt, self.session.round_trip());
         let body = Box::new(move || {
-            let result = reach(&shared, &*dial, purpose, &hello, round_trip);
+            let result = reach(&shared, &*dial, purpose, &hello, round_trip)
+                .inspect_err(|fault| shared.counters.note_fault(ChannelRef::Control, fault));
             let _ = notes.send(Note::Reached { attempt, result });
         });
         let thread = self.spawner.spawn("mfd-redial", body).map_err(fail)?;
@@ -220,8 +221,8 @@ impl Control {
     pub(super) fn take_control(&mut self, opened: Open) -> Result<(), Error> {
         tracing::info!(channel = %opened.description, session = ?self.id, "control channel open");
         let (notes, epoch, rx) = (self.notes.clone(), self.epoch, opened.rx);
-        let depot = Arc::clone(&self.shared.depot);
-        let body = Box::new(move || read_control(rx, depot, epoch, &notes));
+        let shared = Arc::clone(&self.shared);
+        let body = Box::new(move || read_control(rx, &shared, epoch, &notes));
         let reader = self.spawner.spawn("mfd-reader", body).map_err(|source| {
             Error::new(
                 Phase::Hello,

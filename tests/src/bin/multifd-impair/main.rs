@@ -24,6 +24,9 @@ struct Arguments {
     /// Nothing happens to any connection.
     #[arg(long)]
     calm: bool,
+    /// Only flipped bits, dozens in each migration, and a table of what they were in and whether a report names them.
+    #[arg(long, conflicts_with = "calm")]
+    flips: bool,
 }
 
 fn main() -> ExitCode {
@@ -31,9 +34,12 @@ fn main() -> ExitCode {
     let began = Instant::now();
     let (mut outcomes, mut impairments) = (BTreeMap::new(), BTreeMap::new());
     let (mut calm, mut violations) = (0u64, 0u64);
+    let mut flips = BTreeMap::new();
     for seed in arguments.from..arguments.from + arguments.count {
         let rules = if arguments.calm {
             Vec::new()
+        } else if arguments.flips {
+            impaired::draw_flips(&mut Random::new(seed))
         } else {
             impaired::draw(&mut Random::new(seed))
         };
@@ -47,9 +53,20 @@ fn main() -> ExitCode {
             let name = name.split('(').next().unwrap_or_default().to_owned();
             *impairments.entry(name).or_insert(0u64) += 1;
         }
+        for (flip, named) in &passage.flipped {
+            let what = format!("{:?} {:?} | {:?}", flip.direction, flip.place, passage.outcome);
+            let (count, found) = flips.entry(what).or_insert((0u64, 0u64));
+            (*count, *found) = (*count + 1, *found + u64::from(*named));
+        }
         for violation in &passage.violations {
             violations += 1;
             println!("VIOLATION seed {seed}: {violation}; {passage:?}");
+        }
+    }
+    if arguments.flips {
+        println!("| flipped bit in | migration | flips | named by a report |\n|---|---|---|---|");
+        for (what, (count, found)) in &flips {
+            println!("| {what} | {count} | {found} |");
         }
     }
     println!(

@@ -3,26 +3,29 @@
 
 #[path = "../../sim/interpose.rs"]
 mod interpose;
+mod tally;
+mod workers;
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use multifd_tests::sim::{self, Mode, Verdict};
+use multifd_tests::sim::{self, Mode};
+
+use self::tally::Tally;
 
 /// Simulates migrations in which things go wrong, and checks what must hold.
 ///
 /// Both sides' real drivers run one thread at a time on simulated time, so a seed always gives the same migration.
-/// Exit code 0: no violation. 1: violations; each is printed with the command that replays it. 70: a migration hangs.
-#[derive(Parser)]
+/// Exit code 0: no violation. 1: violations; each is printed with the command that replays it.
+#[derive(Parser, Debug, Clone)]
 #[command(name = "multifd-sim")]
 struct Arguments {
     /// Replays this one seed.
     #[arg(long)]
     seed: Option<u64>,
-    /// Prints every frame, fault and log line, with the simulated time.
-    #[arg(long)]
+    /// Prints every frame, fault and log line, with the simulated time. With --seed.
+    #[arg(long, requires = "seed")]
     trace: bool,
     /// How many seeds to run.
     #[arg(long, default_value_t = 1000)]
@@ -33,7 +36,10 @@ struct Arguments {
     /// Stops after so many seconds, whatever the count.
     #[arg(long)]
     seconds: Option<u64>,
-    /// Only flipped bits, many of them.
+    /// How many processes share the seeds. Each keeps to one processor, and a simulation that hangs ends only its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    jobs: u64,
+    /// Only flipped bits, dozens in each migration; each has to be found and named.
     #[arg(long, conflicts_with = "calm")]
     flips: bool,
     /// Nothing goes wrong.
@@ -45,66 +51,21 @@ struct Arguments {
     /// Goes on after a violation.
     #[arg(long)]
     keep_going: bool,
+    /// One of the processes of --jobs: every so many seeds.
+    #[arg(long, hide = true)]
+    stride: Option<u64>,
+    /// One of the processes of --jobs: the processor that it keeps to.
+    #[arg(long, hide = true)]
+    processor: Option<usize>,
 }
 
-/// What all seeds came to.
-#[derive(Default)]
-struct Tally {
-    migrations: u64,
-    without_fault: u64,
-    flips: u64,
-    given_back: u64,
-    lanes_lost: u64,
-    second: u64,
-    switches: u64,
-    simulated: Duration,
-    outcomes: BTreeMap<String, u64>,
-    codes: BTreeMap<&'static str, u64>,
-    faults: BTreeMap<String, u64>,
-    violations: u64,
-}
-
-impl Tally {
-    fn add(&mut self, verdict: &Verdict) {
-        self.migrations += 1;
-        self.without_fault += u64::from(verdict.faults.is_empty());
-        self.flips += verdict.flips;
-        self.given_back += verdict.pages_given_back;
-        self.lanes_lost += u64::from(verdict.lanes_lost);
-        self.second += u64::from(verdict.second);
-        self.switches += verdict.figures.switches;
-        self.simulated += Duration::from_nanos(verdict.figures.ns);
-        *self
-            .outcomes
-            .entry(format!("{:?}", verdict.outcome))
-            .or_default() += 1;
-        if let Some(code) = verdict.code {
-            *self.codes.entry(code).or_default() += 1;
+impl Arguments {
+    fn mode(&self) -> Mode {
+        match (self.flips, self.calm) {
+            (true, _) => Mode::Flips,
+            (_, true) => Mode::Calm,
+            _ => Mode::Faults,
         }
-        for fault in &verdict.faults {
-            *self.faults.entry(format!("{fault:?}")).or_default() += 1;
-        }
-        self.violations += u64::from(!verdict.violations.is_empty());
-    }
-
-    fn print(&self, took: Duration) {
-        let rate = self.migrations as f64 / took.as_secs_f64();
-        println!(
-            "{} migrations in {:.1} s ({rate:.0} a second), {:.0} s of simulated time, {} switches each",
-            self.migrations,
-            took.as_secs_f64(),
-            self.simulated.as_secs_f64(),
-            self.switches / self.migrations.max(1)
-        );
-        println!("without any fault: {}", self.without_fault);
-        println!("outcomes: {:?}", self.outcomes);
-        println!("faults that happened: {:?}", self.faults);
-        println!("errors: {:?}", self.codes);
-        println!(
-            "bits flipped {}, pages given back {}, lanes lost {}, second attempts {}",
-            self.flips, self.given_back, self.lanes_lost, self.second
-        );
-        println!("violations: {}", self.violations);
     }
 }
 
@@ -118,65 +79,77 @@ fn main() -> ExitCode {
             .with_ansi(false)
             .init();
     }
-    let mode = match (arguments.flips, arguments.calm) {
-        (true, _) => Mode::Flips,
-        (_, true) => Mode::Calm,
-        _ => Mode::Faults,
+    let began = Instant::now();
+    let tally = match (arguments.seed, arguments.stride) {
+        (Some(seed), _) => {
+            let mut tally = Tally::default();
+            run(&arguments, seed, &mut tally);
+            tally
+        }
+        (None, Some(stride)) => return work(&arguments, stride),
+        (None, None) => workers::share(&arguments),
     };
-    let (from, count) = match arguments.seed {
-        Some(seed) => (seed, 1),
-        None => (arguments.from, arguments.count),
-    };
+    tally.print(arguments.mode(), began.elapsed());
+    if tally.violations() == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// The life of one of the processes that share the seeds. What it counted it says in lines that the first process adds up.
+fn work(arguments: &Arguments, stride: u64) -> ExitCode {
+    if let Some(processor) = arguments.processor {
+        workers::keep_to(processor);
+    }
     let began = Instant::now();
     let mut tally = Tally::default();
-    let mut told = began;
-    for seed in from..from.saturating_add(count) {
+    let mut well = true;
+    let mut seed = arguments.from;
+    for number in 0..arguments.count {
         if arguments
             .seconds
             .is_some_and(|most| began.elapsed() >= Duration::from_secs(most))
         {
             break;
         }
-        let mut verdict = sim::run(seed, mode, arguments.trace);
-        if arguments.twice {
-            let again = sim::run(seed, mode, false);
-            if again.figures != verdict.figures {
-                verdict.violations.push(format!(
-                    "not the same twice: {:?} and {:?}",
-                    verdict.figures, again.figures
-                ));
-            }
+        well &= run(arguments, seed, &mut tally);
+        seed = seed.saturating_add(stride);
+        let stop = !well && !arguments.keep_going;
+        if stop || number % 256 == 255 {
+            std::mem::take(&mut tally).tell();
         }
-        tally.add(&verdict);
-        for violation in &verdict.violations {
-            println!("VIOLATION seed {seed}: {violation}");
-        }
-        if !verdict.violations.is_empty() {
-            println!(
-                "{}{}",
-                sim::replay_command(seed),
-                match mode {
-                    Mode::Faults => "",
-                    Mode::Flips => " --flips",
-                    Mode::Calm => " --calm",
-                }
-            );
-            if !arguments.keep_going {
-                break;
-            }
-        }
-        if told.elapsed() > Duration::from_secs(60) {
-            told = Instant::now();
-            eprintln!(
-                "{} migrations, {} with violations",
-                tally.migrations, tally.violations
-            );
+        if stop {
+            break;
         }
     }
-    tally.print(began.elapsed());
-    if tally.violations == 0 {
+    tally.tell();
+    if well {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     }
+}
+
+/// Runs one seed; whether all was well.
+fn run(arguments: &Arguments, seed: u64, tally: &mut Tally) -> bool {
+    let mode = arguments.mode();
+    let mut verdict = sim::run(seed, mode, arguments.trace);
+    if arguments.twice {
+        let again = sim::run(seed, mode, false);
+        if again.figures != verdict.figures {
+            verdict.violations.push(format!(
+                "not the same twice: {:?} and {:?}",
+                verdict.figures, again.figures
+            ));
+        }
+    }
+    tally.add(&verdict);
+    for violation in &verdict.violations {
+        println!("VIOLATION seed {seed}: {violation}");
+    }
+    if !verdict.violations.is_empty() {
+        println!("{}", sim::replay_command(seed, mode));
+    }
+    verdict.violations.is_empty()
 }
