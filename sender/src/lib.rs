@@ -27,7 +27,8 @@ pub mod vfio;
 pub mod vmm;
 
 pub use config::{
-    Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost, WhenNotConverging,
+    Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost,
+    WhenNotConverging,
 };
 pub use damage::DamageReport;
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};

@@ -841,9 +841,8 @@ impl Session {
         }
         match round.next() {
             Some(next) => {
-                let waits = self.waiting_since.is_some()
-                    && self.acks_missing()
-                    && !self.acks_waived(now);
+                let waits =
+                    self.waiting_since.is_some() && self.acks_missing() && !self.acks_waived(now);
                 // Rounds bring the acknowledgements no nearer. When they can't bring the downtime below its limit either, because
                 // the devices' part alone is above it, they would follow one another without end, most of them empty.
                 if waits && now < self.round_waited_at + WAIT_ROUND {

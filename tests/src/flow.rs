@@ -124,15 +124,17 @@ fn fill(to: &mut Vec<u8>, bytes: usize, from: &[u8]) -> usize {
 }
 
 fn spend(left: &mut u64, octets: &[u8]) -> usize {
-    let count = usize::try_from(*left).unwrap_or(usize::MAX).min(octets.len());
+    let count = usize::try_from(*left)
+        .unwrap_or(usize::MAX)
+        .min(octets.len());
     *left -= count as u64;
     count
 }
 
 #[cfg(test)]
 mod tests {
-    use multifd_wire::frame::{KeepAlive, VmState};
     use multifd_wire::frame::BlobPart;
+    use multifd_wire::frame::{KeepAlive, VmState};
     use multifd_wire::{Body, Frame, Sequence};
 
     use super::*;
@@ -142,7 +144,7 @@ mod tests {
         let mut octets = vec![0; HELLO_BYTES];
         let body = [7u8; 10];
         let blob = BlobPart {
-            blob_kind: 1,
+            kind: 1,
             version: 1,
             index: 0,
             part: 0,

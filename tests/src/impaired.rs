@@ -9,8 +9,8 @@ use multifd_sender as tx;
 use multifd_transport::{Address, GuestMemory, Listener, TcpOptions};
 use multifd_wire::{ChannelRef, LaneId, Phase};
 
-use crate::model::{DestinationMachine, Random, SourceMachine, differing_page, fill, memory};
 use crate::flow::Place;
+use crate::model::{DestinationMachine, Random, SourceMachine, differing_page, fill, memory};
 use crate::proxy::{Direction, Flipped, Impairment, Proxy, Rule};
 
 /// Small enough that a migration takes a moment, and large enough for several rounds.
@@ -47,7 +47,11 @@ pub fn draw_flips(random: &mut Random) -> Vec<Rule> {
         .map(|_| {
             // Behind the first heads; nearly everything there is content of pages.
             let connection = 1 + random.below(LANES.into()) as u32;
-            flip(connection, Direction::Forth, 10_000 + random.below(1_200_000))
+            flip(
+                connection,
+                Direction::Forth,
+                10_000 + random.below(1_200_000),
+            )
         })
         .collect();
     match random.below(3) {
@@ -75,10 +79,13 @@ fn named(flipped: &[Flipped], sent: &tx::Report, received: &rx::Report) -> Vec<(
                 .damaged
                 .iter()
                 .any(|d| d.frame == name && (d.channel == channel(flip) || name == "hello")),
-            Direction::Back => sent
-                .damaged
-                .iter()
-                .any(|d| d.frame == name && (d.channel.is_none() || flip.lane.is_some() || d.channel == channel(flip) || name == "hello_reply")),
+            Direction::Back => sent.damaged.iter().any(|d| {
+                d.frame == name
+                    && (d.channel.is_none()
+                        || flip.lane.is_some()
+                        || d.channel == channel(flip)
+                        || name == "hello_reply")
+            }),
         }
     };
     flipped.iter().map(|flip| (*flip, is_named(flip))).collect()
@@ -246,9 +253,14 @@ pub fn migrate(seed: u64, rules: Vec<Rule>) -> Passage {
     if only_flips && !flipped.is_empty() {
         // Where everything arrived, every page was looked at; where not, something was found that ended it.
         let in_pages = |flip: &Flipped| flip.place == Place::Body("PAGES");
-        let missed = flipped.iter().find(|(flip, named)| !named && in_pages(flip));
+        let missed = flipped
+            .iter()
+            .find(|(flip, named)| !named && in_pages(flip));
         if migrated && let Some((flip, _)) = missed {
-            violations.push(format!("{flip:?} was not named in {:?}", received.report.damaged));
+            violations.push(format!(
+                "{flip:?} was not named in {:?}",
+                received.report.damaged
+            ));
         }
         if !migrated && !flipped.iter().any(|(_, named)| *named) {
             violations.push(format!("it failed, and none of {flipped:?} was named"));

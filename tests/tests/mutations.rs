@@ -40,7 +40,11 @@ fn every_mutation_fits_the_product_as_it_is() {
         if path.extension().is_none_or(|ending| ending != "patch") {
             continue;
         }
-        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        let name = path
+            .file_stem()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
         let patch = std::fs::read_to_string(&path).expect("a text");
         let pieces = wanted(&patch);
         assert!(!pieces.is_empty(), "{name} changes nothing");

@@ -47,10 +47,12 @@ fn no_seed_breaks_a_promise() {
 }
 
 #[test]
-fn without_faults_every_migration_ends_well_or_says_that_it_does_not_converge() {
+fn without_faults_every_migration_ends_well_or_says_what_took_too_long() {
     for verdict in seeds(Mode::Calm, 100, Duration::from_secs(2)) {
         assert!(
-            verdict.code.is_none_or(|code| code.contains("converg")),
+            verdict
+                .code
+                .is_none_or(|code| code.contains("converg") || code.contains("ack-deadline")),
             "{verdict:?}"
         );
     }
@@ -111,10 +113,9 @@ fn the_simulated_network_is_a_channel_like_any_other() {
             name: "simulated",
             pair,
         };
-        let ((), figures) =
-            schedule::simulate(7, 600_000_000_000, check.name, || {
-                conformance::run(check.name, kind)
-            });
+        let ((), figures) = schedule::simulate(7, 600_000_000_000, check.name, || {
+            conformance::run(check.name, kind)
+        });
         assert!(figures.threads > 1, "{}: nobody was simulated", check.name);
     }
 }

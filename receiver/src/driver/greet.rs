@@ -11,8 +11,8 @@ use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::Outcome;
 use multifd_wire::negotiate::{self, Agreement, Offer};
 use multifd_wire::{
-    Body, ChannelRef, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId, Reason,
-    Sequence, SessionId, Token, VersionRange,
+    Body, ChannelRef, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId,
+    Reason, Sequence, SessionId, Token, VersionRange,
 };
 
 use super::{GREETERS_MAX, Note, OfferError, Shared, lock};

@@ -11,7 +11,8 @@ use crossbeam_channel::Sender;
 use multifd_transport::{ChannelError, ReceiveHalf, Span};
 use multifd_wire::frame::{Pages, Zeros};
 use multifd_wire::{
-    ChannelKind, ChannelRef, Frame, HEADER_BYTES, Header, Incarnation, Kind, LaneId, Misbehaved, PageRun, Round,
+    ChannelKind, ChannelRef, Frame, HEADER_BYTES, Header, Incarnation, Kind, LaneId, Misbehaved,
+    PageRun, Round,
 };
 
 use super::device::{DeviceNote, Inventory};

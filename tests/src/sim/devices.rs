@@ -54,9 +54,7 @@ pub(super) fn draw(random: &mut Random) -> Vec<DeviceConfig> {
 
 /// A failure of a device with this configuration, and on which side.
 pub(super) fn draw_failure(random: &mut Random, config: &DeviceConfig) -> (Side, DeviceFailure) {
-    use DeviceState::{
-        PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy,
-    };
+    use DeviceState::{PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
     let place = random.below(config.size * 2);
     let step = |random: &mut Random, states: &[DeviceState]| {
         let state = states[random.below(states.len() as u64) as usize];

@@ -376,8 +376,10 @@ impl tx::Vmm for SourceVmm {
         let machine = &self.world.machine;
         // Saving may itself write memory: this machine does.
         let region = machine.shape.len() as u32 - 1;
-        machine.fill(region, 0);
-        machine.note(region, 0);
+        if self.world.tears() {
+            machine.fill(region, 0);
+            machine.note(region, 0);
+        }
         let octets = {
             let mut state = machine.lock();
             state.saved = state.writes.to_le_bytes().repeat(16);

@@ -98,6 +98,9 @@ pub fn replay_command(seed: u64, mode: Mode) -> String {
 /// What came of a flipped bit that nobody read: the connection ended before.
 pub const NEVER_READ: &str = "never read";
 
+/// What a line begins with that says in which phase, and by which name, reports have flipped bits.
+pub const BY_PHASE: &str = "reported by the ";
+
 /// The settings that a seed gives.
 #[derive(Clone)]
 struct Settings {

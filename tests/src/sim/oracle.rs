@@ -18,10 +18,10 @@ use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_wire::Kind;
 
-use super::NEVER_READ;
 use super::faults::{Fault, Part, Side};
 use super::world::{Summary, World};
 use super::{Attempt, Settings};
+use super::{BY_PHASE, NEVER_READ};
 
 /// Errors that say that the other side lied. Only a forged or flipped octet may lead to one.
 const ACCUSATIONS: &[&str] = &[
@@ -171,10 +171,7 @@ fn held(world: &World, summary: &Summary, attempt: &Attempt, settings: &Settings
 
 /// No side may accuse the other, as long as nobody forged or damaged what they said.
 fn honesty(world: &World, summary: &Summary, attempt: &Attempt) {
-    let damaged = summary
-        .flips
-        .iter()
-        .any(|flip| !flip.is_in_page());
+    let damaged = summary.flips.iter().any(|flip| !flip.is_in_page());
     if summary.forged || damaged {
         return;
     }
@@ -215,6 +212,13 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
     if crashed || summary.restarts > 0 || summary.forged {
         return;
     }
+    // The first octets that end the migration may be found while a greeter still reads a hello: it comes too late for the report.
+    let elsewhere = summary.flips.iter().filter(|flip| !flip.is_in_page());
+    let alone = elsewhere.filter(|flip| flip.arrived).count() == 1;
+    let stranger = summary
+        .happened
+        .iter()
+        .any(|(_, fault, _)| *fault == Fault::Stranger);
     type Place = (Side, Option<String>, String);
     let mut seen = BTreeSet::new();
     // At least, and at most.
@@ -227,7 +231,7 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
         let channel = (flip.part != Part::Hello).then(|| flip.channel.to_string());
         let place = (flip.from, channel, flip.name().to_owned());
         let (least, most) = expected.entry(place).or_default();
-        *least += u64::from(!flip.repeated);
+        *least += u64::from(!flip.repeated && (alone || flip.part != Part::Hello));
         *most += 1;
     }
     let reports = [
@@ -260,8 +264,8 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
                 .or_default() += count;
         }
     }
-    // A page that the guest wrote while it was sent is damaged as well.
-    let torn = |place: &Place| summary.tears && place.2 == Kind::Pages.name();
+    // A page that the guest wrote while it was sent is damaged as well, and a stranger may say anything.
+    let torn = |place: &Place| place.2 == Kind::Pages.name() || (stranger && place.2 == "hello");
     for (place, (least, most)) in &expected {
         let most = if torn(place) { &u64::MAX } else { most };
         let count = found.remove(place).unwrap_or(0);
@@ -300,14 +304,15 @@ pub(super) fn fates_of_flips(world: &World, attempt: &Attempt) -> Vec<(String, u
             .entry(format!("{kind}/{:?}/{end}", flip.part))
             .or_default() += 1;
     }
-    for (side, damaged) in [
-        ("destination", &attempt.received().report.damaged),
-    ] {
-        for d in damaged {
-            *fates
-                .entry(format!("by phase: {side} in {}/{}/found", d.phase, d.frame))
-                .or_default() += d.count;
-        }
+    for d in &attempt.received().report.damaged {
+        *fates
+            .entry(format!("{BY_PHASE}destination/{}/{}", d.phase, d.frame))
+            .or_default() += d.count;
+    }
+    for d in &attempt.sent.report.damaged {
+        *fates
+            .entry(format!("{BY_PHASE}source/{}/{}", d.phase, d.frame))
+            .or_default() += d.count;
     }
     fates.into_iter().collect()
 }

@@ -33,21 +33,44 @@ pub(super) fn comes(
     let world = Arc::clone(world);
     let body = move || {
         let (mut tx, mut rx, _closer) = ours.split();
-        let token = Token::new(draw.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes().repeat(2).try_into().unwrap_or([7; 16]));
+        let token = Token::new(
+            draw.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                .to_le_bytes()
+                .repeat(2)
+                .try_into()
+                .unwrap_or([7; 16]),
+        );
         let mut said = match draw % 8 {
             0 => return schedule::sleep(PATIENCE.as_nanos() as u64),
             1 => draw.to_le_bytes().repeat(16),
             2 => draw.to_le_bytes().repeat(4),
             // The source's own words, but for the intent.
-            3 => Hello { intent: Intent::Start, ..hello }.encode().to_vec(),
+            3 => Hello {
+                intent: Intent::Start,
+                ..hello
+            }
+            .encode()
+            .to_vec(),
             4 => {
                 let lane = LaneId::new((draw >> 8) as u32 % 4);
                 let incarnation = Incarnation::new((draw >> 16) as u32 % 2);
-                Hello::join(hello.session, token, hello.features_optional, lane, incarnation).encode().to_vec()
+                Hello::join(
+                    hello.session,
+                    token,
+                    hello.features_optional,
+                    lane,
+                    incarnation,
+                )
+                .encode()
+                .to_vec()
             }
-            5 => Hello::resume(hello.session, token, hello.features_optional).encode().to_vec(),
+            5 => Hello::resume(hello.session, token, hello.features_optional)
+                .encode()
+                .to_vec(),
             6 => Hello::ask(hello.session, token).encode().to_vec(),
-            _ => Hello::resume(hello.session, Token::new([0; 16]), hello.features_optional).encode().to_vec(),
+            _ => Hello::resume(hello.session, Token::new([0; 16]), hello.features_optional)
+                .encode()
+                .to_vec(),
         };
         let deadline = Some(Instant::now() + PATIENCE);
         tx.set_deadline(deadline);

@@ -11,9 +11,7 @@ use multifd_transport::Span;
 use multifd_wire::{ChannelRef, DeviceState, Hello, Kind, PAGE_BYTES_U64};
 
 use super::devices::{self, Seen};
-use super::faults::{
-    Fault, Forgery, FrameFate, FrameSeen, Moment, Part, Plan, Planned, Side,
-};
+use super::faults::{Fault, Forgery, FrameFate, FrameSeen, Moment, Part, Plan, Planned, Side};
 use super::machine::Machine;
 use super::network::Link;
 use super::schedule::{self, Key};
@@ -216,8 +214,6 @@ pub struct Summary {
     pub must_say_lost: bool,
     /// How long after the death of the source's program the destination's VMM took the machine down, in ns.
     pub held_ns: Option<u64>,
-    /// Pages may arrive torn.
-    pub tears: bool,
     /// A frame was forged: a program may call the other one a liar.
     pub forged: bool,
 }
@@ -414,7 +410,6 @@ impl World {
                 .source_died_at
                 .zip(state.discarded_at)
                 .map(|(died, discarded)| discarded.saturating_sub(died)),
-            tears: self.tears,
             forged: state.forged,
         }
     }
@@ -642,7 +637,10 @@ impl World {
         device.failed |= planned;
         if planned || state.forged {
             state.must_succeed = false;
-            state.note(Fault::DeviceFails, format!("device {index} at {side:?}: {text}"));
+            state.note(
+                Fault::DeviceFails,
+                format!("device {index} at {side:?}: {text}"),
+            );
         } else {
             drop(state);
             self.violation(format!(
@@ -772,6 +770,12 @@ impl World {
                 schedule::wake(END, usize::MAX);
             }
         }
+    }
+
+    /// Whether pages may arrive torn.
+    #[must_use]
+    pub fn tears(&self) -> bool {
+        self.tears
     }
 
     /// Guest memory is about to be read for a frame.
@@ -986,7 +990,7 @@ impl World {
             Fault::RestartDestination => {
                 note(String::new());
                 let (fine, at) = {
-                    let mut state = self.lock();
+                    let state = self.lock();
                     let fine = state.must_succeed && state.resumes && state.in_rounds;
                     let at = schedule::now() + 1 + draw % 500_000_000;
                     (fine, at)

@@ -433,6 +433,8 @@ impl Control {
         self.secret = None;
         self.agreement = None;
         (self.rounds_closed, self.paused_from, self.last_opened) = (0, None, None);
+        // Nothing is at the destination any more, also if this attempt gets no further than to dial.
+        self.shared.dirty.mark_all();
         // SPEC: DIGEST-5
         let shared = Arc::clone(&self.shared);
         for region in shared.layout.regions() {

@@ -54,7 +54,10 @@ fn main() -> ExitCode {
             *impairments.entry(name).or_insert(0u64) += 1;
         }
         for (flip, named) in &passage.flipped {
-            let what = format!("{:?} {:?} | {:?}", flip.direction, flip.place, passage.outcome);
+            let what = format!(
+                "{:?} {:?} | {:?}",
+                flip.direction, flip.place, passage.outcome
+            );
             let (count, found) = flips.entry(what).or_insert((0u64, 0u64));
             (*count, *found) = (*count + 1, *found + u64::from(*named));
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use multifd_tests::sim::faults::RATES;
-use multifd_tests::sim::{Mode, Verdict};
+use multifd_tests::sim::{BY_PHASE, Mode, NEVER_READ, Verdict};
 
 /// What a line begins with that carries a counter from one process to another.
 const LINE: &str = "TALLY ";
@@ -145,7 +145,7 @@ impl Tally {
         println!("| octets of | part | what came of the flipped bit | flips |\n|---|---|---|---|");
         for (what, count) in self.group("flip") {
             println!("| {} | {count} |", what.replace('/', " | "));
-            if !what.ends_with(multifd_tests::sim::NEVER_READ) {
+            if !what.ends_with(NEVER_READ) && !what.starts_with(BY_PHASE) {
                 sum += count;
             }
         }
