@@ -654,7 +654,11 @@ impl World {
         let devices = self.lock().devices.clone();
         for device in devices.iter().filter(|device| !device.failed) {
             let runs = match side {
-                Side::Source => device.source.state == DeviceState::Running,
+                // A migration that goes on has devices in pre-copy.
+                Side::Source => matches!(
+                    device.source.state,
+                    DeviceState::Running | DeviceState::PreCopy
+                ),
                 Side::Destination => {
                     let there = device.destination.as_ref();
                     device.taken && there.is_some_and(|seen| seen.state == DeviceState::Running)
@@ -682,9 +686,16 @@ impl World {
         }
     }
 
-    /// Every device runs at the source.
+    /// Every device runs at the source, and is read no more.
     pub(super) fn devices_are_home(&self) {
-        self.devices_run(Side::Source);
+        let devices = self.lock().devices.clone();
+        for device in devices.iter().filter(|device| !device.failed) {
+            let state = device.source.state;
+            if state != DeviceState::Running {
+                let name = &device.config.name;
+                self.violation(format!("{name} is {state} at the source after it failed"));
+            }
+        }
     }
 
     // ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
