@@ -214,7 +214,7 @@ impl Settings {
                 hot_pages: pick(random, &[4, 16, 1000]),
             },
             step_ns: pick(random, &[10_000, 100_000, 20_000_000]),
-            must_converge: must_converge && !(ack_may_fail && !devices.is_empty()),
+            must_converge: must_converge && (!ack_may_fail || devices.is_empty()),
             resumes: reconnect_ms >= 4000
                 && suspend_ms >= 8000
                 && (DEVICES_RESUME || devices.is_empty()),
