@@ -242,7 +242,7 @@ fn report(args: &Args, finished: &Finished, check: Option<&Check>) {
     }
     let r = &finished.report;
     for damage in &r.damaged {
-        eprintln!(
+        err!(
             "multifd-receive: damaged on the way, found by its checksum: {} times {} on {}, in phase {}",
             damage.count,
             damage.frame,
