@@ -510,6 +510,7 @@ fn rounds_of_a_heavy_device(unacked: &[&str]) -> (u32, bool) {
     let heavy = Event::Devices(DeviceOutlook {
         stop_bytes: 1 << 40,
         load: Duration::ZERO,
+        read: Duration::ZERO,
         unacked: unacked.iter().map(|name| (*name).to_owned()).collect(),
     });
     let (mut now, mut rounds) = (67 * MS, 0);
