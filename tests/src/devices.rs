@@ -153,7 +153,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// These devices on both sides, 16 MiB of idle memory, default settings.
+    /// These devices on both sides, 16 MiB of idle memory, default settings but for the downtime limit, which leaves slow devices their time.
     #[must_use]
     pub fn new(devices: &[&str]) -> Self {
         let devices: Vec<DeviceConfig> = devices
@@ -163,7 +163,10 @@ impl Plan {
         Self {
             source: devices.clone(),
             destination: devices,
-            config: tx::Config::default(),
+            config: tx::Config::builder()
+                .downtime_limit(Duration::from_secs(5))
+                .build()
+                .expect("within limits"),
             receiver: rx::Config::default(),
             memory_bytes: 16 << 20,
             writes: 0,

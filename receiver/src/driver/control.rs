@@ -716,6 +716,11 @@ impl Control {
         match note {
             Note::Opened(opened) => self.opened(opened),
             Note::LaneJoined(joined) => {
+                // Of a first set-up that was lost meanwhile: the source dials it again (SPEC: RESUME-13).
+                if joined.reply.is_none() && self.epoch > 0 {
+                    tracing::debug!(lane = %joined.lane, "a lane came too late");
+                    return;
+                }
                 tracing::info!(channel = %joined.description, lane = %joined.lane, "lane open");
                 // A lane may be faster than the SETUP_END that announces it.
                 if self.seen.end {

@@ -38,9 +38,6 @@ use crate::model::Random;
 /// The longest that a simulated migration may last, second attempts included. The settings' deadlines add up to less.
 const LIMIT_NS: u64 = 240_000_000_000;
 
-/// Whether a session with devices outlives its channels.
-const DEVICES_RESUME: bool = false;
-
 /// What is simulated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
@@ -215,9 +212,7 @@ impl Settings {
             },
             step_ns: pick(random, &[10_000, 100_000, 20_000_000]),
             must_converge: must_converge && (!ack_may_fail || devices.is_empty()),
-            resumes: reconnect_ms >= 4000
-                && suspend_ms >= 8000
-                && (DEVICES_RESUME || devices.is_empty()),
+            resumes: reconnect_ms >= 4000 && suspend_ms >= 8000,
             devices,
             starts_afresh,
             // Noticing it may take a stall or the set-up's deadline, and the VMM may be at work.

@@ -186,8 +186,11 @@ impl Control {
         Ok(())
     }
 
-    /// What was said of devices on the old channel may be lost (SPEC: RESUME-12).
+    /// What was said of devices on the old channel may be lost (SPEC: RESUME-12). Where nothing landed, nothing was said.
     fn repeat_for_devices(&mut self) -> Result<(), Error> {
+        if self.landed.is_empty() {
+            return Ok(());
+        }
         let Some(inventory) = self.inventory.clone() else {
             return Ok(());
         };

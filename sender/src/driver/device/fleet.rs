@@ -104,13 +104,14 @@ impl Fleet {
         spawner: &dyn Spawner,
         notes: &Sender<Note>,
     ) -> Result<(), Fault> {
+        // A set-up whose channels were lost held it, with or without readers.
+        depot.outbox.hold(false);
         if !self.readers.is_empty() {
             // Begun again, for a destination that has nothing.
             for reader in &self.readers {
                 // A window is more than none.
                 let _ = reader.desk.grant(u32::MAX, window);
             }
-            depot.outbox.hold(false);
             self.order(Order::PreCopy);
             return Ok(());
         }
