@@ -19,7 +19,7 @@ use multifd_wire::frame::{
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{
     ChannelRef, DeviceId, Features, Frame, Incarnation, Kind, LaneId, Layout, Misbehaved,
-    PAGE_BYTES_U64, PageRun, Phase, Reason, Round, Sequence, Text,
+    PAGE_BYTES_U64, PageRun, Phase, Reason, Round, Sequence, Text, Token,
 };
 
 use super::accept::Acceptor;
@@ -205,6 +205,8 @@ pub(super) struct Control {
     frames_seen: u64,
     /// Counts the control channels.
     epoch: u32,
+    /// What lanes of the control channel that there is now have to show.
+    ticket: Option<Token>,
     /// Threads of channels that were given up; they end by themselves.
     stragglers: Vec<JoinHandle<()>>,
     /// How far the frames of lanes before the last resume were handled.
@@ -297,6 +299,7 @@ impl Control {
             ack_due: Duration::ZERO,
             frames_seen: 0,
             epoch: 0,
+            ticket: None,
             stragglers: Vec::new(),
             landed: BTreeMap::new(),
             later: VecDeque::new(),
@@ -716,8 +719,9 @@ impl Control {
         match note {
             Note::Opened(opened) => self.opened(opened),
             Note::LaneJoined(joined) => {
-                // Of a first set-up that was lost meanwhile: the source dials it again (SPEC: RESUME-13).
-                if joined.reply.is_none() && self.epoch > 0 {
+                // Of a set-up that was lost meanwhile: the source dials it again (SPEC: RESUME-13).
+                let late = phase == Phase::Suspended || self.ticket != Some(joined.ticket);
+                if joined.reply.is_none() && late {
                     tracing::debug!(lane = %joined.lane, "a lane came too late");
                     return;
                 }

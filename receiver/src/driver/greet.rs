@@ -47,6 +47,8 @@ pub(super) struct Opened {
 pub(super) struct Joined {
     pub(super) lane: LaneId,
     pub(super) incarnation: Incarnation,
+    /// What it showed: the control channel of which it is a lane.
+    pub(super) ticket: Token,
     pub(super) rx: Box<dyn ReceiveHalf>,
     pub(super) tx: Box<dyn SendHalf>,
     pub(super) closer: Closer,
@@ -320,6 +322,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
             Ok(()) => Note::LaneJoined(Joined {
                 lane: hello.lane,
                 incarnation: hello.incarnation,
+                ticket: hello.token,
                 rx,
                 tx,
                 closer,

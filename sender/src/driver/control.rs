@@ -100,6 +100,8 @@ pub(super) struct Control {
     vmm: Box<dyn Vmm>,
     sources: Vec<Box<dyn Source>>,
     tracking: bool,
+    /// Its devices are read, and its memory is in round 0, for the destination that there is now.
+    begun: bool,
     fleet: Fleet,
     dial: Arc<dyn Dial>,
     spawner: Arc<dyn Spawner>,
@@ -167,6 +169,7 @@ impl Control {
             vmm,
             sources,
             tracking: false,
+            begun: false,
             fleet: Fleet::default(),
             dial,
             spawner,
@@ -981,6 +984,7 @@ impl Control {
 
     /// Once the destination is ready for the first time.
     fn begin_tracking(&mut self, prepare_us: u64) -> Result<(), Error> {
+        self.begun = true;
         self.start_tracking()?;
         self.timeline.ready(self.shared.now(), prepare_us);
         self.start_devices()

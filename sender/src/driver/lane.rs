@@ -194,7 +194,7 @@ impl<'s> Feeder<'s> {
         }
         let mut octets = 0;
         while last || octets < EXTENT_PAGES * PAGE_BYTES_U64 {
-            match self.item()? {
+            match self.item_in_round()? {
                 Some(bytes) => octets += bytes,
                 None => break,
             }
@@ -209,11 +209,21 @@ impl<'s> Feeder<'s> {
         let depot = Arc::clone(&self.shared.depot);
         while !depot.outbox.is_drained() {
             self.check_stop()?;
-            if self.item()?.is_none() {
+            if self.item_in_round()?.is_none() {
                 let _ = depot.outbox.tokens().recv_timeout(NAP);
             }
         }
         Ok(())
+    }
+
+    /// As [`Self::item`], without having waited for its token: takes that too, or a lane between rounds would wake up for each
+    /// item that is gone.
+    fn item_in_round(&mut self) -> Result<Option<u64>, Fault> {
+        let sent = self.item()?;
+        if sent.is_some() {
+            let _ = self.shared.depot.outbox.tokens().try_recv();
+        }
+        Ok(sent)
     }
 
     /// Sends the most urgent item, if there is one; gives its size. From the ledger it comes back if the lane dies.

@@ -201,6 +201,7 @@ impl Session {
         self.kept = None;
         self.state = State::Setup { granted: false };
         (self.began, self.heard, self.closed) = (now, now, None);
+        self.unready = true;
         self.observed.clear();
         vec![Effect::Disconnect, Effect::StartAfresh]
     }

@@ -35,8 +35,12 @@ use self::network::Quality;
 use self::world::{Scene, World};
 use crate::model::Random;
 
-/// The longest that a simulated migration may last, second attempts included. The settings' deadlines add up to less.
-const LIMIT_NS: u64 = 240_000_000_000;
+/// The longest that a simulated migration may last, second attempts included. The settings' deadlines add up to less, and the
+/// slowest link with a device that grows takes about half of it.
+const LIMIT_NS: u64 = 600_000_000_000;
+
+/// An acknowledgement that is not expected to be late by then.
+const ACK_LATEST_MS: u64 = 60_000;
 
 /// What is simulated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -153,14 +157,19 @@ impl Settings {
         let reconnect_ms = pick(random, &[0, 300, 4000, 4000]);
         let suspend_ms = pick(random, &[0, 300, 8000, 8000, 8000]);
         let devices = devices::draw(random);
-        // A destination that loads slowly is waited for, or not.
-        let ack_deadline_ms = pick(random, &[None, None, None, Some(5), Some(500)]);
+        // A destination that loads slowly is waited for, or not. One that never says that it has loaded, since a stranger changed
+        // what it was told, would be waited for without end if there were no deadline at all.
+        let ack_deadline_ms = pick(
+            random,
+            &[ACK_LATEST_MS, ACK_LATEST_MS, ACK_LATEST_MS, 5, 500],
+        );
         let when_ack_late = if random.below(2) == 0 {
             tx::WhenAckLate::Fail
         } else {
             tx::WhenAckLate::GoOn
         };
-        let ack_may_fail = ack_deadline_ms.is_some() && when_ack_late == tx::WhenAckLate::Fail;
+        let ack_may_fail =
+            ack_deadline_ms < ACK_LATEST_MS && when_ack_late == tx::WhenAckLate::Fail;
         let starts_afresh = random.below(2) == 0;
         let config = tx::Config::builder()
             .when_destination_lost(if starts_afresh {
@@ -169,7 +178,7 @@ impl Settings {
                 tx::WhenDestinationLost::Fail
             })
             .device_chunk_bytes(pick(random, &[4096, 10_000, 64 << 10]))
-            .ack_deadline(ack_deadline_ms.map(Duration::from_millis))
+            .ack_deadline(Some(Duration::from_millis(ack_deadline_ms)))
             .when_ack_late(when_ack_late)
             .reconnect_deadline(Duration::from_millis(reconnect_ms))
             .progress_deadline(Duration::from_secs(3))

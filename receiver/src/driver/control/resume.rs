@@ -80,6 +80,7 @@ impl Control {
         self.control = Some(ControlSender::new(tx));
         self.closer = Some(opened.closer);
         self.control_lost = false;
+        self.ticket = Some(opened.ticket);
         let body = Box::new(move || read_control(rx, &shared, epoch));
         match self.shared.spawner.spawn("mfd-reader", body) {
             Ok(reader) => self.reader = Some(reader),

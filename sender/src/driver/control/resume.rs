@@ -405,7 +405,7 @@ impl Control {
             self.resumed = None;
             self.timeline.resumed();
             // The first set-up was lost: what follows it follows now (SPEC: RESUME-13).
-            if !self.tracking
+            if !self.begun
                 && let Err(error) = self.begin_tracking(ready.prepare_us)
             {
                 self.drive(Event::Failed(error));
@@ -433,6 +433,7 @@ impl Control {
         self.secret = None;
         self.agreement = None;
         (self.rounds_closed, self.paused_from, self.last_opened) = (0, None, None);
+        self.begun = false;
         // Nothing is at the destination any more, also if this attempt gets no further than to dial.
         self.shared.dirty.mark_all();
         // SPEC: DIGEST-5
