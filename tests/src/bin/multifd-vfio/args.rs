@@ -11,7 +11,7 @@ use multifd_wire::DeviceState;
 /// Migrates real VFIO devices, one to another, through the real source and destination in one process, and checks what came of it.
 ///
 /// Devices come in pairs, SOURCE DESTINATION, all in one migration. A device is its place in sysfs, such as
-/// /sys/bus/platform/devices/labdev.0 or /sys/bus/mdev/devices/<uuid>.
+/// /sys/bus/platform/devices/labdev.0 or /sys/bus/mdev/devices/UUID.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "multifd-vfio", after_help = CHECKS)]
 pub(crate) struct Args {
