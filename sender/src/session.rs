@@ -841,16 +841,28 @@ impl Session {
         }
         match round.next() {
             Some(next) => {
-                let waits =
-                    self.waiting_since.is_some() && self.acks_missing() && !self.acks_waived(now);
-                // Rounds bring the acknowledgements no nearer. When they can't bring the downtime below its limit either, because
-                // the devices' part alone is above it, they would follow one another without end, most of them empty.
-                if waits && now < self.round_waited_at + WAIT_ROUND {
-                    effects.extend(self.wait_for_devices(round, since, now));
+                let unacked = self.acks_missing() && !self.acks_waived(now);
+                let waits = unacked && self.waiting_since.is_some();
+                // The devices' part alone is above the limit. Rounds bring neither that nor the acknowledgements any nearer, and would
+                // follow one another without end, most of them empty.
+                let idle = self.devices.is_some() && conditions.downtime(0.0) > conditions.limit;
+                if (waits || idle) && now < self.round_waited_at + WAIT_ROUND {
+                    if waits {
+                        effects.extend(self.wait_for_devices(round, since, now));
+                    } else {
+                        let again = now + WAIT_ROUND;
+                        self.state = State::Waiting {
+                            round,
+                            since,
+                            again,
+                        };
+                    }
                     return effects;
                 }
-                if waits {
-                    (self.rounds_waited, self.round_waited_at) = (self.rounds_waited + 1, now);
+                if waits || idle {
+                    self.round_waited_at = now;
+                    // While initial bytes are under way there is something to wait for.
+                    self.rounds_waited += u32::from(unacked);
                 }
                 effects.extend(self.open(next, now));
             }
