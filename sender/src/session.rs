@@ -842,10 +842,10 @@ impl Session {
         match round.next() {
             Some(next) => {
                 let unacked = self.acks_missing() && !self.acks_waived(now);
-                let waits = unacked && self.waiting_since.is_some();
                 // The devices' part alone is above the limit. Rounds bring neither that nor the acknowledgements any nearer, and would
                 // follow one another without end, most of them empty.
                 let idle = self.devices.is_some() && conditions.downtime(0.0) > conditions.limit;
+                let waits = unacked && (idle || self.waiting_since.is_some());
                 if (waits || idle) && now < self.round_waited_at + WAIT_ROUND {
                     if waits {
                         effects.extend(self.wait_for_devices(round, since, now));
@@ -862,7 +862,7 @@ impl Session {
                 if waits || idle {
                     self.round_waited_at = now;
                     // While initial bytes are under way there is something to wait for.
-                    self.rounds_waited += u32::from(unacked);
+                    self.rounds_waited += u32::from(waits);
                 }
                 effects.extend(self.open(next, now));
             }
