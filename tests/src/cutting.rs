@@ -1,6 +1,8 @@
 //! A channel that is cut after so many octets, in the middle of a frame.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use multifd_transport::{Channel, ChannelError, Closer, IoSource, ReceiveHalf, SendHalf, Span};
@@ -18,13 +20,23 @@ pub enum Side {
 pub struct Cutting {
     inner: Box<dyn Channel>,
     side: Side,
-    octets: u64,
+    octets: Arc<AtomicU64>,
 }
+
+/// Nothing is cut any more.
+const ENDLESS: u64 = u64::MAX;
 
 impl Cutting {
     /// Lets `octets` pass in one direction.
     #[must_use]
     pub fn after(octets: u64, side: Side, inner: Box<dyn Channel>) -> Box<dyn Channel> {
+        Self::shared(Arc::new(AtomicU64::new(octets)), side, inner)
+    }
+
+    /// One of several channels that let `octets` pass together, in one direction. The one that goes beyond them is cut, and the
+    /// others go on.
+    #[must_use]
+    pub fn shared(octets: Arc<AtomicU64>, side: Side, inner: Box<dyn Channel>) -> Box<dyn Channel> {
         Box::new(Self {
             inner,
             side,
@@ -38,9 +50,9 @@ impl Channel for Cutting {
         let (tx, rx, closer) = self.inner.split();
         let left = |side| {
             if self.side == side {
-                self.octets
+                Arc::clone(&self.octets)
             } else {
-                u64::MAX
+                Arc::new(AtomicU64::new(ENDLESS))
             }
         };
         let send = Half {
@@ -63,23 +75,21 @@ impl Channel for Cutting {
 
 struct Half<H> {
     inner: H,
-    left: u64,
+    left: Arc<AtomicU64>,
     closer: Closer,
 }
 
 impl<H> Half<H> {
     /// Whether so many octets still pass.
-    fn passes(&mut self, octets: usize) -> bool {
-        match self.left.checked_sub(octets as u64) {
-            Some(left) => {
-                self.left = left;
-                true
-            }
-            None => {
-                self.left = 0;
-                false
-            }
-        }
+    fn passes(&self, octets: usize) -> bool {
+        let spend = |left: u64| match left {
+            ENDLESS => Some(ENDLESS),
+            left => Some(left.checked_sub(octets as u64).unwrap_or(ENDLESS)),
+        };
+        let before = self
+            .left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, spend);
+        before.is_ok_and(|left| left == ENDLESS || left >= octets as u64)
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! It lands nothing: of the pages it keeps only what the digest needs.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -11,11 +12,11 @@ use multifd_transport::{Address, Channel, Listener, TcpOptions};
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{Acks, Grant, LaneMark, Prepared, RawLaneMark, Ready, Running};
 use multifd_wire::{
-    Digest, Features, Frame, HelloReply, Incarnation, Intent, Kind, LaneId, Layout, PageValues,
-    SessionId, Token, VERSION,
+    Body, Digest, Features, Frame, HelloReply, Incarnation, Intent, Kind, LaneId, Layout,
+    PageValues, SessionId, Token, VERSION,
 };
 
-use crate::peer::{PATIENCE, Peer};
+use crate::peer::{PATIENCE, Peer, encode};
 
 /// The hand-driven destination.
 pub struct FakeDestination {
@@ -32,8 +33,8 @@ pub struct Taking {
     pub control: Peer,
     /// The session's name.
     pub session: SessionId,
-    /// The lanes that joined, until [`Taking::read_lanes`].
-    pub lanes: Vec<Peer>,
+    /// The lanes that joined, in whatever order, until [`Taking::read_lanes`].
+    pub lanes: BTreeMap<LaneId, Peer>,
     listener: Listener,
     layout: Option<Layout>,
     readers: Vec<JoinHandle<Peer>>,
@@ -47,7 +48,7 @@ struct Landed {
     values: PageValues,
     digest: Mutex<Digest>,
     /// Frames that were read, of each lane.
-    frames: Vec<AtomicU64>,
+    frames: BTreeMap<LaneId, AtomicU64>,
 }
 
 impl Default for FakeDestination {
@@ -104,7 +105,7 @@ impl FakeDestination {
             features,
             control,
             session: hello.session,
-            lanes: Vec::new(),
+            lanes: BTreeMap::new(),
             listener: self.listener,
             layout: None,
             readers: Vec::new(),
@@ -241,7 +242,7 @@ impl Taking {
         assert_eq!(hello.session, self.session);
         lane.raw(&accepted_with(self.session, self.features).encode());
         self.closers.push(lane.closer());
-        self.lanes.push(lane);
+        self.lanes.insert(hello.lane, lane);
     }
 
     /// The next connection, whatever it is for.
@@ -274,18 +275,22 @@ impl Taking {
         let landed = Arc::new(Landed {
             values: PageValues::new(&layout).expect("memory for the values"),
             digest: Mutex::new(Digest::EMPTY),
-            frames: self.lanes.iter().map(|_| AtomicU64::new(0)).collect(),
+            frames: self
+                .lanes
+                .keys()
+                .map(|lane| (*lane, AtomicU64::new(0)))
+                .collect(),
             layout,
         });
         self.landed = Some(Arc::clone(&landed));
-        for (number, mut lane) in self.lanes.drain(..).enumerate() {
+        for (lane, mut peer) in std::mem::take(&mut self.lanes) {
             let landed = Arc::clone(&landed);
             self.readers.push(std::thread::spawn(move || {
-                while let Ok(heard) = lane.hear(Duration::from_secs(60)) {
+                while let Ok(heard) = peer.hear(Duration::from_secs(60)) {
                     landed.take(&heard.frame());
-                    landed.frames[number].fetch_add(1, Ordering::SeqCst);
+                    landed.frames[&lane].fetch_add(1, Ordering::SeqCst);
                 }
-                lane
+                peer
             }));
         }
     }
@@ -325,27 +330,26 @@ impl Taking {
         }
     }
 
-    /// For this long, acknowledges what is read from the lanes, again and again.
+    /// Acknowledges what is read from the lanes, again and again, for as long as the control channel says anything by itself.
     ///
     /// # Panics
     /// If the lanes are not read.
-    pub fn acknowledge(&self, time: Duration) {
-        let landed = self.landed.as_ref().expect("the lanes are read");
-        let since = Instant::now();
-        while since.elapsed() < time {
-            let marks: Vec<RawLaneMark> = (0..)
-                .zip(&landed.frames)
+    pub fn keep_acknowledging(&mut self) {
+        let landed = Arc::clone(self.landed.as_ref().expect("the lanes are read"));
+        self.control.keep_saying(move |sequence| {
+            let marks: Vec<RawLaneMark> = landed
+                .frames
+                .iter()
                 .map(|(lane, frames)| {
                     RawLaneMark::from(LaneMark {
-                        lane: LaneId::new(lane),
+                        lane: *lane,
                         incarnation: Incarnation::new(0),
                         frames: frames.load(Ordering::SeqCst),
                     })
                 })
                 .collect();
-            self.control.send(Acks { lanes: &marks });
-            std::thread::sleep(Duration::from_millis(20));
-        }
+            encode(sequence, Acks { lanes: &marks }, Body::None)
+        });
     }
 
     /// Ends all lanes.

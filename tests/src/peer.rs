@@ -23,7 +23,7 @@ pub struct Peer {
     out: Arc<Mutex<Out>>,
     rx: Box<dyn ReceiveHalf>,
     closer: Closer,
-    alive: Option<Alive>,
+    saying: Vec<Saying>,
 }
 
 struct Out {
@@ -31,7 +31,7 @@ struct Out {
     next: u64,
 }
 
-struct Alive {
+struct Saying {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
@@ -84,7 +84,7 @@ impl Peer {
             out: Arc::new(Mutex::new(Out { tx, next: 0 })),
             rx,
             closer,
-            alive: None,
+            saying: Vec::new(),
         }
     }
 
@@ -132,40 +132,47 @@ impl Peer {
 
     /// Says that this side lives, every 50 ms from now on, until the peer is dropped or [`fall_silent`](Self::fall_silent).
     pub fn keep_alive(&mut self) {
+        let mut stamp_us = 0;
+        self.keep_saying(move |sequence| {
+            stamp_us += 1;
+            let frame = KeepAlive {
+                stamp_us,
+                echo_us: 0,
+            };
+            encode(sequence, frame, Body::None)
+        });
+    }
+
+    /// Sends a frame made from the sequence number that it gets, every 50 ms from now on, until the peer is dropped or
+    /// [`fall_silent`](Self::fall_silent).
+    pub fn keep_saying(&mut self, mut encoded: impl FnMut(u64) -> Vec<u8> + Send + 'static) {
         let stop = Arc::new(AtomicBool::new(false));
         let (out, told) = (Arc::clone(&self.out), Arc::clone(&stop));
         let thread = std::thread::spawn(move || {
-            for stamp_us in 1.. {
+            loop {
                 let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
                 if told.load(Ordering::Relaxed) {
                     return;
                 }
-                let head = encode(
-                    out.next,
-                    KeepAlive {
-                        stamp_us,
-                        echo_us: 0,
-                    },
-                    Body::None,
-                );
+                let frame = encoded(out.next);
                 out.next += 1;
                 out.tx.set_deadline(Some(Instant::now() + PATIENCE));
-                if out.tx.send(&head, &[]).is_err() {
+                if out.tx.send(&frame, &[]).is_err() {
                     return;
                 }
                 drop(out);
                 std::thread::park_timeout(Duration::from_millis(50));
             }
         });
-        self.alive = Some(Alive { stop, thread });
+        self.saying.push(Saying { stop, thread });
     }
 
-    /// No longer says that it lives. The channel stays open.
+    /// No longer says that it lives, nor anything else by itself. The channel stays open.
     pub fn fall_silent(&mut self) {
-        if let Some(alive) = self.alive.take() {
-            alive.stop.store(true, Ordering::Relaxed);
-            alive.thread.thread().unpark();
-            let _ = alive.thread.join();
+        for saying in self.saying.drain(..) {
+            saying.stop.store(true, Ordering::Relaxed);
+            saying.thread.thread().unpark();
+            let _ = saying.thread.join();
         }
     }
 

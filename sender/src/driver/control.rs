@@ -217,7 +217,10 @@ impl Control {
             if self.shared.cancelled.load(Relaxed) {
                 self.drive(Event::Cancel);
             }
-            self.step();
+            // Once there is an outcome, what is still under way (a dial, say) belongs to the last word.
+            if self.outcome.is_none() {
+                self.step();
+            }
         }
         self.wind_up()
     }

@@ -80,7 +80,7 @@ fn whatever_fails_after_final_gives_the_guest_back() {
         ),
         (
             "acknowledgements and nothing else",
-            |t| t.acknowledge(COMMIT_DEADLINE),
+            Taking::keep_acknowledging,
             "sender.timeout",
             Some(Reason::Timeout),
             COMMIT_DEADLINE,
