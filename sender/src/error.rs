@@ -215,6 +215,11 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// Of a frame that could not be sent: whether the destination can have none of it.
+    pub(crate) fn sent_nothing(&self) -> bool {
+        matches!(self, Self::Channel(error) if error.sent_nothing())
+    }
+
     pub(crate) fn not_converging(
         rounds: u32,
         predicted: Duration,

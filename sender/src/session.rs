@@ -10,7 +10,8 @@
 //!                                                  └──► Last(k+1)
 //! ```
 //! What follows when the channels are lost is in `session/resume.rs`. Every state before `Committed` can fail or be cancelled; the guest then belongs to the source, and the machine says so
-//! with an [`Effect::Reclaim`]. From `Committed` on no effect ever gives the guest back (SPEC: COMMIT-3). Which event is
+//! with an [`Effect::Reclaim`]. From `Committed` on no effect gives the guest back (SPEC: COMMIT-3), unless the channel
+//! was gone before it took anything of the COMMIT. Which event is
 //! legal in which state is the one table in [`Session::handle`]; `the_table_of_states_and_events` prints it.
 
 mod resume;
@@ -104,6 +105,8 @@ pub enum Event {
         /// How many.
         pages: u64,
     },
+    /// Instead of sending COMMIT: the channel was gone before it took anything of it.
+    CommitUnsent(Error),
     /// The destination verified and loaded everything.
     Prepared {
         /// The digest over all pages as landed.
@@ -284,6 +287,8 @@ enum State {
     Last(Last),
     Committed {
         since: Duration,
+        /// What it was before.
+        last: Last,
     },
     /// Without channels; the guest runs here.
     Suspended {
@@ -493,6 +498,11 @@ impl Session {
         match (self.state, event) {
             (State::Over, _) => Vec::new(),
             (_, Event::Lost(error)) => self.lost(error, now),
+            // Nobody can have read it: the channel was lost, and nothing else.
+            (State::Committed { last, .. }, Event::CommitUnsent(error)) => {
+                self.state = State::Last(last);
+                self.lost(error, now)
+            }
             // SPEC: COMMIT-5
             (State::Committed { .. }, Event::Failed(error)) => self.doubt(error, now),
             (_, Event::Failed(error)) => self.fail(error),
@@ -699,7 +709,7 @@ impl Session {
                         },
                     ));
                 }
-                self.state = State::Committed { since: now };
+                self.state = State::Committed { since: now, last };
                 return vec![Effect::Commit];
             }
             event => {
@@ -983,7 +993,7 @@ impl Session {
                 until.min(since + self.config.setup_deadline),
                 "the destination to take the migration up again",
             ),
-            State::Committed { since } => (
+            State::Committed { since, .. } => (
                 since + self.config.commit_deadline,
                 "the destination to say that the guest runs",
             ),

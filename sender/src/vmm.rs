@@ -33,8 +33,8 @@ impl VmmError {
     }
 }
 
-/// Proof that the guest belongs to the source: no commit was sent for the pause that it ends, or the destination gave its word
-/// that it has read none and will take none any more (SPEC: ASK-3).
+/// Proof that the guest belongs to the source: no commit left for the destination in the pause that it ends, or the destination
+/// gave its word that it has read none and will take none any more (SPEC: ASK-3).
 ///
 /// Only the session makes it. It is consumed by [`Vmm::resume`].
 #[derive(Debug)]

@@ -102,6 +102,12 @@ impl ChannelError {
         }
     }
 
+    /// Of a send that failed: whether the channel certainly took nothing of it, so that the peer can have none of it.
+    #[must_use]
+    pub fn sent_nothing(&self) -> bool {
+        self.may_retry() || matches!(self, Self::Closed | Self::Reset { bytes_done: 0 })
+    }
+
     /// Whether the half can still be used: time ran out before anything was taken from or put into the stream.
     #[must_use]
     pub fn may_retry(&self) -> bool {

@@ -396,11 +396,16 @@ impl Control {
             Effect::Save => self.save().map(Some),
             Effect::SendFinal { round } => self.send_final(round).map(Some),
             Effect::Commit => {
-                self.timeline.committed();
-                self.try_send(Commit {
-                    digest: self.shared.digest.value(),
-                })
-                .map(|()| None)
+                let digest = self.shared.digest.value();
+                match self.try_send(Commit { digest }) {
+                    Err(error) if error.fault().sent_nothing() => {
+                        Ok(Some(Event::CommitUnsent(error)))
+                    }
+                    sent => {
+                        self.timeline.committed();
+                        sent.map(|()| None)
+                    }
+                }
             }
             Effect::Reclaim { paused, proof } => {
                 // A switchover that is broken off, or the end.

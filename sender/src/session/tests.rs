@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use multifd_transport::ChannelError;
 use proptest::prelude::*;
 
 use super::*;
@@ -229,7 +230,7 @@ const STATES: [(&str, usize); 23] = [
     ("devices: rejoining", DEVICES_REJOINING),
 ];
 
-const EVENTS: [&str; 36] = [
+const EVENTS: [&str; 37] = [
     "granted",
     "ready",
     "encoded",
@@ -251,6 +252,7 @@ const EVENTS: [&str; 36] = [
     "lane lost, 7 pages",
     "prepared",
     "prepared, other digest",
+    "commit unsent",
     "running",
     "lost",
     "reconnected",
@@ -305,6 +307,10 @@ fn event(name: &str) -> (Event, Duration) {
         "prepared, other digest" => Event::Prepared {
             digest: OTHER_DIGEST,
         },
+        "commit unsent" => Event::CommitUnsent(Error::new(
+            Phase::Commit,
+            Fault::Channel(ChannelError::Closed),
+        )),
         "running" => Event::Running,
         "lost" => lost(),
         "reconnected" => Event::Reconnected,
@@ -627,8 +633,12 @@ fn what_devices_have_left_counts_for_the_downtime() {
 fn the_guest_is_never_reclaimed_once_committed() {
     each_cell(|state, event, _, effects| {
         if ["committed", "asking", "over"].contains(&state) {
-            // Only the destination's own word gives it back (SPEC: ASK-3).
-            let given = (state, event) == ("asking", "answered: not committed");
+            // Only the destination's own word gives it back (SPEC: ASK-3), or a COMMIT of which nothing left (SPEC: COMMIT-3).
+            let given = [
+                ("asking", "answered: not committed"),
+                ("committed", "commit unsent"),
+            ]
+            .contains(&(state, event));
             assert_eq!(reclaims(effects), usize::from(given), "{state} × {event}");
         }
     });
@@ -1103,6 +1113,9 @@ proptest! {
                 _ => None,
             };
             let refused = matches!(event, Event::Answered(OutcomeState::NotCommitted));
+            if matches!((session.state, &event), (State::Committed { .. }, Event::CommitUnsent(_))) {
+                committed = false;
+            }
             for effect in session.handle(event, now) {
                 match effect {
                     Effect::Commit => {
