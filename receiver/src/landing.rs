@@ -133,6 +133,12 @@ impl Landing {
         self.merge(delta);
     }
 
+    /// The octets of these runs came in part, or not at all: what is in memory now is nothing that the source had. Each page is
+    /// damaged, and counts with its real value, so that the digest can't agree before it came again (SPEC: DIGEST-6).
+    pub(crate) fn cut_off(&self, runs: &[PageRun]) {
+        self.landed(runs, &[], &mut Vec::new());
+    }
+
     /// These pages are all zero at the source. Memory that was never written is left alone.
     pub(crate) fn zeros(&self, run: PageRun) {
         let index = self.layout.global_index(run);
@@ -284,6 +290,25 @@ mod tests {
         assert_eq!(l.damaged_runs(2), runs);
         l.zeros(run(&l, 0, 16));
         assert!(l.damaged_runs(2).is_empty());
+    }
+
+    #[test]
+    fn a_page_that_came_in_part_is_damaged_and_counts_with_what_is_in_memory() {
+        let l = landing();
+        land(&l, 2, &[7], &[crc(7)]);
+        let whole = l.digest();
+        // The page that was there is overwritten in part, the next one, which was never written, not at all.
+        let runs = [run(&l, 2, 2)];
+        l.touch(&runs);
+        let part = l.memory.span(0, 2 * 4096, 100).unwrap();
+        part.copy_from(&[9; 100]);
+        l.cut_off(&runs);
+        assert_ne!(l.digest(), whole);
+        assert_eq!(l.damaged_runs(8), runs);
+        // Even if the page is what it was, and the source therefore has the same digest as before: it has to come again.
+        land(&l, 2, &[7], &[crc(7)]);
+        l.zeros(run(&l, 3, 1));
+        assert_eq!((l.digest(), l.damaged_pages()), (whole, 0));
     }
 
     #[test]

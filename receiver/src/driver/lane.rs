@@ -183,7 +183,8 @@ impl LaneThread {
         });
         let spans: Vec<Span<'_>> = spans.collect();
         self.landing.touch(runs);
-        rx.receive_into(&spans)?;
+        rx.receive_into(&spans)
+            .inspect_err(|_| self.landing.cut_off(runs))?;
         bad.clear();
         self.landing.landed(runs, pages.checksums, bad);
         self.shared

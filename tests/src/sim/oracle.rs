@@ -212,9 +212,8 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
     if crashed || summary.restarts > 0 || summary.forged {
         return;
     }
-    // The first octets that end the migration may be found while a greeter still reads a hello: it comes too late for the report.
-    let elsewhere = summary.flips.iter().filter(|flip| !flip.is_in_page());
-    let alone = elsewhere.filter(|flip| flip.arrived).count() == 1;
+    // What else ends the migration may do so while a greeter still reads a hello: it comes too late for the report.
+    let alone = summary.happened.len() == 1;
     let stranger = summary
         .happened
         .iter()

@@ -1002,7 +1002,9 @@ impl World {
                 note(String::new());
                 let (fine, at) = {
                     let state = self.lock();
-                    let fine = state.must_succeed && state.resumes && state.in_rounds;
+                    // It is started again once, and the next time it stays away.
+                    let again = state.restart.is_some();
+                    let fine = state.must_succeed && state.resumes && state.in_rounds && again;
                     let at = schedule::now() + 1 + draw % 500_000_000;
                     (fine, at)
                 };
