@@ -302,6 +302,8 @@ pub struct FrameFate {
     pub(super) forgery: Option<Forgery>,
     /// The guest writes the pages while they are read.
     pub(super) torn: bool,
+    /// It is the source's COMMIT.
+    pub(super) commits: bool,
 }
 
 impl FrameFate {

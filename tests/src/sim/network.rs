@@ -458,6 +458,9 @@ impl SimSend {
             if room == 0 {
                 wait.wait(self.outlet.0.room, None, *done)?;
             } else {
+                if fate.commits {
+                    self.world.commit_leaves();
+                }
                 schedule::wake_at(self.outlet.0.octets, at);
                 *done += room as u64;
                 wait.moved();

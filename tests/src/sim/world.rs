@@ -706,6 +706,7 @@ impl World {
         if seen.channel == ChannelRef::None || link.life != self.life() {
             return FrameFate::default();
         }
+        let mut fate = FrameFate::default();
         let hit = {
             let mut state = self.lock();
             if let Some(kind) = seen.kind {
@@ -733,16 +734,13 @@ impl World {
                 state.ledger.commit_left = false;
             }
             if seen.kind == Some(Kind::Commit) && seen.from == Side::Source {
-                if !state.ledger.source_crashed {
-                    state.ledger.commit_left = true;
-                }
+                fate.commits = !state.ledger.source_crashed;
                 if state.happened.is_empty() && !state.plan.faults.is_empty() {
                     state.last_call();
                 }
             }
             state.plan.triggered(seen, Moment::Before)
         };
-        let mut fate = FrameFate::default();
         for index in hit {
             self.happens(index, Some((seen, link)), &mut fate);
         }
@@ -763,6 +761,11 @@ impl World {
         }
         drop(state);
         fate
+    }
+
+    /// The first octet of a COMMIT is on its way.
+    pub fn commit_leaves(&self) {
+        self.lock().ledger.commit_left = true;
     }
 
     /// A frame is on its way.
