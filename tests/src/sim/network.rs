@@ -416,6 +416,10 @@ impl SimSend {
                 at += count;
             }
         }
+        // Also one that a forger keeps back: the source was told that it is sent.
+        if fate.commits {
+            self.world.commit_leaves();
+        }
         self.world.frame_left(&seen, &self.link);
         Ok(())
     }
