@@ -16,7 +16,6 @@
 mod bits;
 mod blobs;
 pub mod config;
-mod damage;
 pub mod device;
 mod driver;
 pub mod error;
@@ -30,10 +29,9 @@ pub mod vfio;
 pub mod vmm;
 
 pub use config::{Config, ConfigBuilder, ConfigError};
-pub use damage::DamageReport;
 pub use device::{DeviceError, DeviceSink};
 pub use driver::{Finished, Handle, OfferError, Parts, Reception};
 pub use error::{Error, Fault};
 pub use progress::Snapshot;
-pub use report::{OutcomeKind, Report};
+pub use report::{DamageReport, OutcomeKind, Report};
 pub use vmm::{Blob, Ownership, Vmm, VmmError};

@@ -2,10 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{ChannelRef, DeviceId, PAGE_BYTES_U64};
+use multifd_wire::{ChannelRef, Damaged, DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
 
-use crate::damage::DamageReport;
 use crate::driver::LoadedDevice;
 use crate::error::Error;
 use crate::progress::Snapshot;
@@ -87,6 +86,31 @@ pub struct DeviceReport {
     pub load_ms: f64,
     /// Time that it took for its configuration and its own final check.
     pub config_ms: f64,
+}
+
+/// Octets that were changed on the way; or, of `PAGES` while the guest runs, written while they were sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DamageReport {
+    /// When in the migration's life it was found.
+    pub phase: String,
+    /// On which channel; null for a connection whose hello could not be read.
+    pub channel: Option<String>,
+    /// Of which frame: the name of its kind; `header` where the kind can't be trusted either; `hello`, `hello_reply`.
+    pub frame: String,
+    /// How often: pages for `PAGES`, otherwise frames.
+    pub count: u64,
+}
+
+impl From<&Damaged> for DamageReport {
+    fn from(damaged: &Damaged) -> Self {
+        let channel = damaged.channel;
+        Self {
+            phase: damaged.phase.to_string(),
+            channel: (channel != ChannelRef::None).then(|| channel.to_string()),
+            frame: damaged.frame.to_owned(),
+            count: damaged.count,
+        }
+    }
 }
 
 /// What went wrong.

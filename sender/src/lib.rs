@@ -13,7 +13,6 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
-mod damage;
 pub mod device;
 mod driver;
 pub mod error;
@@ -30,10 +29,9 @@ pub use config::{
     Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost,
     WhenNotConverging,
 };
-pub use damage::DamageReport;
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use driver::{AskTicket, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer, ask};
 pub use error::{Error, Fault};
 pub use progress::{Snapshot, SourceProgress};
-pub use report::{OutcomeKind, Report};
+pub use report::{DamageReport, OutcomeKind, Report};
 pub use vmm::{Blob, Reclaimed, Vmm, VmmError};

@@ -3,14 +3,13 @@
 //! The migration's threads only ever store; readers only ever load. Each number is true on its own; two numbers of one
 //! [`Snapshot`] may be some microseconds apart.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use multifd_tracking::{Figures, Source};
-use multifd_wire::{ChannelRef, Phase};
+use multifd_wire::{ChannelRef, DamageList, Damaged, Phase};
 
-use crate::damage::Damage;
 use crate::error::Fault;
 use crate::forecast::Forecast;
 
@@ -18,7 +17,7 @@ use crate::forecast::Forecast;
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     phase: AtomicU32,
-    pub(crate) damage: Damage,
+    damage: Mutex<DamageList>,
     pub(crate) round: AtomicU32,
     pub(crate) lanes: AtomicU32,
     pub(crate) memory_pages: AtomicU64,
@@ -90,9 +89,16 @@ struct LiveSource {
 
 impl Counters {
     /// A checksum found octets that were changed on the way.
-    pub(crate) fn note_damage(&self, at: ChannelRef, frame: &str, count: u64) {
+    pub(crate) fn note_damage(&self, at: ChannelRef, frame: &'static str, count: u64) {
         let phase = Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello);
-        self.damage.note(phase, at, frame, count);
+        let mut list = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
+        list.note(phase, at, frame, count);
+    }
+
+    /// What was found so far.
+    pub(crate) fn damaged(&self) -> Vec<Damaged> {
+        let list = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
+        list.entries().to_vec()
     }
 
     /// The same, if it was a checksum that this fault comes from.

@@ -4,11 +4,10 @@ use std::time::{Duration, Instant};
 
 use multifd_tracking::Source;
 use multifd_wire::frame::{Prepared, RoundClosed, Running};
-use multifd_wire::{ChannelRef, PAGE_BYTES_U64, Round};
+use multifd_wire::{ChannelRef, Damaged, PAGE_BYTES_U64, Round};
 use serde::Serialize;
 
 use crate::config::Config;
-use crate::damage::DamageReport;
 use crate::error::Error;
 use crate::progress::Snapshot;
 use crate::session::Outcome;
@@ -253,6 +252,31 @@ pub struct SourceReport {
     pub last_error: Option<String>,
     /// Why this source was chosen and no other, if there was a choice.
     pub reason: Option<String>,
+}
+
+/// Octets that were changed on the way; or, of `PAGES` while the guest runs, written while they were sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DamageReport {
+    /// When in the migration's life it was found.
+    pub phase: String,
+    /// On which channel; null for a connection whose hello could not be read.
+    pub channel: Option<String>,
+    /// Of which frame: the name of its kind; `header` where the kind can't be trusted either; `hello`, `hello_reply`.
+    pub frame: String,
+    /// How often: pages for `PAGES`, otherwise frames.
+    pub count: u64,
+}
+
+impl From<&Damaged> for DamageReport {
+    fn from(damaged: &Damaged) -> Self {
+        let channel = damaged.channel;
+        Self {
+            phase: damaged.phase.to_string(),
+            channel: (channel != ChannelRef::None).then(|| channel.to_string()),
+            frame: damaged.frame.to_owned(),
+            count: damaged.count,
+        }
+    }
 }
 
 /// What went wrong.

@@ -221,27 +221,31 @@ impl rx::DeviceSink for NotedSink {
     }
 }
 
-/// Any source's machine, and devices.
-pub struct WithDevices<M> {
-    machine: M,
+/// Any source's machine, and devices: those that it did not make itself, or that came back from a migration.
+pub struct WithDevices {
+    machine: Box<dyn tx::Vmm>,
     devices: Vec<Box<dyn tx::DeviceSource>>,
 }
 
-impl<M: tx::Vmm> WithDevices<M> {
+impl WithDevices {
     /// Puts them together.
     #[must_use]
-    pub fn new(machine: M, devices: Vec<Box<dyn tx::DeviceSource>>) -> Self {
+    pub fn new(machine: Box<dyn tx::Vmm>, devices: Vec<Box<dyn tx::DeviceSource>>) -> Self {
         Self { machine, devices }
     }
 }
 
-impl<M: tx::Vmm> tx::Vmm for WithDevices<M> {
+impl tx::Vmm for WithDevices {
     fn config(&mut self) -> Result<Vec<tx::Blob>, tx::VmmError> {
         self.machine.config()
     }
 
     fn devices(&mut self) -> Result<Vec<Box<dyn tx::DeviceSource>>, tx::VmmError> {
         Ok(std::mem::take(&mut self.devices))
+    }
+
+    fn granted(&mut self, ticket: &tx::AskTicket) -> Result<(), tx::VmmError> {
+        self.machine.granted(ticket)
     }
 
     fn pause(&mut self) -> Result<(), tx::VmmError> {
@@ -254,6 +258,10 @@ impl<M: tx::Vmm> tx::Vmm for WithDevices<M> {
 
     fn resume(&mut self, proof: tx::Reclaimed) -> Result<(), tx::VmmError> {
         self.machine.resume(proof)
+    }
+
+    fn migrated(&mut self) {
+        self.machine.migrated();
     }
 }
 

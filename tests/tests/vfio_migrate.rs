@@ -107,7 +107,7 @@ fn migrate(memory: &GuestMemory, pairs: &[Pair]) -> Done {
         .build()
         .unwrap();
     let sent = tx::Migration::start(tx::Parts {
-        vmm: Box::new(WithDevices::new(machine, devices)),
+        vmm: Box::new(WithDevices::new(Box::new(machine), devices)),
         memory: memory.clone(),
         sources,
         dial: Box::new(tx::Dialer { address, options }),

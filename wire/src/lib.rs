@@ -29,6 +29,7 @@
 
 pub mod code;
 mod codec;
+pub mod damage;
 pub mod device_state;
 pub mod digest;
 pub mod error;
@@ -49,6 +50,7 @@ pub mod text;
 pub mod values;
 
 pub use code::{Phase, Reason};
+pub use damage::{DamageList, Damaged};
 pub use device_state::DeviceState;
 pub use digest::Digest;
 pub use error::{Incompatible, Malformed, Misbehaved, Misuse};

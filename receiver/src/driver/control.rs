@@ -1324,7 +1324,13 @@ impl Control {
         let devices = sinks;
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
         let mut report = Report::new(&self.timeline, &outcome, &self.shared.counters.snapshot());
-        report.damaged = self.shared.counters.damage.list();
+        report.damaged = self
+            .shared
+            .counters
+            .damaged()
+            .iter()
+            .map(Into::into)
+            .collect();
         let error = match outcome {
             Outcome::Running => None,
             Outcome::Failed(error) | Outcome::Stranded(error) => Some(error),

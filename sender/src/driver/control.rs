@@ -1370,7 +1370,13 @@ impl Control {
             &self.sources,
             devices,
         );
-        report.damaged = self.shared.counters.damage.list();
+        report.damaged = self
+            .shared
+            .counters
+            .damaged()
+            .iter()
+            .map(Into::into)
+            .collect();
         let error = match outcome {
             Outcome::Migrated => None,
             Outcome::Failed(error)

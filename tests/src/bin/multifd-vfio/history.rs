@@ -169,44 +169,6 @@ impl tx::Vmm for Watched {
     }
 }
 
-/// A machine that comes back from a migration with its devices, for the next one.
-pub(crate) struct Again {
-    machine: Box<dyn tx::Vmm>,
-    devices: Vec<Box<dyn tx::DeviceSource>>,
-}
-
-impl Again {
-    pub(crate) fn new(machine: Box<dyn tx::Vmm>, devices: Vec<Box<dyn tx::DeviceSource>>) -> Self {
-        Self { machine, devices }
-    }
-}
-
-impl tx::Vmm for Again {
-    fn config(&mut self) -> Result<Vec<tx::Blob>, tx::VmmError> {
-        self.machine.config()
-    }
-
-    fn devices(&mut self) -> Result<Vec<Box<dyn tx::DeviceSource>>, tx::VmmError> {
-        Ok(std::mem::take(&mut self.devices))
-    }
-
-    fn pause(&mut self) -> Result<(), tx::VmmError> {
-        self.machine.pause()
-    }
-
-    fn save(&mut self) -> Result<Vec<tx::Blob>, tx::VmmError> {
-        self.machine.save()
-    }
-
-    fn resume(&mut self, proof: tx::Reclaimed) -> Result<(), tx::VmmError> {
-        self.machine.resume(proof)
-    }
-
-    fn migrated(&mut self) {
-        self.machine.migrated();
-    }
-}
-
 /// The steps of a device, in order.
 pub(crate) fn steps(events: &Events, side: Side, pair: usize) -> Vec<Step> {
     let of = |(who, what): &(Who, What)| match what {

@@ -13,7 +13,7 @@ use multifd_receiver::vfio::VfioSink;
 use multifd_sender as tx;
 use multifd_sender::vfio::VfioSource;
 use multifd_tests::model::{SourceMachine, fill, memory};
-use multifd_tests::vfio_machine::{Destination, NotedSink, NotedSource};
+use multifd_tests::vfio_machine::{Destination, NotedSink, NotedSource, WithDevices};
 use multifd_tracking::Source;
 use multifd_tracking::vfio::{
     DmaDevice, DmaGroup, DmaMap, DmaMemory, DmaOptions, MigrationDevice, MigrationState,
@@ -24,7 +24,7 @@ use multifd_transport::{ChannelOptions, GuestMemory, Listener};
 use multifd_wire::frame::DeviceFlags;
 
 use crate::args::{Args, Injection, Side};
-use crate::history::{Again, History, Watched};
+use crate::history::{History, Watched};
 use crate::lab_device::{Place, Work};
 
 /// One side's devices, open.
@@ -238,7 +238,7 @@ impl Guest {
             .build()?;
         let machine = self.machine.take().context("the machine came back")?;
         let finished = tx::Migration::start(tx::Parts {
-            vmm: Box::new(Again::new(machine, std::mem::take(&mut self.devices))),
+            vmm: Box::new(WithDevices::new(machine, std::mem::take(&mut self.devices))),
             memory: self.memory.clone(),
             sources: std::mem::take(&mut self.sources),
             dial: Box::new(tx::SpreadDialer {
