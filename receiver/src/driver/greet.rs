@@ -391,6 +391,7 @@ fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), Ch
         };
         if let Some(HelloReply::Accepted { session, .. }) = reply {
             let no = HelloReply::refused(Reason::WrongSession, "it is over here", session);
+            limit(shared, &mut *tx, &mut *rx);
             return refuse(shared, &mut *tx, &mut *rx, &no);
         }
     }
@@ -441,9 +442,7 @@ pub(super) fn turn_away(
     let theirs = Arc::clone(shared);
     let body = Box::new(move || {
         let (mut tx, mut rx) = halves;
-        let deadline = Instant::now() + theirs.config.hello_deadline;
-        tx.set_deadline(Some(deadline));
-        rx.set_deadline(Some(deadline));
+        limit(&theirs, &mut *tx, &mut *rx);
         if let Some(HelloReply::Accepted { session, .. }) = reply {
             let no = HelloReply::refused(refusal.0, refusal.1, session);
             let _ = refuse(&theirs, &mut *tx, &mut *rx, &no);
@@ -453,7 +452,15 @@ pub(super) fn turn_away(
     let _ = shared.spawner.spawn("mfd-greet", body);
 }
 
-/// Says no, and reads until the peer has closed, so that the answer is not destroyed by our own close.
+/// From now on a peer has as long as it has for its hello.
+fn limit(shared: &Shared, tx: &mut dyn SendHalf, rx: &mut dyn ReceiveHalf) {
+    let deadline = Instant::now() + shared.config.hello_deadline;
+    tx.set_deadline(Some(deadline));
+    rx.set_deadline(Some(deadline));
+}
+
+/// Says no, and reads until the peer has closed, so that the answer is not destroyed by our own close. For as long as
+/// the halves' deadline allows.
 fn refuse(
     shared: &Shared,
     tx: &mut dyn SendHalf,
