@@ -324,6 +324,8 @@ struct Last {
     missing: u64,
     /// FINAL was sent for this round, and nothing has gone missing since.
     final_sent: bool,
+    /// The destination closed this round with nothing damaged: what its lanes carried is there.
+    closed: bool,
     /// The digest of the newest FINAL. With the guest paused every FINAL has the same.
     digest: Option<u64>,
 }
@@ -476,6 +478,17 @@ impl Session {
         self.phase() == Phase::Switchover
     }
 
+    /// Whether anything may still have to travel on a lane. Nothing has to once the round of the newest FINAL is closed: what the
+    /// destination then has is all that there is, and it only has to load it (SPEC: LANE-9).
+    #[must_use]
+    pub fn needs_lanes(&self) -> bool {
+        match self.state {
+            State::Last(last) => !(last.final_sent && last.closed),
+            State::Committed { .. } | State::Asking { .. } | State::Over => false,
+            _ => true,
+        }
+    }
+
     /// When [`Event::Tick`] is due at the latest.
     #[must_use]
     pub fn next_deadline(&self) -> Duration {
@@ -624,6 +637,7 @@ impl Session {
                     collected: false,
                     missing: 0,
                     final_sent: false,
+                    closed: false,
                     digest: None,
                 });
                 vec![
@@ -685,6 +699,7 @@ impl Session {
             Event::Closed { round, damaged } if round == last.round => {
                 last.missing += damaged;
                 last.final_sent &= damaged == 0;
+                last.closed = damaged == 0;
             }
             Event::Closed { .. } => {}
             Event::FinalSent { digest } => {
@@ -755,6 +770,7 @@ impl Session {
             round,
             encoded: false,
             missing: 0,
+            closed: false,
             ..last
         });
         vec![

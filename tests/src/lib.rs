@@ -13,6 +13,7 @@ pub mod faults;
 pub mod flow;
 pub mod impaired;
 pub mod links;
+pub mod losing;
 pub mod model;
 pub mod peer;
 pub mod programs;

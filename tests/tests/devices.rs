@@ -8,6 +8,7 @@ use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_tests::cutting::{Cutting, Side};
 use multifd_tests::devices::Plan;
+use multifd_tests::losing::{From, Losing};
 use multifd_transport::Channel;
 use multifd_wire::ChannelRef;
 
@@ -365,6 +366,41 @@ fn a_lane_lost_in_the_middle_of_a_device_costs_nothing_of_it() {
         done.assert_migrated();
         assert_eq!(done.sent.report.channels_lost, 1, "{octets}");
         assert!(seen.load(Ordering::SeqCst) > 3, "it was dialled again");
+    }
+}
+
+/// What a lane carried is lost and the lane with it, after FINAL was said of all that. The others make up for it while the guest stays
+/// paused; no device is read anew.
+#[test]
+fn a_lane_lost_after_final_is_made_up_for_on_the_others_and_the_switchover_goes_on() {
+    for from in [From::Anything, From::DeviceEnd] {
+        for channels in [2, 3] {
+            let mut plan = Plan::new(&[
+                "model:name=a,size=2M,config=100K,after-memory=yes",
+                "model:name=b,size=1M,initial=512K,config=4K",
+            ]);
+            plan.memory_bytes = 8 * MIB;
+            plan.writes = 2000;
+            // At this speed and with these bodies a lane may be silent for seconds before it is taken for dead: what this is about is
+            // the one that is.
+            let config = tx::Config::builder().channels(channels);
+            let config = config.bandwidth(Some(8 * MIB)).body_bytes(1 << 20);
+            let config = config.downtime_limit(Duration::from_secs(60));
+            plan.config = config.stall(Duration::from_secs(30)).build().unwrap();
+            // Nothing may be broken off and resumed: a loss of everything is the end.
+            let receiver = rx::Config::builder().suspend(Duration::ZERO);
+            plan.receiver = receiver.stall(Duration::from_secs(30)).build().unwrap();
+            plan.dial = Some(Box::new(move |inner| {
+                Box::new(Losing::new(from, Box::new(inner)))
+            }));
+            let done = plan.run();
+            done.assert_migrated();
+            let report = &done.sent.report;
+            assert_eq!(report.channels_lost, 1, "{from:?}: {report:?}");
+            assert_eq!(report.suspensions, 0, "{from:?}: {report:?}");
+            let restarts: u32 = report.devices.iter().map(|device| device.restarts).sum();
+            assert_eq!(restarts, 0, "{from:?}: {report:?}");
+        }
     }
 }
 

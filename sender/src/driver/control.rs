@@ -1119,8 +1119,8 @@ impl Control {
 
     fn lane_ended(&mut self, id: LaneId, fault: Option<Fault>) {
         let (phase, now) = (self.session.phase(), self.shared.now());
-        // Once the destination has everything no lane is needed any more.
-        let committed = self.session.is_committed();
+        // Once the destination has everything no lane is needed any more (SPEC: LANE-9).
+        let needed = self.session.needs_lanes();
         let dials_again = self.dials_again();
         let rejoining = self.session.is_rejoining();
         let Some(slot) = self.slot(id) else { return };
@@ -1156,9 +1156,7 @@ impl Control {
                 let incarnation = slot.incarnation;
                 self.timeline.lane_lost();
                 self.count_lanes();
-                if !committed
-                    && !dials_again
-                    && self.lanes.iter().all(|slot| slot.life != Life::Alive)
+                if needed && !dials_again && self.lanes.iter().all(|slot| slot.life != Life::Alive)
                 {
                     let all = Fault::AllLanesLost {
                         last: fault.to_string(),
@@ -1190,7 +1188,7 @@ impl Control {
         if self.session.phase() == Phase::Suspended {
             return;
         }
-        if !self.session.is_committed()
+        if self.session.needs_lanes()
             && !self.dials_again()
             && self
                 .lanes
@@ -1290,6 +1288,10 @@ impl Control {
 
     /// When the destination must have said at the latest what it has of a lost lane.
     fn settle_deadline(&self) -> Option<Duration> {
+        // It does not say so once it has said PREPARED (SPEC: PREP-2).
+        if self.session.is_committed() {
+            return None;
+        }
         let first = self
             .lanes
             .iter()

@@ -204,7 +204,7 @@ fn happy_path() -> Vec<(Event, Duration)> {
 const NOW: Duration = Duration::from_millis(1080);
 
 /// Each state by name, with the steps of the happy path that lead to it.
-const STATES: [(&str, usize); 23] = [
+const STATES: [(&str, usize); 24] = [
     ("set-up", 0),
     ("set-up, granted", 1),
     ("sending", 2),
@@ -213,7 +213,8 @@ const STATES: [(&str, usize); 23] = [
     ("pausing", 4),
     ("collecting", 5),
     ("last", 6),
-    ("last, final sent", 11),
+    ("last, final sent", 10),
+    ("last, no lane needed", 11),
     ("committed", 12),
     ("suspended", SUSPENDED),
     ("rejoining", REJOINING),
@@ -229,6 +230,9 @@ const STATES: [(&str, usize); 23] = [
     ("devices: suspended", DEVICES_SUSPENDED),
     ("devices: rejoining", DEVICES_REJOINING),
 ];
+
+/// Those in which the newest FINAL was sent and nothing has gone missing since.
+const FINAL_SENT: [&str; 2] = ["last, final sent", "last, no lane needed"];
 
 const EVENTS: [&str; 37] = [
     "granted",
@@ -349,7 +353,8 @@ fn state_name(session: &Session) -> String {
         State::Quiescing { round } => format!("quiescing {round}"),
         State::Stopping { round } => format!("stopping {round}"),
         State::Collecting { round } => format!("collecting {round}"),
-        State::Last(last) => format!("last {}", last.round),
+        State::Last(last) if session.needs_lanes() => format!("last {}", last.round),
+        State::Last(last) => format!("last {}, no lane needed", last.round),
         State::Committed { .. } => "committed".into(),
         State::Suspended { .. } => "suspended".into(),
         State::Rejoining { granted: false, .. } => "rejoining".into(),
@@ -644,11 +649,42 @@ fn the_guest_is_never_reclaimed_once_committed() {
     });
 }
 
+/// SPEC: LANE-9
+#[test]
+fn no_lane_is_needed_from_the_closed_round_of_final_on_until_something_is_missing() {
+    let closed = |damaged| Event::Closed {
+        round: Round::new(1),
+        damaged,
+    };
+    // In either order; a round before it does not count.
+    let final_sent = Event::FinalSent { digest: DIGEST };
+    for events in [
+        [final_sent, closed(0)],
+        [closed(0), Event::FinalSent { digest: DIGEST }],
+    ] {
+        let mut session = after(9);
+        let _ = session.handle(event("closed, an older").0, NOW);
+        for event in events {
+            assert!(session.needs_lanes());
+            let _ = session.handle(event, NOW);
+        }
+        assert!(!session.needs_lanes());
+        // A lane of which everything was acknowledged costs nothing.
+        assert!(session.handle(Event::LaneLost { pages: 0 }, NOW).is_empty());
+        assert!(!session.needs_lanes());
+        assert_eq!(session.handle(Event::LaneLost { pages: 1 }, NOW).len(), 2);
+        assert!(session.needs_lanes(), "a further round has begun");
+    }
+    let mut session = after(10);
+    let _ = session.handle(closed(1), NOW);
+    assert!(session.needs_lanes());
+}
+
 #[test]
 fn the_commit_is_made_only_on_prepared_with_the_digest_of_final() {
     each_cell(|state, event, _, effects| {
         let commits = count(effects, |e| matches!(e, Effect::Commit));
-        let due = (state, event) == ("last, final sent", "prepared");
+        let due = FINAL_SENT.contains(&state) && event == "prepared";
         assert_eq!(commits, usize::from(due), "{state} × {event}");
     });
 }
@@ -702,6 +738,7 @@ fn a_peer_that_only_says_that_it_lives_holds_a_paused_guest_no_longer_than_the_c
             "collecting",
             "last",
             "last, final sent",
+            "last, no lane needed",
             "committed",
         ]
         .contains(&state)
@@ -771,8 +808,8 @@ fn a_paused_guest_is_resumed_and_a_running_one_is_left_alone() {
         for effect in session.handle(failure(), NOW) {
             if let Effect::Reclaim { paused, .. } = effect {
                 let runs = ["waiting", "suspended", "rejoining"];
-                let was_paused = ["pausing", "collecting", "last", "last, final sent"]
-                    .contains(&state)
+                let was_paused = ["pausing", "collecting", "last"].contains(&state)
+                    || FINAL_SENT.contains(&state)
                     || (state.starts_with("devices")
                         && !runs.iter().any(|end| state.ends_with(end)));
                 assert_eq!(paused, was_paused, "{state}");

@@ -230,10 +230,6 @@ impl Fault {
             LastingCut => &[Stays],
             // The control channel lives. What the lanes carried goes over the others.
             PathCut if moment == Moment::SetUp => &[Migrated, Resumed, Stays],
-            // A lane that is lost while devices load breaks the switchover off, and the way back needs every lane: a known limit.
-            PathCut if matches!(moment, Moment::Switchover | Moment::Devices) => {
-                &[Migrated, Resumed, Stays]
-            }
             PathCut => &[Migrated, Resumed],
             // RESUME-1 ff.: whatever is lost comes back; before there is a session to come back to, the migration ends.
             LongCut

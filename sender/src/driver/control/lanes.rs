@@ -40,6 +40,7 @@ impl Control {
     pub(super) fn dials_again(&self) -> bool {
         !self.shared.config.reconnect.is_zero()
             && matches!(self.session.phase(), Phase::Rounds | Phase::Switchover)
+            && self.session.needs_lanes()
     }
 
     /// Whether lanes carry something that has to be taken.
@@ -73,6 +74,10 @@ impl Control {
 
     /// Does what is due.
     pub(super) fn tend_lanes(&mut self, now: Duration) {
+        // SPEC: LANE-9
+        if !self.session.needs_lanes() {
+            self.alone_since = None;
+        }
         if !self.watches_lanes() {
             self.watch_due = Duration::MAX;
             return;
@@ -203,7 +208,7 @@ impl Control {
 
     /// Whether no lane is left, and what follows: a wait for one to come back, or the end.
     pub(super) fn check_alone(&mut self, now: Duration) {
-        if self.session.is_committed() || self.lanes.iter().any(|slot| slot.life == Life::Alive) {
+        if !self.session.needs_lanes() || self.lanes.iter().any(|slot| slot.life == Life::Alive) {
             return;
         }
         let hope = |slot: &Slot| {
