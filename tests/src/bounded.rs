@@ -4,12 +4,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::RecvTimeoutError;
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::{Address, Channel, GuestMemory, Listener, TcpOptions};
 use multifd_wire::frame::Device;
 use multifd_wire::{ChannelRef, Layout};
 
+use crate::host::Host;
 use crate::model::{DestinationMachine, SourceMachine, fill, memory};
 
 /// A channel on which nothing moves for this long is given up, in these tests.
@@ -27,7 +29,7 @@ pub const COMMIT_DEADLINE: Duration = Duration::from_secs(1);
 /// What an end may take beyond its deadline: a farewell of 1 s, and a machine that is busy with other tests.
 pub const GRACE: Duration = Duration::from_secs(3);
 
-/// Waits for a result; a side that hangs fails the test instead of hanging it.
+/// Waits for a result; a side that hangs fails the test instead of hanging it. The time is one on a host that has time for it.
 ///
 /// # Panics
 /// If there is none in time, or what was waited for panicked.
@@ -40,7 +42,16 @@ pub fn within<T: Send + 'static>(
     let thread = std::thread::spawn(move || {
         let _ = done.send(wait());
     });
-    match result.recv_timeout(time) {
+    let (host, began) = (Host::watch(), Instant::now());
+    let result = loop {
+        // What the host keeps waiting is not held against the one who is waited for.
+        let left = (time + host.delayed()).saturating_sub(began.elapsed());
+        match result.recv_timeout(left) {
+            Err(RecvTimeoutError::Timeout) if began.elapsed() < time + host.delayed() => {}
+            end => break end,
+        }
+    };
+    match result {
         Ok(result) => result,
         Err(_) if thread.is_finished() => match thread.join() {
             Err(panic) => std::panic::resume_unwind(panic),

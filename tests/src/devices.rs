@@ -153,7 +153,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// These devices on both sides, 16 MiB of idle memory, default settings but for the downtime limit, which leaves slow devices their time.
+    /// These devices on both sides, 16 MiB of idle memory, default settings but for the downtime limit, which leaves slow devices
+    /// and busy hosts their time.
     #[must_use]
     pub fn new(devices: &[&str]) -> Self {
         let devices: Vec<DeviceConfig> = devices
@@ -164,7 +165,7 @@ impl Plan {
             source: devices.clone(),
             destination: devices,
             config: tx::Config::builder()
-                .downtime_limit(Duration::from_secs(5))
+                .downtime_limit(Duration::from_secs(60))
                 .build()
                 .expect("within limits"),
             receiver: rx::Config::default(),

@@ -6,8 +6,8 @@ use multifd_transport::Channel;
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{
     Commit, Config, Device, DeviceChunk, DeviceFlags, DeviceMark, Devices, Final, Grant, KeepAlive,
-    Mark, Pages, RawDevice, RawRegion, RawRun, Regions, RoundEnd, SetupEnd, Switchover, VmState,
-    Zeros, blob_parts,
+    LaneMark, Mark, Pages, RawDevice, RawRegion, RawRun, Regions, RoundEnd, SetupEnd, Switchover,
+    VmState, Zeros, blob_parts,
 };
 use multifd_wire::{
     Body, DeviceId, Digest, Features, Frame, Generation, Hello, HelloReply, Incarnation, Kind,
@@ -194,6 +194,23 @@ impl<'d> FakeSource<'d> {
     pub fn chunk(&self, lane: usize, chunk: DeviceChunk, octets: &[u8]) {
         let body = Body::Octets(octets);
         self.lanes[lane].peer.send_with(chunk, body, octets);
+    }
+
+    /// Waits until so many frames of a lane are acknowledged: what comes after that comes after them on the other side too.
+    ///
+    /// # Panics
+    /// If they are not in time.
+    pub fn taken(&mut self, lane: u32, frames: u64) {
+        loop {
+            let heard = self.control.hear_kind(Kind::Ack);
+            let Frame::Ack(marks) = heard.frame() else {
+                unreachable!("that kind was waited for")
+            };
+            let of_lane = |mark: &LaneMark| mark.lane == LaneId::new(lane) && mark.frames >= frames;
+            if marks.iter().any(|mark| of_lane(&mark)) {
+                return;
+            }
+        }
     }
 
     /// A mark of device 0, on lane 0.

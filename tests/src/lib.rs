@@ -11,6 +11,7 @@ pub mod fake_destination;
 pub mod fake_source;
 pub mod faults;
 pub mod flow;
+pub mod host;
 pub mod impaired;
 pub mod links;
 pub mod losing;

@@ -16,7 +16,7 @@ use multifd_wire::{
 };
 
 /// The longest that a peer waits for anything before it fails the test.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One end of a channel.
 pub struct Peer {

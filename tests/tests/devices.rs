@@ -8,6 +8,7 @@ use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_tests::cutting::{Cutting, Side};
 use multifd_tests::devices::Plan;
+use multifd_tests::host::Host;
 use multifd_tests::losing::{From, Losing};
 use multifd_transport::Channel;
 use multifd_wire::ChannelRef;
@@ -31,7 +32,10 @@ fn devices_of_all_kinds_move_with_a_writing_guest_over_each_number_of_channels()
             "model:name=d,size=9M,initial=9M,ack=no,growth=20M,config=64,after-memory=yes,seed=7",
         ]);
         plan.writes = 5000;
-        plan.config = tx::Config::builder().channels(channels).build().unwrap();
+        // On a host that is busy with other tests even this guest can outpace its link; convergence is not what is tested.
+        let config = tx::Config::builder().channels(channels);
+        let config = config.downtime_limit(Duration::from_secs(60));
+        plan.config = config.build().unwrap();
         let done = plan.run();
         done.assert_migrated();
         let report = &done.sent.report;
@@ -93,7 +97,7 @@ fn new_initial_bytes_are_loaded_and_acknowledged_before_the_guest_is_paused() {
 
 #[test]
 fn the_switchover_waits_for_a_slow_acknowledgement_with_the_guest_running() {
-    let began = Instant::now();
+    let (began, host) = (Instant::now(), Host::watch());
     let done = Plan::new(&["model:size=8M,initial=8M,write=16M"]).run();
     done.assert_migrated();
     assert!(
@@ -102,7 +106,11 @@ fn the_switchover_waits_for_a_slow_acknowledgement_with_the_guest_running() {
     );
     let report = &done.sent.report;
     assert!(report.ack_wait_ms > 200.0, "{}", report.ack_wait_ms);
-    assert!(report.downtime_ms.unwrap() < 200.0, "{:?}", report.downtime);
+    assert!(
+        report.downtime_ms.unwrap() < 200.0 + host.delayed_ms(),
+        "{:?}",
+        report.downtime
+    );
 }
 
 #[test]
@@ -110,6 +118,7 @@ fn past_the_acknowledgement_deadline_it_goes_on_or_fails_as_the_user_chose() {
     let plan = |choice| {
         let mut plan = Plan::new(&["model:name=slow,size=8M,initial=8M,write=4M"]);
         let config = tx::Config::builder().ack_deadline(Some(Duration::from_millis(100)));
+        let config = config.downtime_limit(Duration::from_secs(60));
         plan.config = config.when_ack_late(choice).build().unwrap();
         plan.run()
     };
@@ -265,12 +274,13 @@ fn every_failure_point_leaves_guest_and_devices_running_at_the_source() {
             &mut plan.source
         };
         side[1] = wrong.parse().unwrap();
-        let began = Instant::now();
+        let (began, host) = (Instant::now(), Host::watch());
         let done = plan.run();
         let failed = done.assert_failed();
         assert!(failed.contains(words), "{failure}: {failed}");
         assert!(failed.contains(phase), "{failure}: {failed}");
-        assert!(began.elapsed() < Duration::from_secs(10), "{failure}");
+        let took_max = Duration::from_secs(10) + host.delayed();
+        assert!(began.elapsed() < took_max, "{failure}");
         let resets = done.source_probes[1].resets();
         assert_eq!(resets, u64::from(failure.contains("break")), "{failure}");
         // One that was refused in set-up was not touched.
@@ -435,7 +445,7 @@ fn without_any_lane_in_the_middle_of_a_device_everything_runs_on_at_the_source()
 
 #[test]
 fn a_slow_device_does_not_keep_another_waiting() {
-    let began = Instant::now();
+    let (began, host) = (Instant::now(), Host::watch());
     // Each takes 400 ms to be read; one after the other they would take 1.6 s.
     let names: Vec<String> = (0..4)
         .map(|i| format!("model:name=d{i},size=4M,read=10M"))
@@ -443,12 +453,13 @@ fn a_slow_device_does_not_keep_another_waiting() {
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut plan = Plan::new(&names);
     plan.config = tx::Config::builder()
-        .downtime_limit(Duration::from_secs(2))
+        .downtime_limit(Duration::from_secs(60))
         .build()
         .unwrap();
     let done = plan.run();
     done.assert_migrated();
     let parts = done.sent.report.downtime.unwrap().devices.unwrap();
-    assert!((350.0..900.0).contains(&parts.read_ms), "{parts:?}");
-    assert!(began.elapsed() < Duration::from_secs(10));
+    let read_ms_max = 900.0 + host.delayed_ms();
+    assert!((350.0..read_ms_max).contains(&parts.read_ms), "{parts:?}");
+    assert!(began.elapsed() < Duration::from_secs(10) + host.delayed());
 }

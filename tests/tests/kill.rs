@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use multifd_tests::host::Host;
 use multifd_tests::model::Random;
 use multifd_tests::programs::{Ended, PATIENCE, Process, number_from_environment, seed};
 
@@ -54,6 +55,9 @@ fn sender(address: &str) -> Process {
         // Who was killed does not come back, and is not waited for.
         "--reconnect-deadline",
         "0s",
+        // A host that is busy with other tests is slower than the guest; whether it converges is not what is tested.
+        "--if-not-converging",
+        "switch",
     ];
     Process::start("multifd-send", &flags)
 }
@@ -164,15 +168,17 @@ fn the_guest_survives_at_the_source_when_the_receiver_is_killed_before_the_commi
         let sender = sender(&address);
         moment.wait(&sender);
         receiver.kill();
-        let killed = Instant::now();
+        let (killed, host) = (Instant::now(), Host::watch());
         let (received, sent) = (receiver.end(), sender.end());
-        assert_receiver_killed(moment, killed, &received, &sent)
+        let noticed = killed.elapsed().saturating_sub(host.delayed());
+        assert_receiver_killed(moment, noticed, &received, &sent)
     });
 }
 
+/// `noticed` is what passed from the blow to the end of the survivor.
 fn assert_receiver_killed(
     moment: &Moment,
-    killed: Instant,
+    noticed: Duration,
     received: &Ended,
     sent: &Ended,
 ) -> String {
@@ -219,9 +225,8 @@ fn assert_receiver_killed(
         other => panic!("outcome {other:?}: {context}"),
     }
     assert!(
-        killed.elapsed() < NOTICED_MAX,
-        "noticed after {:?}: {context}",
-        killed.elapsed()
+        noticed < NOTICED_MAX,
+        "noticed after {noticed:?}: {context}"
     );
     let phase = report["error"]["phase"].as_str().unwrap_or("-");
     format!("{outcome} [{}] phase {phase}", code.unwrap_or("-"))

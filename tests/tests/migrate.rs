@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use multifd_receiver as rx;
 use multifd_sender as tx;
+use multifd_tests::host::Host;
 use multifd_tests::model::{DestinationMachine, SourceMachine, differing_page, fill, memory};
 use multifd_transport::{Address, Channel, GuestMemory, Listener, TcpOptions};
 use multifd_wire::ChannelRef;
@@ -24,6 +25,12 @@ fn listen(address: &str) -> (Vec<Listener>, Address) {
     let listener = Listener::bind(&address.parse().unwrap(), &TcpOptions::default()).unwrap();
     let address = listener.local_address().clone();
     (vec![listener], address)
+}
+
+/// Default settings for a host that is busy with other tests, on which these guests can outpace their link: convergence is not
+/// what is tested.
+fn patient() -> tx::config::ConfigBuilder {
+    tx::Config::builder().downtime_limit(Duration::from_secs(60))
 }
 
 fn migrate(
@@ -106,7 +113,7 @@ fn an_idle_guest_moves_over_tcp() {
         machine,
         source,
         DestinationMachine::default(),
-        tx::Config::default(),
+        patient().build().unwrap(),
         "127.0.0.1:0",
     );
     assert_migrated(&done);
@@ -118,7 +125,7 @@ fn a_writing_guest_moves_over_tcp_with_every_number_of_channels() {
         let source = memory(64 << 20);
         fill(&source, channels.into(), 4);
         let machine = SourceMachine::start(source.clone(), 2, 20_000, channels.into());
-        let config = tx::Config::builder().channels(channels).build().unwrap();
+        let config = patient().channels(channels).build().unwrap();
         let done = migrate(
             machine,
             source,
@@ -145,7 +152,7 @@ fn a_writing_guest_moves_over_unix_sockets() {
         machine,
         source,
         DestinationMachine::default(),
-        tx::Config::default(),
+        patient().build().unwrap(),
         &format!("unix:{}", path.display()),
     );
     assert_migrated(&done);
@@ -188,7 +195,7 @@ fn a_writing_guest_moves_over_in_memory_channels() {
         memory: source.clone(),
         sources,
         dial,
-        config: tx::Config::default(),
+        config: patient().build().unwrap(),
         spawner: None,
     };
     let sent = tx::Migration::start(parts).unwrap().wait();
@@ -239,11 +246,11 @@ fn a_cancelled_migration_leaves_the_guest_running_at_the_source_only() {
     while handle.progress().octets_sent < 4 << 20 {
         std::thread::sleep(Duration::from_millis(5));
     }
-    let began = Instant::now();
+    let (began, host) = (Instant::now(), Host::watch());
     handle.cancel();
     let sent = migration.wait();
     assert!(
-        began.elapsed() < Duration::from_secs(3),
+        began.elapsed() < Duration::from_secs(3) + host.delayed(),
         "{:?}",
         began.elapsed()
     );
@@ -251,7 +258,12 @@ fn a_cancelled_migration_leaves_the_guest_running_at_the_source_only() {
     let received = reception.wait();
     assert_eq!(received.error.unwrap().code(), "receiver.peer.aborted");
     assert!(running.load(Ordering::SeqCst) && !dest_running.load(Ordering::SeqCst));
-    let before = writes();
-    std::thread::sleep(Duration::from_millis(100));
-    assert!(writes() > before, "the guest goes on writing");
+    let (before, began) = (writes(), Instant::now());
+    while writes() == before {
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "the guest goes on writing"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

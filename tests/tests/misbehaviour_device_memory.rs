@@ -124,7 +124,9 @@ const ACTS: [(&str, Act); 7] = [
 fn run(act: Act) {
     let tap = Tap::shut();
     let device = Box::new(Blotter::new("nic0", tap.clone()));
-    let config = rx_builder().device_window_bytes(WINDOW).build().unwrap();
+    // What is measured is memory: a host on which pages are hard to come by has its time.
+    let config = rx_builder().device_window_bytes(WINDOW);
+    let config = config.stall(Duration::from_secs(60)).build().unwrap();
     let destination = Destination::with_devices(config, vec![device]);
     let connect = || destination.connect();
     let mut source = FakeSource::with_devices(&connect, 1, &["nic0"], CHUNK);

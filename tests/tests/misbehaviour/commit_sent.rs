@@ -9,7 +9,7 @@ use multifd_tests::bounded::{
 };
 use multifd_tests::fake_destination::{FakeDestination, Taking, prepared, running};
 use multifd_tests::model::{DestinationMachine, Refuse};
-use multifd_tests::peer::encode;
+use multifd_tests::peer::{PATIENCE, encode};
 use multifd_wire::frame::{Abort, LaneDown, RoundClosed};
 use multifd_wire::{Body, ChannelRef, Digest, Frame, Incarnation, Kind, LaneId, Phase, Reason};
 
@@ -62,46 +62,55 @@ fn running_before_commit_is_refused_and_the_guest_runs_on() {
 
 #[test]
 fn whatever_fails_after_final_gives_the_guest_back() {
-    type Act = fn(&mut Taking);
+    type Act = fn(&mut Taking, &Source);
     let cases: [(&str, Act, &str, Option<Reason>, Duration); 6] = [
         (
             "silence",
-            |t| t.control.fall_silent(),
+            |t, source| {
+                // Nothing is owed on the lane, so that the control channel alone is what is waited for.
+                t.keep_acknowledging();
+                let (handle, since) = (source.handle(), Instant::now());
+                while handle.progress().octets_acked < handle.progress().octets_sent {
+                    assert!(since.elapsed() < PATIENCE, "{:?}", handle.progress());
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                t.control.fall_silent();
+            },
             "sender.timeout",
             Some(Reason::Timeout),
             STALL,
         ),
         (
             "signs of life and nothing else",
-            |_| {},
+            |_, _| {},
             "sender.channel.all-lanes-lost",
             Some(Reason::ChannelsLost),
             COMMIT_DEADLINE,
         ),
         (
             "acknowledgements and nothing else",
-            Taking::keep_acknowledging,
+            |t, _| t.keep_acknowledging(),
             "sender.timeout",
             Some(Reason::Timeout),
             COMMIT_DEADLINE,
         ),
         (
             "random octets",
-            |t| t.control.raw(&[1; 32]),
+            |t, _| t.control.raw(&[1; 32]),
             "wire.malformed.header-crc",
             Some(Reason::Corruption),
             STALL,
         ),
         (
             "an end of the stream",
-            |t| t.control.finish(),
+            |t, _| t.control.finish(),
             "channel-closed",
             Some(Reason::ChannelsLost),
             STALL,
         ),
         (
             "an ABORT",
-            |t| t.control.send(abort(Phase::Switchover)),
+            |t, _| t.control.send(abort(Phase::Switchover)),
             "sender.peer.aborted",
             None,
             STALL,
@@ -112,7 +121,7 @@ fn whatever_fails_after_final_gives_the_guest_back() {
         let source = source_to(&fake);
         let (mut taking, _) = fake.at_final();
         let began = Instant::now();
-        act(&mut taking);
+        act(&mut taking, &source);
         if let Some(reason) = told {
             assert_eq!(taking.control.hear_abort().reason, reason, "{name}");
         } else {

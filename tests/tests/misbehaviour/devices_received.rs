@@ -227,6 +227,7 @@ fn items_that_come_again_are_refused_unless_a_lane_was_lost() {
                 "with other content, after a lane was lost",
                 |s| {
                     s.chunk(0, chunk(2, 2 * CHUNK), &full());
+                    s.taken(0, 1);
                     s.lanes[1].peer.cut();
                     s.control.hear_kind(Kind::LaneDown);
                     s.chunk(0, chunk(2, 2 * CHUNK), &full());
@@ -239,6 +240,7 @@ fn items_that_come_again_are_refused_unless_a_lane_was_lost() {
                 "without end, after a lane was lost",
                 |s| {
                     chunks(s, 3);
+                    s.taken(0, 3);
                     s.lanes[1].peer.cut();
                     s.control.hear_kind(Kind::LaneDown);
                     for _ in 0..100 {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_tests::bounded::{Destination, GRACE, STALL, within};
+use multifd_tests::host::Host;
 use multifd_tests::links::Links;
 use multifd_tests::model::{DestinationMachine, SourceMachine, differing_page, fill, memory};
 use multifd_wire::ChannelRef;
@@ -41,6 +42,8 @@ impl tx::Vmm for Hooked {
 
 struct End {
     report: tx::Report,
+    /// What the host kept waiting, in milliseconds.
+    delayed_ms: f64,
     saves: u32,
     resumed: u64,
 }
@@ -74,6 +77,7 @@ fn disturbed(
         config: config.build().unwrap(),
         spawner: None,
     };
+    let host = Host::watch();
     let migration = tx::Migration::start(parts).unwrap();
     let finished = within(10 * GRACE, "the source's end", || migration.wait());
     let received: rx::Finished = destination.end(2 * GRACE).finished;
@@ -87,6 +91,7 @@ fn disturbed(
     assert_eq!(differing_page(&here, &there), None, "{case}");
     End {
         report: finished.report,
+        delayed_ms: host.delayed_ms(),
         saves: saves.load(Ordering::SeqCst),
         resumed: resumed.load(Ordering::SeqCst),
     }
@@ -116,7 +121,11 @@ fn all_lanes_that_die_with_the_guest_paused_are_opened_again_or_the_guest_runs_m
             links.cut_lanes();
         }
     });
-    assert!(end.report.downtime_ms.unwrap() < 1000.0, "{:?}", end.report);
+    assert!(
+        end.report.downtime_ms.unwrap() < 1000.0 + end.delayed_ms,
+        "{:?}",
+        end.report
+    );
     let end = disturbed("back later", four(), |links, before| {
         if before == 0 {
             links.set_down(true);
@@ -129,7 +138,11 @@ fn all_lanes_that_die_with_the_guest_paused_are_opened_again_or_the_guest_runs_m
         }
     });
     assert_eq!((end.saves, end.resumed, end.report.suspensions), (2, 1, 1));
-    assert!(end.report.broken_off_pause_ms < 1000.0, "{:?}", end.report);
+    assert!(
+        end.report.broken_off_pause_ms < 1000.0 + end.delayed_ms,
+        "{:?}",
+        end.report
+    );
 }
 
 #[test]
@@ -144,7 +157,11 @@ fn a_control_channel_that_is_lost_with_the_guest_paused_lets_it_run_until_the_ne
             }
         });
         assert_eq!((end.saves, end.resumed, end.report.suspensions), (3, 2, 2));
-        assert!(end.report.broken_off_pause_ms < 1000.0, "{:?}", end.report);
+        assert!(
+            end.report.broken_off_pause_ms < 1000.0 + end.delayed_ms,
+            "{:?}",
+            end.report
+        );
     }
 }
 
@@ -183,5 +200,9 @@ fn a_lane_that_dies_without_a_sign_holds_a_paused_guest_no_longer_than_a_second(
         }
     });
     assert_eq!((end.saves, end.resumed), (1, 0));
-    assert!(end.report.downtime_ms.unwrap() < 1500.0, "{:?}", end.report);
+    assert!(
+        end.report.downtime_ms.unwrap() < 1500.0 + end.delayed_ms,
+        "{:?}",
+        end.report
+    );
 }
