@@ -43,13 +43,18 @@ fn send(arguments: &[&str]) -> Process {
     Process::start("multifd-send", &all)
 }
 
+/// Starts it with a guest that is moved in any case: a host that is busy with other tests is slower than the guest.
+fn move_it(arguments: &[&str]) -> Process {
+    send(&[arguments, &["--if-not-converging", "switch"]].concat())
+}
+
 fn send_loopback(arguments: &[&str]) -> Ended {
     send(&[&["--loopback", "--report", "json"], arguments].concat()).end()
 }
 
-/// The same, of a guest that is moved in any case: a host that is busy with other tests is slower than the guest.
+/// The same with [`move_it`].
 fn moved(arguments: &[&str]) -> Ended {
-    send_loopback(&[arguments, &["--if-not-converging", "switch"]].concat())
+    move_it(&[&["--loopback", "--report", "json"], arguments].concat()).end()
 }
 
 fn assert_migrated(ended: &Ended) -> Value {
@@ -82,7 +87,7 @@ fn assert_stayed(ended: &Ended, status: i32, outcome: &str, code: &str) -> Value
 
 #[test]
 fn the_json_report_is_one_object_with_every_promised_key_and_plausible_figures() {
-    let ended = send_loopback(&["--channels", "3"]);
+    let ended = moved(&["--channels", "3"]);
     let report = assert_migrated(&ended);
     for key in REPORT_KEYS {
         assert!(report.get(key).is_some(), "no {key} in {report}");
@@ -137,7 +142,7 @@ fn the_json_report_is_one_object_with_every_promised_key_and_plausible_figures()
 
 #[test]
 fn the_text_report_is_for_people() {
-    let ended = send(&["--loopback"]).end();
+    let ended = move_it(&["--loopback"]).end();
     assert_eq!(ended.status, Some(0), "{ended}");
     for line in [
         "migrated: the guest runs at the destination",
@@ -177,7 +182,7 @@ fn two_programs_on_a_tcp_address_tell_both_users() {
         ],
     );
     let address = receiver.announced();
-    let sent = send(&["--connect", &address, "--report", "json", "--quiet"]).end();
+    let sent = move_it(&["--connect", &address, "--report", "json", "--quiet"]).end();
     let received = receiver.end();
     assert_eq!(sent.status, Some(0), "{sent}");
     let (report, theirs) = (sent.report(), received.report());
@@ -210,7 +215,7 @@ fn two_programs_on_a_unix_socket() {
         ],
     );
     assert_eq!(receiver.announced(), address);
-    let sent = send(&["--connect", &address, "--report", "json", "--channels", "2"]).end();
+    let sent = move_it(&["--connect", &address, "--report", "json", "--channels", "2"]).end();
     let received = receiver.end();
     assert_eq!(sent.status, Some(0), "{sent}");
     assert_eq!(sent.report()["outcome"], "migrated", "{sent}");
@@ -256,7 +261,7 @@ fn a_guest_without_kvm_moves() {
             "found by the writing threads themselves",
         ),
     ] {
-        let ended = send_loopback(&["--tracking", tracking]);
+        let ended = moved(&["--tracking", tracking]);
         let report = assert_migrated(&ended);
         assert_eq!(report["sources"][0]["name"], name, "{report}");
         assert!(ended.errors.contains("guest: process"), "{ended}");
@@ -274,7 +279,7 @@ fn the_debug_scan_names_what_a_device_wrote_behind_everybodys_back() {
         report["dirty_scan_ms"].as_f64().is_some_and(|ms| ms > 0.0),
         "{report}"
     );
-    let ended = send_loopback(&["--debug-dirty-scan", "--guest-device", "dma-unreported"]);
+    let ended = moved(&["--debug-dirty-scan", "--guest-device", "dma-unreported"]);
     let report = assert_stayed(&ended, 1, "failed", "sender.tracking.unreported");
     let text = report["error"]["text"].as_str().unwrap_or_default();
     assert!(
@@ -480,7 +485,7 @@ fn how_a_migration_ended_can_be_asked_after_its_sender_was_killed() {
     // One that ends well leaves none behind.
     std::fs::remove_file(file).expect("it is left");
     let (receiver, address) = Process::receiver(&[]);
-    let well = send(&["--connect", &address, "--state-file", file]).end();
+    let well = move_it(&["--connect", &address, "--state-file", file]).end();
     assert_eq!(well.status, Some(0), "{well}");
     assert_eq!(receiver.end().status, Some(0));
     std::fs::remove_dir(&folder).expect("an empty folder");
