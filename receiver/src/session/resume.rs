@@ -51,11 +51,14 @@ impl Session {
     }
 
     fn suspend(&mut self, now: Duration) -> Vec<Effect> {
-        // With the gate shut the open round is the next one (SPEC: RESUME-7).
-        if matches!(
+        // With the gate shut the open round is the next one (SPEC: RESUME-7); also when the channel was lost in the middle of saying
+        // so, since the source may have read it.
+        let shut = matches!(
             self.state,
             State::Fenced { .. } | State::Loading { .. } | State::Prepared(_)
-        ) && let Some(next) = self.round.next()
+        );
+        if (shut || self.closing)
+            && let Some(next) = self.round.next()
         {
             self.round = next;
         }

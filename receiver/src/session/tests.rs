@@ -687,6 +687,16 @@ fn the_gate_to_a_further_round_opens_with_its_switchover_and_not_before() {
     assert_eq!(words, ["open 3"]);
 }
 
+/// SPEC: RESUME-7. Of a ROUND_CLOSED that could not be sent nobody knows how much was read.
+#[test]
+fn a_round_that_was_being_closed_when_the_channel_was_lost_is_closed() {
+    for (name, open) in [("rounds", 0), ("rounds, closing", 1), ("fenced", 2)] {
+        let mut session = state_after(name);
+        let _ = session.handle(lost(), NOW);
+        assert_eq!(session.round(), Round::new(open), "{name}");
+    }
+}
+
 #[test]
 fn an_end_mark_that_contradicts_switchover_ends_it() {
     // Round 1 was announced as paused, but its marks say live.
