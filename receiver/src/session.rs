@@ -270,6 +270,8 @@ pub struct Session {
     damages: u32,
     /// The VMM has built the machine.
     machine: bool,
+    /// READY was sent once: on the way back one lane is enough (SPEC: RESUME-14).
+    begun: bool,
     /// There are devices.
     devices: bool,
     /// Every device has everything; also true when there are none.
@@ -311,6 +313,7 @@ impl Session {
             kept: false,
             damages: 0,
             machine: false,
+            begun: false,
             devices: false,
             devices_loaded: true,
             began: now,
@@ -359,10 +362,16 @@ impl Session {
         self.progress = now;
     }
 
+    /// Whether this lane was lost, or has not come back after a resume.
+    #[must_use]
+    pub fn is_lost(&self, lane: LaneId) -> bool {
+        self.lanes.get(lane.value() as usize) == Some(&Fate::Ended)
+    }
+
     /// Where a lane that was lost has to begin if it joins again now.
     #[must_use]
     pub fn entry(&self, lane: LaneId) -> Entry {
-        let lost = self.lanes.get(lane.value() as usize) == Some(&Fate::Ended);
+        let lost = self.is_lost(lane);
         match &self.state {
             State::Setup(_) => Entry::Setup,
             State::Rounds if lost && !self.closing => Entry::Round(self.round),
@@ -397,7 +406,13 @@ impl Session {
             (_, Event::Tick) => self.tick(now),
             (State::Setup(setup), Event::SetupEnd { lanes }) if setup.lanes.is_none() => {
                 setup.lanes = Some(lanes);
-                self.lanes = vec![Fate::Expected; lanes as usize];
+                // SPEC: RESUME-14
+                let fate = if self.begun {
+                    Fate::Ended
+                } else {
+                    Fate::Expected
+                };
+                self.lanes = vec![fate; lanes as usize];
                 vec![Effect::Prepare]
             }
             (State::Setup(setup), Event::MachineReady) => {
@@ -532,10 +547,11 @@ impl Session {
         else {
             return Vec::new();
         };
-        if self.lanes.contains(&Fate::Expected) {
+        if self.lanes.contains(&Fate::Expected) || !self.lanes.contains(&Fate::InRound) {
             return Vec::new();
         }
         self.state = State::Rounds;
+        self.begun = true;
         if resumed {
             // SPEC: RESUME-6
             vec![Effect::SendReady, Effect::SendLanded]
@@ -545,8 +561,9 @@ impl Session {
     }
 
     fn joined(&mut self, lane: LaneId) -> Vec<Effect> {
+        let begun = self.begun;
         match self.lanes.get_mut(lane.value() as usize) {
-            Some(fate @ Fate::Expected) => {
+            Some(fate) if *fate == Fate::Expected || (begun && *fate == Fate::Ended) => {
                 *fate = Fate::InRound;
                 self.begin()
             }
@@ -597,7 +614,7 @@ impl Session {
         self.lane_lost = true;
         let nobody = self.lanes.iter().all(|fate| *fate == Fate::Ended);
         match self.state {
-            // The way back is made with all lanes, or again from the start.
+            // The first set-up is made with all lanes, or again from the start.
             State::Setup(Setup { resumed: true, .. }) => {
                 let last = format!("lane {lane} closed");
                 self.lost(Error::new(Phase::Setup, Fault::AllLanesLost { last }), now)

@@ -118,7 +118,7 @@ pub enum Event {
     Lost(Error),
     /// A new control channel was accepted for this session.
     Reconnected,
-    /// All lanes are open again and the destination said what landed; the rest is back in the dirty set.
+    /// A lane is open again and the destination said what landed; the rest is back in the dirty set.
     Landed {
         /// Rounds that it has closed.
         rounds_closed: u32,
@@ -370,6 +370,8 @@ pub struct Session {
     unready: bool,
     /// Why the channels were lost.
     doubt: Option<Error>,
+    /// Why a lane could not be opened on the way back: if none can, that is what it was.
+    hindrance: Option<Error>,
 }
 
 impl Session {
@@ -402,6 +404,7 @@ impl Session {
             damages: 0,
             unready: true,
             doubt: None,
+            hindrance: None,
         }
     }
 
@@ -1041,11 +1044,14 @@ impl Session {
                 self.fail(error)
             }
             State::Rejoining { until, .. } if now >= until => {
+                self.doubt = self.hindrance.take().or(self.doubt.take());
                 let error = self.gave_up(what);
                 self.fail(error)
             }
             State::Rejoining { .. } | State::Committed { .. } => {
-                self.lost(Error::new(self.phase(), Fault::Timeout { what }), now)
+                let late = Error::new(self.phase(), Fault::Timeout { what });
+                let error = self.hindrance.take().unwrap_or(late);
+                self.lost(error, now)
             }
             // A destination that is silent may be there again later; one that lives and does nothing is no better then.
             _ if now >= self.heard + self.silence_max() => {

@@ -28,6 +28,8 @@ struct Shared {
     /// Connections whose octets vanish, once told so.
     holes: Mutex<Vec<(ChannelRef, Arc<AtomicBool>)>>,
     down: AtomicBool,
+    /// Channels of which no new connection can be made.
+    closed: Mutex<Vec<ChannelRef>>,
     hangs: AtomicBool,
     /// A bit on the control channel is to flip.
     flips: Arc<AtomicBool>,
@@ -56,6 +58,7 @@ impl Links {
                 open: Mutex::default(),
                 holes: Mutex::default(),
                 down: AtomicBool::new(false),
+                closed: Mutex::default(),
                 hangs: AtomicBool::new(false),
                 flips: Arc::default(),
                 dialled: AtomicU64::new(0),
@@ -140,6 +143,23 @@ impl Links {
         self.shared.down.store(down, Ordering::SeqCst);
     }
 
+    /// Whether new connections of this lane are refused; the one that it has is left alone.
+    pub fn set_way_closed(&self, lane: u32, closed: bool) {
+        let lane = ChannelRef::Lane(LaneId::new(lane));
+        let mut all = self.closed();
+        all.retain(|other| *other != lane);
+        if closed {
+            all.push(lane);
+        }
+    }
+
+    fn closed(&self) -> std::sync::MutexGuard<'_, Vec<ChannelRef>> {
+        self.shared
+            .closed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether dialling does not return, whatever the deadline.
     pub fn set_hanging(&self, hangs: bool) {
         self.shared.hangs.store(hangs, Ordering::SeqCst);
@@ -176,6 +196,9 @@ impl tx::Dial for Links {
         }
         if self.shared.down.load(Ordering::SeqCst) {
             return Err("the link is down".into());
+        }
+        if self.closed().contains(&channel) {
+            return Err("this way is closed".into());
         }
         let (ours, theirs) = match &self.shared.address {
             None => {

@@ -192,7 +192,6 @@ fn states() -> Vec<(&'static str, Vec<Event>)> {
                     lost(),
                     Event::Resuming,
                     Event::SetupEnd { lanes: 2 },
-                    joined(0),
                 ],
             ),
         ),
@@ -203,12 +202,7 @@ fn states() -> Vec<(&'static str, Vec<Event>)> {
             "resumed, tables",
             with(
                 13,
-                vec![
-                    lost(),
-                    Event::Resuming,
-                    Event::SetupEnd { lanes: 2 },
-                    joined(0),
-                ],
+                vec![lost(), Event::Resuming, Event::SetupEnd { lanes: 2 }],
             ),
         ),
         ("owning", path(14)),
@@ -1019,6 +1013,57 @@ fn a_resumed_session_goes_on_with_the_first_round_that_is_not_closed() {
             "{state}"
         );
     }
+}
+
+#[test]
+fn one_lane_is_enough_on_the_way_back_and_the_others_join_the_round() {
+    let mut session = state_after("suspended in round 0");
+    let mut words = |event| -> (Vec<String>, [Entry; 3]) {
+        let words = session.handle(event, NOW).iter().map(word).collect();
+        let entries = [0, 1, 2].map(|lane| session.entry(LaneId::new(lane)));
+        (words, entries)
+    };
+    let _ = words(Event::Resuming);
+    assert_eq!(
+        words(Event::SetupEnd { lanes: 3 }),
+        (vec!["prepare".to_owned()], [Entry::Setup; 3])
+    );
+    let (round, living) = (Entry::Round(Round::new(0)), Entry::Refused);
+    assert_eq!(
+        words(joined(2)),
+        (
+            vec!["READY".into(), "LANDED".into()],
+            [round, round, living]
+        )
+    );
+    assert_eq!(words(joined(0)), (vec![], [living, round, living]));
+    // The fence waits for those that are here, and for no other.
+    assert_eq!(words(arrived(2, 0, false)).0, Vec::<String>::new());
+    assert_eq!(words(arrived(0, 0, false)).0, ["close 0"]);
+    assert_eq!(words(closed(0)).0, ["open 1"]);
+    let next = Entry::Round(Round::new(1));
+    assert_eq!(words(joined(1)).1, [living; 3]);
+    assert_eq!(words(ended(0)).1, [next, living, living]);
+}
+
+#[test]
+fn a_set_up_that_was_lost_before_ready_is_made_with_all_lanes() {
+    let mut session = Session::new(Config::default(), Duration::ZERO);
+    session.keep();
+    for event in [
+        Event::SetupEnd { lanes: 2 },
+        Event::MachineReady,
+        joined(0),
+        lost(),
+        Event::Resuming,
+        Event::SetupEnd { lanes: 2 },
+        joined(1),
+    ] {
+        let words: Vec<String> = session.handle(event, NOW).iter().map(word).collect();
+        assert!(!words.contains(&"READY".to_owned()), "{words:?}");
+    }
+    let words: Vec<String> = session.handle(joined(0), NOW).iter().map(word).collect();
+    assert_eq!(words, ["READY", "LANDED"]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_tracking::{CollectPhase, Source};
-use multifd_transport::{Closer, Spawner};
+use multifd_transport::{ChannelError, Closer, Spawner};
 use multifd_wire::frame::{
     Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, KeepAlive, LaneDown, LaneMark,
     RawRegion, RawRun, Ready, Regions, SetupEnd, Switchover, VmState, blob_parts,
@@ -60,6 +60,8 @@ struct Slot {
     redial: Option<Redial>,
     /// How often it was lost.
     losses: u32,
+    /// It was lost with all the others, and has not come back: the report counts that as one suspension.
+    with_all: bool,
     watch: lanes::Watch,
     /// Why this side gave it up, until its thread has ended.
     doomed: Option<Fault>,
@@ -539,6 +541,7 @@ impl Control {
             thread: Some(thread),
             redial: None,
             losses: 0,
+            with_all: false,
             watch: lanes::Watch::default(),
             doomed: None,
             before: None,
@@ -795,6 +798,13 @@ impl Control {
                         slot.closer = Some(closer);
                         slot.life = Life::Alive;
                     }
+                    // The destination has lost it since.
+                    Some(slot)
+                        if slot.life == Life::Redialling && slot.state.given_up.load(Relaxed) =>
+                    {
+                        closer.shutdown();
+                        self.redial_failed(lane, Fault::Channel(ChannelError::ShutDown));
+                    }
                     Some(slot) if slot.life == Life::Redialling => {
                         slot.closer = Some(closer);
                         slot.life = Life::Alive;
@@ -860,7 +870,12 @@ impl Control {
                     return Err(fail(phase, Misbehaved::Order { kind: Kind::Ready }));
                 }
                 let lanes = self.lanes.len() as u64;
-                if u64::from(ready.lanes) != lanes {
+                // SPEC: READY-1, RESUME-14. A destination may have sent a READY that was lost, and need no more than one lane now.
+                let fits = match u64::from(ready.lanes) {
+                    some if self.resumed.is_some() => (1..=lanes).contains(&some),
+                    all => all == lanes,
+                };
+                if !fits {
                     return Err(fail(
                         phase,
                         Misbehaved::Amount {
@@ -974,9 +989,12 @@ impl Control {
         })
     }
 
-    /// Once the destination is ready *and* every lane has read its acceptance, which may be later than READY.
+    /// Once the destination is ready *and* every lane, or on the way back one, has read its acceptance, which may be later than READY.
     fn begin_rounds(&mut self) -> Result<(), Error> {
         if self.lanes.iter().any(|slot| slot.life == Life::Dialling) {
+            return Ok(());
+        }
+        if self.comes_back() && !self.lanes.iter().any(|slot| slot.life == Life::Alive) {
             return Ok(());
         }
         if self.resume_rounds() {
@@ -1075,8 +1093,8 @@ impl Control {
         {
             return Ok(());
         }
-        if self.session.is_rejoining() {
-            // The way back is made with all lanes at once, or again from the start.
+        if self.session.is_rejoining() && !self.begun {
+            // The first set-up is made with all lanes at once, or again from the start.
             self.known(lane, incarnation)?;
             let last = "closed by the destination".to_owned();
             let error = Error::new(self.session.phase(), Fault::AllLanesLost { last });
@@ -1085,8 +1103,8 @@ impl Control {
         }
         let slot = self.known(lane, incarnation)?;
         match slot.life {
-            // It was let in, and lost before this side knew; the attempt fails by itself.
-            Life::Redialling => {}
+            // It was let in, and lost before this side knew.
+            Life::Redialling => slot.state.given_up.store(true, Relaxed),
             // Both sides know: what the destination has of it was acknowledged before this frame, the rest comes back.
             Life::Dying => self.bury(lane),
             Life::Dead => {}
@@ -1122,7 +1140,7 @@ impl Control {
         // Once the destination has everything no lane is needed any more (SPEC: LANE-9).
         let needed = self.session.needs_lanes();
         let dials_again = self.dials_again();
-        let rejoining = self.session.is_rejoining();
+        let begins_anew = self.session.is_rejoining() && !self.begun;
         let Some(slot) = self.slot(id) else { return };
         let doomed = slot.doomed.take();
         let Some(fault) = doomed.or(fault) else {
@@ -1130,9 +1148,9 @@ impl Control {
         };
         match slot.life {
             Life::Dying | Life::Dead => {}
-            Life::Redialling => self.redial_failed(id, &fault),
-            // The way back is made with all lanes at once, or again from the start.
-            Life::Dialling | Life::Alive if rejoining => {
+            Life::Redialling => self.redial_failed(id, fault),
+            // The first set-up is made with all lanes at once, or again from the start.
+            Life::Dialling | Life::Alive if begins_anew => {
                 let error = Error::new(phase, fault).at(ChannelRef::Lane(id));
                 self.drive(Event::Lost(error));
             }
@@ -1184,7 +1202,7 @@ impl Control {
         let state = Arc::clone(&slot.state);
         let items = self.give_back_ledger(&state);
         self.count_lanes();
-        // The control channel was lost meanwhile, perhaps by answering: the way back is made with all lanes.
+        // The control channel was lost meanwhile, perhaps by answering: the way back begins with dialling all lanes.
         if self.session.phase() == Phase::Suspended {
             return;
         }

@@ -58,6 +58,13 @@ impl Session {
         matches!(self.state, State::Rejoining { .. })
     }
 
+    /// A lane could not be opened. Nothing follows as long as others can be (SPEC: RESUME-14).
+    pub fn hindered(&mut self, error: Error) {
+        if self.is_rejoining() {
+            self.hindrance = Some(error);
+        }
+    }
+
     /// How long the destination may be silent.
     pub(super) fn silence_max(&self) -> Duration {
         if self.is_paused() && self.is_kept() {
@@ -123,6 +130,7 @@ impl Session {
         match (self.state, event) {
             (State::Suspended { until }, Event::Reconnected) => {
                 self.heard = now;
+                self.hindrance = None;
                 self.state = State::Rejoining {
                     granted: false,
                     until,
@@ -153,7 +161,7 @@ impl Session {
                 },
                 Event::Landed { rounds_closed },
             ) => {
-                self.doubt = None;
+                (self.doubt, self.hindrance) = (None, None);
                 self.unready = false;
                 self.closed = rounds_closed.checked_sub(1).map(Round::new);
                 self.state = State::Reopening {
@@ -172,6 +180,8 @@ impl Session {
                 self.devices = Some(outlook);
                 Vec::new()
             }
+            // Nothing was sent on it yet (SPEC: RESUME-14).
+            (State::Rejoining { granted: true, .. }, Event::LaneLost { .. }) => Vec::new(),
             (State::Asking { .. }, Event::Forgotten(error)) => self.fail(error),
             (State::Asking { .. }, Event::Answered(state)) => self.answered(state),
             // Old news of the channels that were lost.

@@ -1223,6 +1223,28 @@ fn the_rounds_go_on_with_what_the_destination_has_closed() {
 }
 
 #[test]
+fn a_lane_that_is_lost_on_the_way_back_ends_nothing_and_is_named_if_none_comes() {
+    let mut session = kept(11, vec![lost(), Event::Reconnected, Event::Granted]);
+    assert!(words(&mut session, Event::LaneLost { pages: 7 }, NOW).is_empty());
+    assert!(session.is_rejoining());
+    let lane = ChannelRef::Lane(multifd_wire::LaneId::new(2));
+    session.hindered(Error::new(Phase::Setup, Fault::Dial("no way".into())).at(lane));
+    let (due, until) = (session.next_deadline(), NOW + KEPT);
+    assert!(due < until);
+    assert_eq!(
+        words(&mut session, Event::Tick, due),
+        ["disconnect", "reconnect"]
+    );
+    let effects = session.handle(Event::Tick, until);
+    let Some(Effect::Finish(Outcome::Failed(error))) = effects.last() else {
+        panic!("{effects:?}");
+    };
+    assert_eq!(error.code(), "sender.channel.not-reconnected");
+    assert_eq!(error.channel(), lane);
+    assert!(error.to_string().contains("no way"), "{error}");
+}
+
+#[test]
 fn after_a_resume_devices_are_waited_for_stopped_and_saved_once_more() {
     // Everything of them had been saved when the link was lost.
     let mut session = devices_kept(12, vec![lost(), Event::Reconnected, Event::Granted]);

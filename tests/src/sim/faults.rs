@@ -81,7 +81,13 @@ pub enum Fault {
     ForgeForth,
     /// A frame of the destination is changed, and its checksums are right.
     ForgeBack,
+    /// From some time on no connection of one lane can be made, for a while or for good. Drawn apart from the others, for one
+    /// of [`WAYS_CLOSED_IN`] migrations; it happens when the lane is dialled again.
+    WayClosed,
 }
+
+/// In one of so many migrations with more than one lane, [`Fault::WayClosed`] is drawn.
+pub const WAYS_CLOSED_IN: u64 = 4;
 
 /// The one table: each fault with its weight among all.
 pub const RATES: &[(Fault, u32)] = &[

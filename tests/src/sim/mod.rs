@@ -27,9 +27,9 @@ use multifd_guest::DeviceConfig;
 use multifd_receiver as rx;
 use multifd_sender as tx;
 use multifd_transport::{Channel, Spawner};
-use multifd_wire::ChannelRef;
+use multifd_wire::{ChannelRef, LaneId};
 
-use self::faults::{Fault, Plan, Side};
+use self::faults::{Fault, Plan, Side, WAYS_CLOSED_IN};
 use self::machine::{DestinationVmm, Machine, Notes, Pace, SourceVmm};
 use self::network::Quality;
 use self::world::{Scene, World};
@@ -116,8 +116,30 @@ struct Settings {
     resumes: bool,
     devices: Vec<DeviceConfig>,
     starts_afresh: bool,
+    closed: Option<ClosedWay>,
     /// How long the destination may hold a machine whose source has died, in ns.
     holds_ns: u64,
+}
+
+/// A way that is closed for a while, or for good, from so long after the first pages were moved on. The lane that lives goes on living.
+#[derive(Debug, Clone, Copy)]
+struct ClosedWay {
+    lane: LaneId,
+    after_ns: u64,
+    lasts_ns: u64,
+}
+
+impl ClosedWay {
+    /// Of numbers of its own, so that whatever else a seed draws stays what it was.
+    fn draw(seed: u64, lanes: u32) -> Option<Self> {
+        let mut random = Random::new(seed ^ 0x0077_6179);
+        random.next_u64();
+        (lanes > 1 && random.below(WAYS_CLOSED_IN) == 0).then(|| Self {
+            lane: LaneId::new(random.below(lanes.into()) as u32),
+            after_ns: random.below(20_000_000),
+            lasts_ns: pick(&mut random, &[50_000_000, 1_000_000_000, u64::MAX / 2]),
+        })
+    }
 }
 
 fn pick<T: Copy>(random: &mut Random, of: &[T]) -> T {
@@ -224,6 +246,7 @@ impl Settings {
             resumes: reconnect_ms >= 4000 && suspend_ms >= 8000,
             devices,
             starts_afresh,
+            closed: None,
             // Noticing it may take a stall or the set-up's deadline, and the VMM may be at work.
             holds_ns: (suspend_ms + stall_ms + 6_000) * 1_000_000,
         }
@@ -251,6 +274,7 @@ struct SimDial {
     world: Arc<World>,
     destination: Arc<Mutex<rx::Handle>>,
     quality: Vec<Quality>,
+    closed: Option<ClosedWay>,
 }
 
 impl tx::Dial for SimDial {
@@ -267,6 +291,15 @@ impl tx::Dial for SimDial {
         schedule::sleep(quality.latency_ns * 2);
         if !self.world.lives(Side::Source) || !self.world.lives(Side::Destination) {
             return Err("nobody listens there".into());
+        }
+        let closed = self
+            .closed
+            .filter(|way| channel == ChannelRef::Lane(way.lane));
+        if closed.is_some_and(|way| {
+            self.world
+                .way_is_closed(channel, way.after_ns, way.lasts_ns)
+        }) {
+            return Err("the way is closed".into());
         }
         let (ours, theirs, link) = network::connect(&self.world, channel, quality);
         self.world.connected(link);
@@ -298,7 +331,10 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
     );
     let mut random = Random::new(seed);
     random.next_u64();
-    let settings = Settings::draw(&mut random);
+    let mut settings = Settings::draw(&mut random);
+    if mode == Mode::Faults {
+        settings.closed = ClosedWay::draw(seed, settings.config.channels());
+    }
     let plan = match mode {
         Mode::Faults => Plan::draw(&mut random),
         Mode::Flips => Plan::flips(&mut random),
@@ -394,6 +430,7 @@ fn attempt(
             world: Arc::clone(world),
             destination: Arc::clone(&destination),
             quality: settings.quality.clone(),
+            closed: settings.closed.filter(|_| first),
         }),
         config: settings.config.clone(),
         spawner: Some(Box::new(SmallThreads)),

@@ -168,6 +168,8 @@ struct State {
     trace: bool,
     /// The destination's programs that died and were replaced.
     life: u32,
+    /// When the first pages were moved.
+    moving_since: Option<u64>,
     /// When the next one is started.
     restart_at: Option<u64>,
     restart: Option<Box<dyn FnOnce() + Send>>,
@@ -292,6 +294,7 @@ impl World {
                 kinds_seen: BTreeMap::new(),
                 trace,
                 life: 0,
+                moving_since: None,
                 restart_at: None,
                 restart: None,
                 starts_afresh,
@@ -439,6 +442,26 @@ impl World {
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.lock().over
+    }
+
+    /// Whether a connection of this lane can't be made now, by a way that is closed from so long after the first pages on. A migration
+    /// that begins with another program begins with all its lanes, so it finds the way open.
+    pub(super) fn way_is_closed(&self, lane: ChannelRef, after_ns: u64, lasts_ns: u64) -> bool {
+        let mut state = self.lock();
+        let Some(since) = state.moving_since.filter(|_| state.life == 0) else {
+            return false;
+        };
+        let (from, now) = (since + after_ns, schedule::now());
+        let closed = now >= from && now - from < lasts_ns;
+        if closed
+            && !state
+                .happened
+                .iter()
+                .any(|(_, fault, _)| *fault == Fault::WayClosed)
+        {
+            state.note(Fault::WayClosed, lane.to_string());
+        }
+        closed
     }
 
     /// A number for a new link.
@@ -721,6 +744,9 @@ impl World {
                     None => format!("{:?} {} says hello", seen.from, seen.channel),
                 };
                 state.say(&what);
+            }
+            if matches!(seen.kind, Some(Kind::Pages | Kind::Zeros)) {
+                state.moving_since.get_or_insert_with(schedule::now);
             }
             match seen.kind {
                 Some(Kind::Pages | Kind::Zeros) if !state.ledger.commit_left => {
@@ -1061,7 +1087,8 @@ impl World {
             | Fault::ForgeBack
             | Fault::VmmRefuses
             | Fault::FlipChunk
-            | Fault::DeviceFails => {}
+            | Fault::DeviceFails
+            | Fault::WayClosed => {}
         }
     }
 

@@ -65,6 +65,76 @@ fn everything_cut_for_a_while_costs_what_was_on_its_way() {
 }
 
 #[test]
+fn with_one_way_closed_for_good_it_goes_on_over_the_others() {
+    for closed in 0..3 {
+        let pair = slow(3);
+        pair.sent(6 << 20);
+        pair.links.set_way_closed(closed, true);
+        pair.links.cut_all();
+        let case = format!("lane {closed}");
+        let ends = pair.arrives(&case);
+        let report = &ends.source.finished.report;
+        let suspensions = (report.suspensions, ends.destination.report.suspensions);
+        assert_eq!(suspensions, (1, 1), "{case}");
+        assert_eq!(
+            (report.channels_lost, report.channels_reopened),
+            (0, 0),
+            "{case}: they were lost with everything else"
+        );
+        assert!(report.content_bytes < 34 << 20, "{}", report.content_bytes);
+    }
+}
+
+#[test]
+fn again_and_again_over_the_only_way_that_is_left() {
+    let pair = slow(3);
+    for octets in [3u64 << 20, 7 << 20, 11 << 20] {
+        pair.sent(octets);
+        pair.links.set_way_closed(0, true);
+        pair.links.set_way_closed(2, true);
+        pair.links.cut_all();
+    }
+    let ends = pair.arrives("the only way");
+    assert_eq!(ends.source.finished.report.suspensions, 3);
+}
+
+#[test]
+fn a_way_that_opens_after_the_resume_is_used_again() {
+    let config = comes_back().channels(3).bandwidth(Some(24 << 20));
+    let pair = Pair::new(48 << 20, config.body_bytes(64 << 10));
+    let (ours, theirs) = (pair.source.handle(), pair.destination.handle());
+    pair.sent(4 << 20);
+    pair.links.set_way_closed(1, true);
+    pair.links.cut_all();
+    let lanes = || (ours.progress().lanes, theirs.progress().lanes);
+    wait_for("two lanes", || {
+        ours.progress().phase == Phase::Rounds && lanes() == (2, 2)
+    });
+    pair.links.set_way_closed(1, false);
+    wait_for("three lanes", || lanes() == (3, 3));
+    pair.arrives("opened later");
+}
+
+#[test]
+fn with_the_ways_of_all_lanes_closed_it_ends_at_the_deadline_and_names_one() {
+    let pair = slow(2);
+    pair.sent(4 << 20);
+    let began = Instant::now();
+    for lane in 0..2 {
+        pair.links.set_way_closed(lane, true);
+    }
+    pair.links.cut_all();
+    let ends = pair.end();
+    let case = "no way for lanes";
+    ends.source.failed("sender.channel.not-reconnected", case);
+    assert!(began.elapsed() >= RECONNECT, "{:?}", began.elapsed());
+    let error = ends.source.finished.error.as_ref().unwrap();
+    assert!(matches!(error.channel(), ChannelRef::Lane(_)), "{error}");
+    assert!(error.to_string().contains("this way is closed"), "{error}");
+    assert!(ends.destination.error.is_some());
+}
+
+#[test]
 fn the_control_channel_lost_alone_is_the_same() {
     let pair = slow(2);
     for octets in [2u64 << 20, 6 << 20] {

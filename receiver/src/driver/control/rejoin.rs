@@ -1,8 +1,9 @@
-//! Lanes that were lost and are dialled again by the source (SPEC: LANE-2, LANE-5, ROUND-6).
+//! Lanes that were lost and are dialled again by the source (SPEC: LANE-2, LANE-5, ROUND-6, RESUME-14).
 //!
 //! The rule it keeps: a lane is part of the fence before the source may send the first octet on it. The acceptance is
 //! therefore sent from here and not by the greeter: no round can be closed between the two.
 
+use std::cmp::Ordering;
 use std::time::{Duration, Instant};
 
 use multifd_wire::frame::LaneDown;
@@ -99,21 +100,21 @@ impl Control {
             channel: ChannelRef::Lane(lane),
             incarnation: incarnation.value(),
         };
-        let slot = self
-            .lanes
-            .iter()
-            .find(|slot| slot.id == lane)
-            .ok_or(unknown)?;
-        match incarnation.cmp(&slot.incarnation) {
-            std::cmp::Ordering::Equal => {
+        let lost = self
+            .session
+            .as_ref()
+            .is_some_and(|session| session.is_lost(lane));
+        let slot = self.lanes.iter().find(|slot| slot.id == lane);
+        match slot.map(|slot| (slot, incarnation.cmp(&slot.incarnation))) {
+            Some((slot, Ordering::Equal)) => {
                 tracing::warn!(%lane, %reason, "the source lost a lane");
                 // Its thread ends, and with it goes our own LANE_DOWN.
                 slot.give_up(&self.gate);
             }
             // An answer to ours that was overtaken by the lane's next hello.
-            std::cmp::Ordering::Less => {}
+            Some((_, Ordering::Less)) => {}
             // The source dialled, and does not know whether it was let in. It was not, and never will be.
-            std::cmp::Ordering::Greater if slot.ended => {
+            None | Some((_, Ordering::Greater)) if lost => {
                 self.given_up.insert(lane, incarnation);
                 self.send(LaneDown {
                     lane,
@@ -121,7 +122,7 @@ impl Control {
                     reason,
                 });
             }
-            std::cmp::Ordering::Greater => return Err(unknown),
+            _ => return Err(unknown),
         }
         Ok(())
     }

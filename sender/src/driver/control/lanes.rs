@@ -38,9 +38,9 @@ pub(super) struct Watch {
 impl Control {
     /// Whether lanes that are lost are dialled again.
     pub(super) fn dials_again(&self) -> bool {
+        let rounds = matches!(self.session.phase(), Phase::Rounds | Phase::Switchover);
         !self.shared.config.reconnect.is_zero()
-            && matches!(self.session.phase(), Phase::Rounds | Phase::Switchover)
-            && self.session.needs_lanes()
+            && (rounds && self.session.needs_lanes() || self.comes_back())
     }
 
     /// Whether lanes carry something that has to be taken.
@@ -51,11 +51,13 @@ impl Control {
     /// When something of this file is due next.
     pub(super) fn lanes_due(&self) -> Duration {
         // As in `tend_lanes`: what nobody will do is not due, or the control thread would never wait again.
-        if !self.watches_lanes() {
-            return Duration::MAX;
-        }
+        let watch = if self.watches_lanes() {
+            self.watch_due
+        } else {
+            Duration::MAX
+        };
         if !self.dials_again() {
-            return self.watch_due;
+            return watch;
         }
         let redials = self
             .lanes
@@ -69,7 +71,7 @@ impl Control {
             .chain(alone)
             .min()
             .unwrap_or(Duration::MAX)
-            .min(self.watch_due)
+            .min(watch)
     }
 
     /// Does what is due.
@@ -78,12 +80,10 @@ impl Control {
         if !self.session.needs_lanes() {
             self.alone_since = None;
         }
+        // Whether or not a lane that is lost is dialled again: the others have to know that it is.
         if !self.watches_lanes() {
             self.watch_due = Duration::MAX;
-            return;
-        }
-        // Whether or not a lane that is lost is dialled again: the others have to know that it is.
-        if now >= self.watch_due || self.watch_due == Duration::MAX {
+        } else if now >= self.watch_due || self.watch_due == Duration::MAX {
             self.watch_due = now + WATCH_PERIOD;
             self.watch_lanes(now);
         }
@@ -145,8 +145,9 @@ impl Control {
     }
 
     /// An attempt came to nothing.
-    pub(super) fn redial_failed(&mut self, id: LaneId, fault: &Fault) {
+    pub(super) fn redial_failed(&mut self, id: LaneId, fault: Fault) {
         let now = self.shared.now();
+        let phase = self.session.phase();
         let Some(slot) = self.slot(id) else { return };
         slot.life = Life::Dead;
         slot.commands = None;
@@ -156,6 +157,8 @@ impl Control {
             slot.redial = None;
         }
         tracing::debug!(lane = %id, %incarnation, %fault, "a lost lane could not be opened again yet");
+        self.session
+            .hindered(Error::new(phase, fault).at(ChannelRef::Lane(id)));
         // The destination may have let it in: nothing came on it, and nothing will (SPEC: LANE-1).
         self.send(LaneDown {
             lane: id,
@@ -169,7 +172,6 @@ impl Control {
     pub(super) fn rejoined(&mut self, id: LaneId) {
         let now = self.shared.now();
         self.alone_since = None;
-        self.timeline.lane_rejoined();
         self.session.progressed(now);
         let first = self.rounds_closed;
         let paused_from = self.paused_from;
@@ -183,6 +185,7 @@ impl Control {
                 .collect(),
         });
         let Some(slot) = self.slot(id) else { return };
+        let by_itself = !std::mem::replace(&mut slot.with_all, false);
         slot.redial = None;
         slot.watch = Watch {
             acked: 0,
@@ -192,6 +195,9 @@ impl Control {
         if let (Some(commands), Some(command)) = (&slot.commands, command) {
             // Its queue is empty.
             let _ = commands.try_send(command);
+        }
+        if by_itself {
+            self.timeline.lane_rejoined();
         }
     }
 
@@ -208,7 +214,11 @@ impl Control {
 
     /// Whether no lane is left, and what follows: a wait for one to come back, or the end.
     pub(super) fn check_alone(&mut self, now: Duration) {
-        if !self.session.needs_lanes() || self.lanes.iter().any(|slot| slot.life == Life::Alive) {
+        // On the way back the time is that of the resume.
+        if !self.session.needs_lanes()
+            || self.session.is_rejoining()
+            || self.lanes.iter().any(|slot| slot.life == Life::Alive)
+        {
             return;
         }
         let hope = |slot: &Slot| {

@@ -297,6 +297,7 @@ impl Control {
             slot.dying_since = None;
             slot.redial = None;
             slot.doomed = None;
+            slot.with_all = true;
         }
         // With the last lane gone this gives back what no lane had taken.
         self.open = None;
@@ -307,8 +308,16 @@ impl Control {
         }
     }
 
+    /// Whether a session that was under way comes back, with whatever lanes there are (SPEC: RESUME-14).
+    pub(super) fn comes_back(&self) -> bool {
+        self.begun && self.session.is_rejoining()
+    }
+
     /// Dials all lanes of a resumed session (SPEC: RESUME-5).
     pub(super) fn dial_all_again(&mut self) -> Result<(), Error> {
+        let now = self.shared.now();
+        let redial = Redial::at_once(now, now + self.shared.config.reconnect);
+        let all = !self.comes_back();
         for place in 0..self.lanes.len() {
             let Some(slot) = self.lanes.get_mut(place) else {
                 break;
@@ -320,7 +329,11 @@ impl Control {
             let id = slot.state.id;
             self.redial(id)?;
             if let Some(slot) = self.slot(id) {
-                slot.life = Life::Dialling;
+                if all {
+                    slot.life = Life::Dialling;
+                } else {
+                    slot.redial = Some(redial);
+                }
             }
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use multifd_tests::sim::faults::RATES;
+use multifd_tests::sim::faults::{Fault, RATES, WAYS_CLOSED_IN};
 use multifd_tests::sim::{BY_PHASE, Mode, NEVER_READ, Verdict};
 
 /// What a line begins with that carries a counter from one process to another.
@@ -137,6 +137,9 @@ impl Tally {
             let happened = self.get(&format!("fault.{name}"));
             println!("| {name} | {} | {happened} |", weight * 1000 / total);
         }
+        let name = format!("{:?}", Fault::WayClosed);
+        let happened = self.get(&format!("fault.{name}"));
+        println!("| {name} | beside them, in 1 of {WAYS_CLOSED_IN} | {happened} |");
     }
 
     /// Which octets were changed, and what came of it.
