@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use multifd_transport::{Channel, ChannelError, Closer, IoSource, ReceiveHalf, SendHalf, Span};
 
+use crate::tapped::{Tap, Tapped};
+
 /// Which side loses it first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
@@ -55,15 +57,14 @@ impl Channel for Cutting {
                 Arc::new(AtomicU64::new(ENDLESS))
             }
         };
-        let send = Half {
-            inner: tx,
-            left: left(Side::Sending),
+        let budget = |side| Budget {
+            left: left(side),
             closer: closer.clone(),
         };
-        let receive = Half {
+        let send = Tapped::new(tx, budget(Side::Sending));
+        let receive = Receiving {
             inner: rx,
-            left: left(Side::Receiving),
-            closer: closer.clone(),
+            budget: budget(Side::Receiving),
         };
         (Box::new(send), Box::new(receive), closer)
     }
@@ -73,13 +74,13 @@ impl Channel for Cutting {
     }
 }
 
-struct Half<H> {
-    inner: H,
+/// What a direction still lets pass.
+struct Budget {
     left: Arc<AtomicU64>,
     closer: Closer,
 }
 
-impl<H> Half<H> {
+impl Budget {
     /// Whether so many octets still pass.
     fn passes(&self, octets: usize) -> bool {
         let spend = |left: u64| match left {
@@ -93,57 +94,39 @@ impl<H> Half<H> {
     }
 }
 
-impl SendHalf for Half<Box<dyn SendHalf>> {
-    fn send(&mut self, head: &[u8], body: &[IoSource<'_>]) -> Result<(), ChannelError> {
+impl Tap for Budget {
+    fn send(
+        &mut self,
+        half: &mut dyn SendHalf,
+        head: &[u8],
+        body: &[IoSource<'_>],
+    ) -> Result<(), ChannelError> {
         let octets = head.len() + body.iter().map(IoSource::len).sum::<usize>();
         if !self.passes(octets) {
             // Some of the frame still arrives.
-            let _ = self.inner.send(head, &[]);
+            let _ = half.send(head, &[]);
             self.closer.shutdown();
         }
-        self.inner.send(head, body)
-    }
-
-    fn finish(&mut self) -> Result<(), ChannelError> {
-        self.inner.finish()
-    }
-
-    fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.inner.set_deadline(deadline);
-    }
-
-    fn set_stall(&mut self, stall: Option<Duration>) {
-        self.inner.set_stall(stall);
-    }
-
-    fn set_more(&mut self, more: bool) {
-        self.inner.set_more(more);
-    }
-
-    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
-        self.inner.wait_for_room()
-    }
-
-    fn describe(&self) -> String {
-        self.inner.describe()
-    }
-
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.poll_fd()
+        half.send(head, body)
     }
 }
 
-impl ReceiveHalf for Half<Box<dyn ReceiveHalf>> {
+struct Receiving {
+    inner: Box<dyn ReceiveHalf>,
+    budget: Budget,
+}
+
+impl ReceiveHalf for Receiving {
     fn receive(&mut self, buf: &mut [u8]) -> Result<(), ChannelError> {
-        if !self.passes(buf.len()) {
-            self.closer.shutdown();
+        if !self.budget.passes(buf.len()) {
+            self.budget.closer.shutdown();
         }
         self.inner.receive(buf)
     }
 
     fn receive_into(&mut self, spans: &[Span<'_>]) -> Result<(), ChannelError> {
-        if !self.passes(spans.iter().map(Span::len).sum()) {
-            self.closer.shutdown();
+        if !self.budget.passes(spans.iter().map(Span::len).sum()) {
+            self.budget.closer.shutdown();
         }
         self.inner.receive_into(spans)
     }

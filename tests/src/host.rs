@@ -3,16 +3,21 @@
 //! A bound in seconds is a claim about the product on a host that gives it a processor. On a host that doesn't, the bound is longer
 //! by what the kernel says that tasks waited for processors, disks and memory (pressure stall information, in the kernel's
 //! `Documentation/accounting/psi.rst`), and by what a hypervisor took (`steal` in `/proc/stat`). An idle host adds nothing. Without
-//! pressure information nothing is added but the stolen time.
+//! pressure information nothing is added but the stolen time. Some task waits somewhere all the time on a host with much to do, so
+//! that is not the whole truth, and no excuse without end: at most [`EXCUSED`] of the time that passed is left out.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Length of the ticks of `/proc/stat`, which are always 1/100 s to programs.
 const TICK: Duration = Duration::from_millis(10);
 
+/// The largest part of the time that passed for which a host is blamed: a bound is never more than four times what it says.
+const EXCUSED: f64 = 0.75;
+
 /// What this host has kept waiting since it was looked at first.
 #[derive(Debug, Clone, Copy)]
 pub struct Host {
+    began: Instant,
     before: Duration,
 }
 
@@ -21,14 +26,16 @@ impl Host {
     #[must_use]
     pub fn watch() -> Self {
         Self {
+            began: Instant::now(),
             before: waited() + stolen(),
         }
     }
 
-    /// The time since then in which something waited for the host; at most a few times what has passed.
+    /// The time since then in which something waited for the host; at most [`EXCUSED`] of what has passed.
     #[must_use]
     pub fn delayed(&self) -> Duration {
-        (waited() + stolen()).saturating_sub(self.before)
+        let delayed = (waited() + stolen()).saturating_sub(self.before);
+        delayed.min(self.began.elapsed().mul_f64(EXCUSED))
     }
 
     /// The same in milliseconds, as reports have them.
@@ -68,6 +75,20 @@ fn stolen() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_host_is_an_excuse_without_end() {
+        let host = Host {
+            began: Instant::now(),
+            before: Duration::ZERO,
+        };
+        std::thread::sleep(Duration::from_millis(20));
+        let (delayed, passed) = (host.delayed(), host.began.elapsed());
+        assert!(
+            delayed <= passed.mul_f64(EXCUSED),
+            "{delayed:?} of {passed:?}"
+        );
+    }
 
     #[test]
     fn the_time_that_some_task_waited_is_read() {

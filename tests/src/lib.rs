@@ -21,4 +21,5 @@ pub mod programs;
 pub mod proxy;
 pub mod resident;
 pub mod sim;
+pub mod tapped;
 pub mod vfio_machine;

@@ -1,6 +1,5 @@
 //! Links between a source and a destination of the same process that a test can cut, keep down and bring back.
 
-use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,6 +11,8 @@ use multifd_transport::{
     Address, Channel, ChannelError, Closer, IoSource, ReceiveHalf, SendHalf, TcpOptions,
 };
 use multifd_wire::{ChannelRef, LaneId};
+
+use crate::tapped::{Tap, Tapped};
 
 /// Octets that an in-memory channel holds.
 const CHANNEL_BYTES: usize = 256 << 10;
@@ -254,11 +255,7 @@ impl Split {
         let name = channel.describe();
         let (tx, rx, closer) = channel.split();
         Self {
-            tx: Box::new(Leaky {
-                inner: tx,
-                hole,
-                flips,
-            }),
+            tx: Box::new(Tapped::new(tx, Leaky { hole, flips })),
             rx,
             closer,
             name,
@@ -276,15 +273,19 @@ impl Channel for Split {
     }
 }
 
-/// A sending half that can be told to lose everything, or to change a bit.
+/// Can be told to lose everything, or to change a bit.
 struct Leaky {
-    inner: Box<dyn SendHalf>,
     hole: Arc<AtomicBool>,
     flips: Option<Arc<AtomicBool>>,
 }
 
-impl SendHalf for Leaky {
-    fn send(&mut self, head: &[u8], body: &[IoSource<'_>]) -> Result<(), ChannelError> {
+impl Tap for Leaky {
+    fn send(
+        &mut self,
+        half: &mut dyn SendHalf,
+        head: &[u8],
+        body: &[IoSource<'_>],
+    ) -> Result<(), ChannelError> {
         if self.hole.load(Ordering::SeqCst) {
             return Ok(());
         }
@@ -294,39 +295,12 @@ impl SendHalf for Leaky {
             if let Some(octet) = changed.last_mut() {
                 *octet ^= 1;
             }
-            return self.inner.send(&changed, body);
+            return half.send(&changed, body);
         }
-        self.inner.send(head, body)
+        half.send(head, body)
     }
 
-    fn finish(&mut self) -> Result<(), ChannelError> {
-        self.inner.finish()
-    }
-
-    fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.inner.set_deadline(deadline);
-    }
-
-    fn set_stall(&mut self, stall: Option<Duration>) {
-        self.inner.set_stall(stall);
-    }
-
-    fn set_more(&mut self, more: bool) {
-        self.inner.set_more(more);
-    }
-
-    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
-        if self.hole.load(Ordering::SeqCst) {
-            return Ok(());
-        }
-        self.inner.wait_for_room()
-    }
-
-    fn describe(&self) -> String {
-        self.inner.describe()
-    }
-
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.poll_fd()
+    fn swallows(&self) -> bool {
+        self.hole.load(Ordering::SeqCst)
     }
 }

@@ -5,13 +5,14 @@
 //! ```
 //! No clock is asked: what the source says decides when each step happens.
 
-use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use multifd_sender as tx;
 use multifd_transport::{Channel, ChannelError, Closer, IoSource, ReceiveHalf, SendHalf};
 use multifd_wire::{ChannelRef, HEADER_BYTES, Kind};
+
+use crate::tapped::{Tap, Tapped};
 
 /// The mark at the end of a device's stream (SPEC: section 13).
 const CONFIG_END: u32 = 3;
@@ -124,16 +125,15 @@ struct Watched {
 
 impl Channel for Watched {
     fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer) {
-        let (inner, rx, closer) = self.inner.split();
-        let half = Half {
-            inner,
+        let (tx, rx, closer) = self.inner.split();
+        let tap = Half {
             channel: self.channel,
             loss: self.loss,
             closer: closer.clone(),
             hello: true,
             lost: false,
         };
-        (Box::new(half), rx, closer)
+        (Box::new(Tapped::new(tx, tap)), rx, closer)
     }
 
     fn describe(&self) -> String {
@@ -142,7 +142,6 @@ impl Channel for Watched {
 }
 
 struct Half {
-    inner: Box<dyn SendHalf>,
     channel: ChannelRef,
     loss: Arc<Loss>,
     closer: Closer,
@@ -151,13 +150,18 @@ struct Half {
     lost: bool,
 }
 
-impl SendHalf for Half {
-    fn send(&mut self, head: &[u8], body: &[IoSource<'_>]) -> Result<(), ChannelError> {
+impl Tap for Half {
+    fn send(
+        &mut self,
+        half: &mut dyn SendHalf,
+        head: &[u8],
+        body: &[IoSource<'_>],
+    ) -> Result<(), ChannelError> {
         if std::mem::take(&mut self.hello) {
-            return self.inner.send(head, body);
+            return half.send(head, body);
         }
         if self.channel == ChannelRef::Control {
-            self.inner.send(head, body)?;
+            half.send(head, body)?;
             self.loss.said(kind(head));
             return Ok(());
         }
@@ -165,37 +169,10 @@ impl SendHalf for Half {
         if self.lost {
             return Ok(());
         }
-        self.inner.send(head, body)
+        half.send(head, body)
     }
 
-    fn finish(&mut self) -> Result<(), ChannelError> {
-        self.inner.finish()
-    }
-
-    fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.inner.set_deadline(deadline);
-    }
-
-    fn set_stall(&mut self, stall: Option<Duration>) {
-        self.inner.set_stall(stall);
-    }
-
-    fn set_more(&mut self, more: bool) {
-        self.inner.set_more(more);
-    }
-
-    fn wait_for_room(&mut self) -> Result<(), ChannelError> {
-        if self.lost {
-            return Ok(());
-        }
-        self.inner.wait_for_room()
-    }
-
-    fn describe(&self) -> String {
-        self.inner.describe()
-    }
-
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.poll_fd()
+    fn swallows(&self) -> bool {
+        self.lost
     }
 }
