@@ -1335,6 +1335,9 @@ impl Control {
             Outcome::Running => None,
             Outcome::Failed(error) | Outcome::Stranded(error) => Some(error),
         };
+        // A queue keeps what nobody reads until its last sender is gone, and every handle has one: a channel in it would stay open, and
+        // guest memory mapped, for as long as somebody holds a handle.
+        self.inbox.try_iter().for_each(drop);
         Finished {
             report,
             error,

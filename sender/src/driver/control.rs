@@ -1404,6 +1404,9 @@ impl Control {
             | Outcome::Stranded(error)
             | Outcome::Unknown(error) => Some(error),
         };
+        // A queue keeps what nobody reads until its last sender is gone, and every handle has one: a channel in it would stay open for as
+        // long as somebody holds a handle.
+        self.inbox.try_iter().for_each(drop);
         Finished {
             report,
             error,

@@ -305,6 +305,11 @@ impl<'s> Play<'s> {
                 network()?.take_down(end, 1)?;
                 Duration::ZERO
             }
+            PathGone => {
+                network()?.take_down(end, 1)?;
+                network()?.reset_connections(end)?;
+                Duration::ZERO
+            }
             SlowLink => {
                 network()?.slow_down()?;
                 Duration::ZERO
@@ -361,7 +366,7 @@ impl<'s> Play<'s> {
         use Fault::*;
         match self.scenario.fault {
             // Until the end, which the source finds by itself.
-            LastingCut | PathCut | SlowLink | Reset | KillSource | KillDestination => {}
+            LastingCut | PathCut | PathGone | SlowLink | Reset | KillSource | KillDestination => {}
             StopSource => self.source()?.go_on(),
             StopDestination => self.destination()?.go_on(),
             CutKillSource | CutKillDestination => {

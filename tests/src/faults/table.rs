@@ -15,6 +15,8 @@ pub enum Fault {
     LastingCut,
     /// One of two links down until the end.
     PathCut,
+    /// The same, and all connections are reset: what comes back has fewer lanes.
+    PathGone,
     /// All links carry little from then on.
     SlowLink,
     /// The addresses of one side are gone for longer than a stall.
@@ -62,11 +64,12 @@ pub enum Fault {
 }
 
 /// Each of them.
-pub const FAULTS: [Fault; 26] = [
+pub const FAULTS: [Fault; 27] = [
     Fault::ShortCut,
     Fault::LongCut,
     Fault::LastingCut,
     Fault::PathCut,
+    Fault::PathGone,
     Fault::SlowLink,
     Fault::AddressGone,
     Fault::Reset,
@@ -173,6 +176,7 @@ impl Fault {
                 | LongCut
                 | LastingCut
                 | PathCut
+                | PathGone
                 | SlowLink
                 | AddressGone
                 | Reset
@@ -233,6 +237,7 @@ impl Fault {
             PathCut => &[Migrated, Resumed],
             // RESUME-1 ff.: whatever is lost comes back; before there is a session to come back to, the migration ends.
             LongCut
+            | PathGone
             | AddressGone
             | Reset
             | Blackhole

@@ -20,7 +20,7 @@ pub mod schedule;
 mod stranger;
 pub mod world;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use multifd_guest::DeviceConfig;
@@ -316,13 +316,19 @@ impl tx::Dial for SimDial {
 #[must_use]
 pub fn run(seed: u64, mode: Mode, trace: bool) -> Verdict {
     let replay = replay_command(seed, mode);
-    let (mut verdict, figures) =
+    let ((mut verdict, world), figures) =
         schedule::simulate(seed, LIMIT_NS, &replay, || simulated(seed, mode, trace));
     verdict.figures = figures;
+    // Every thread has ended. Channels, machines and devices hold the world, and the world holds the programs' handles.
+    let left = world.strong_count();
+    if left > 0 {
+        let what = format!("{left} of its channels, machines or devices are left behind");
+        verdict.violations.push(what);
+    }
     verdict
 }
 
-fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
+fn simulated(seed: u64, mode: Mode, trace: bool) -> (Verdict, Weak<World>) {
     let before = schedule::now();
     std::thread::sleep(Duration::from_millis(1));
     assert!(
@@ -375,7 +381,7 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
         oracle::judge_second(&world, &again);
     }
     let summary = world.summary();
-    Verdict {
+    let verdict = Verdict {
         seed,
         violations: summary.violations,
         faults: summary
@@ -392,7 +398,8 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> Verdict {
         lanes_lost: attempt.sent.report.channels_lost,
         second,
         figures: schedule::Figures::default(),
-    }
+    };
+    (verdict, Arc::downgrade(&world))
 }
 
 /// What the two sides left behind.

@@ -10,7 +10,7 @@
 //! | nobody calls an honest peer a liar | here, by the errors' codes |
 //! | what need not fail does not | here, for plans of harmless faults |
 //! | a damaged octet is found and named | here: the reports against the list of flipped bits that were read |
-//! | it ends, and leaves nothing behind | by the scheduler: simulated time is bounded, every thread has to end |
+//! | it ends, and leaves nothing behind | by the scheduler: simulated time is bounded, every thread has to end, and nobody may then hold a channel, a machine or a device |
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -377,6 +377,7 @@ impl World {
             state.life += 1;
             state.ledger.destination_crashed = false;
             state.kinds_seen.remove(&Kind::Grant.code());
+            state.in_rounds = false;
             for device in &mut state.devices {
                 // What ran there died with its host.
                 (device.destination, device.taken) = (None, false);
