@@ -4,7 +4,7 @@
 //! by what the kernel says that tasks waited for processors, disks and memory (pressure stall information, in the kernel's
 //! `Documentation/accounting/psi.rst`), and by what a hypervisor took (`steal` in `/proc/stat`). An idle host adds nothing. Without
 //! pressure information nothing is added but the stolen time. Some task waits somewhere all the time on a host with much to do, so
-//! that is not the whole truth, and no excuse without end: at most [`EXCUSED`] of the time that passed is left out.
+//! that is not the whole truth, and no excuse without end: at most `EXCUSED` of the time that passed is left out.
 
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ impl Host {
         }
     }
 
-    /// The time since then in which something waited for the host; at most [`EXCUSED`] of what has passed.
+    /// The time since then in which something waited for the host; at most `EXCUSED` of what has passed.
     #[must_use]
     pub fn delayed(&self) -> Duration {
         let delayed = (waited() + stolen()).saturating_sub(self.before);
