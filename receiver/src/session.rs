@@ -561,9 +561,9 @@ impl Session {
     }
 
     fn joined(&mut self, lane: LaneId) -> Vec<Effect> {
-        let begun = self.begun;
         match self.lanes.get_mut(lane.value() as usize) {
-            Some(fate) if *fate == Fate::Expected || (begun && *fate == Fate::Ended) => {
+            // In a first set-up no lane has ended: that would have been its end.
+            Some(fate @ (Fate::Expected | Fate::Ended)) => {
                 *fate = Fate::InRound;
                 self.begin()
             }

@@ -1,7 +1,7 @@
 //! A machine without a processor: memory, threads that write it, and a little state.
 //!
-//! The source's writers mark what they write in the dirty set themselves, after the write, like a VMM's back end does. At the
-//! destination nothing writes: after a migration the two memories must be equal, which [`differing_page`] checks.
+//! The source's writers mark what they write themselves, after the write, like a VMM's back end does. At the destination nothing
+//! writes: after a migration the two memories must be equal, which [`differing_page`] checks.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -11,9 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use multifd_receiver as rx;
 use multifd_sender as tx;
-use multifd_tracking::{
-    CollectPhase, Collection, DirtySet, Error as TrackingError, Figures, Source,
-};
+use multifd_tracking::{Source, VmmMarker, VmmWrites};
 use multifd_transport::GuestMemory;
 use multifd_transport::memory::RegionLayout;
 use multifd_wire::{Layout, PAGE_BYTES_U64};
@@ -110,7 +108,7 @@ pub fn differing_page(a: &GuestMemory, b: &GuestMemory) -> Option<(u32, u64)> {
 #[derive(Debug)]
 struct Engine {
     memory: GuestMemory,
-    set: Mutex<Option<DirtySet>>,
+    marker: VmmMarker,
     paused: Mutex<(bool, usize)>,
     changed: Condvar,
     stop: AtomicBool,
@@ -141,7 +139,6 @@ impl Engine {
                 }
             }
             let batch = (self.pages_per_second / 1000).clamp(1, 1000);
-            let set = self.set.lock().expect("no panics").clone();
             for _ in 0..batch {
                 let region = random.below(regions.len() as u64) as u32;
                 let page = random.below(regions[region as usize].bytes / PAGE_BYTES_U64);
@@ -154,9 +151,8 @@ impl Engine {
                     span(offset, 8).copy_from(&random.next_u64().to_le_bytes());
                 }
                 self.writes.fetch_add(1, Ordering::Relaxed);
-                if let Some(set) = &set {
-                    set.mark_page(region, page);
-                }
+                self.marker
+                    .mark_bytes(region, page * PAGE_BYTES_U64, PAGE_BYTES_U64);
             }
             std::thread::sleep(Duration::from_nanos(
                 1_000_000_000 * batch / self.pages_per_second.max(1),
@@ -169,6 +165,7 @@ impl Engine {
 #[derive(Debug)]
 pub struct SourceMachine {
     engine: Arc<Engine>,
+    tracked: Mutex<Option<VmmWrites>>,
     threads: Vec<JoinHandle<()>>,
     /// What `save` gives.
     pub state: Vec<u8>,
@@ -182,9 +179,10 @@ impl SourceMachine {
     /// A running machine with `writers` threads that write `pages_per_second` pages each; 0 writers are an idle guest.
     #[must_use]
     pub fn start(memory: GuestMemory, writers: usize, pages_per_second: u64, seed: u64) -> Self {
+        let tracked = VmmWrites::named("model writers");
         let engine = Arc::new(Engine {
             memory,
-            set: Mutex::new(None),
+            marker: tracked.marker(),
             paused: Mutex::new((false, 0)),
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
@@ -200,6 +198,7 @@ impl SourceMachine {
             .collect();
         Self {
             engine,
+            tracked: Mutex::new(Some(tracked)),
             threads,
             state: seed.to_le_bytes().repeat(100),
             running: Arc::new(AtomicBool::new(true)),
@@ -220,13 +219,14 @@ impl SourceMachine {
         Box::new(move || engine.writes.load(Ordering::Relaxed))
     }
 
-    /// The source of dirty pages of this machine.
+    /// The source of dirty pages of this machine, which there is once.
+    ///
+    /// # Panics
+    /// The second time.
     #[must_use]
     pub fn source(&self) -> Box<dyn Source> {
-        Box::new(ModelSource {
-            engine: Arc::clone(&self.engine),
-            figures: Figures::default(),
-        })
+        let tracked = self.tracked.lock().expect("no panics").take();
+        Box::new(tracked.expect("asked for once"))
     }
 
     fn set_paused(&self, paused: bool) {
@@ -272,9 +272,7 @@ impl tx::Vmm for SourceMachine {
             .span(region, 64, 8)
             .map_err(tx::VmmError::new)?
             .copy_from(&self.engine.writes.load(Ordering::Relaxed).to_le_bytes());
-        if let Some(set) = &*self.engine.set.lock().expect("no panics") {
-            set.mark_page(region, 0);
-        }
+        self.engine.marker.mark_bytes(region, 64, 8);
         Ok(vec![tx::Blob {
             kind: BLOB_KIND,
             version: 2,
@@ -286,36 +284,6 @@ impl tx::Vmm for SourceMachine {
         self.resumed.fetch_add(1, Ordering::SeqCst);
         self.set_paused(false);
         Ok(())
-    }
-}
-
-struct ModelSource {
-    engine: Arc<Engine>,
-    figures: Figures,
-}
-
-impl Source for ModelSource {
-    fn name(&self) -> &str {
-        "model writers"
-    }
-
-    fn start(&mut self, set: &DirtySet) -> Result<(), TrackingError> {
-        *self.engine.set.lock().expect("no panics") = Some(set.clone());
-        Ok(())
-    }
-
-    fn collect(&mut self, _: &DirtySet, _: CollectPhase) -> Result<Collection, TrackingError> {
-        self.figures.harvests += 1;
-        Ok(Collection::default())
-    }
-
-    fn stop(&mut self) -> Result<(), TrackingError> {
-        *self.engine.set.lock().expect("no panics") = None;
-        Ok(())
-    }
-
-    fn figures(&self) -> Figures {
-        self.figures
     }
 }
 
