@@ -269,7 +269,9 @@ impl ConfigBuilder {
         self
     }
 
-    /// How long the source waits for `running` after the commit before it reports the outcome as unknown; 100 ms to 1 hour.
+    /// How much longer than was forecast a guest stays paused before it goes on at the source, if the destination has not taken it
+    /// over by then; and how long the source waits for `running` after the commit before it asks, and reports the outcome as unknown
+    /// if nobody answers. 100 ms to 1 hour.
     #[must_use]
     pub fn commit_deadline(mut self, deadline: Duration) -> Self {
         self.config.commit_deadline = deadline;

@@ -1017,8 +1017,9 @@ impl Session {
                 "the destination to say that the guest runs",
             ),
             _ => match self.paused_at {
+                // The user was told, or accepts, that it takes so long.
                 Some(at) => (
-                    at + self.config.commit_deadline,
+                    at + self.predicted.unwrap_or_default() + self.config.commit_deadline,
                     "the destination to take the paused guest over",
                 ),
                 None => (

@@ -17,7 +17,7 @@ use multifd_wire::limits::{RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX};
 use multifd_wire::{Body, Frame, HEADER_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence};
 use zerocopy::byteorder::little_endian::U32;
 
-use super::work::{EXTENT_PAGES, RoundWork, Sorted, Unsent};
+use super::work::{RoundWork, Sorted, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
 use crate::device::stream::Head;
 use crate::error::Fault;
@@ -142,11 +142,13 @@ impl<'s> Feeder<'s> {
         let mut unsent = Unsent::new(self.shared.dirty.clone());
         let shared = self.shared;
         let mut seat = None;
+        let mut ahead = 0;
         loop {
             self.shared.check_stop()?;
-            self.items(last)?;
+            self.items(last, &mut ahead)?;
             seat = seat.or_else(|| shared.crew.sit(last));
             if seat.is_none() {
+                ahead = 0;
                 self.check_stop()?;
                 if work.wait_until_taken(STAND) {
                     break;
@@ -159,6 +161,8 @@ impl<'s> Feeder<'s> {
             if unsent.extent.is_empty() {
                 break;
             }
+            let pages: u64 = unsent.extent.iter().map(|run| run.count).sum();
+            ahead = ahead.saturating_sub(pages * PAGE_BYTES_U64);
             while let Some(run) = unsent.extent.last().copied() {
                 self.sort(run, &mut unsent, round)?;
                 unsent.extent.pop();
@@ -186,16 +190,15 @@ impl<'s> Feeder<'s> {
         Ok(self.tx.send(&self.head, &[])?)
     }
 
-    /// Items of devices, between two extents of pages: with the guest paused all that are there, otherwise as many octets as an extent
-    /// has, so that devices and memory share the lane.
-    fn items(&mut self, last: bool) -> Result<(), Fault> {
+    /// Items of devices, between two extents of pages: with the guest paused all that are there, otherwise until devices are
+    /// `ahead` of memory by some octets, so that the two share the lane.
+    fn items(&mut self, last: bool, ahead: &mut u64) -> Result<(), Fault> {
         if !self.shared.depot.outbox.is_used() {
             return Ok(());
         }
-        let mut octets = 0;
-        while last || octets < EXTENT_PAGES * PAGE_BYTES_U64 {
+        while last || *ahead == 0 {
             match self.item_in_round()? {
-                Some(bytes) => octets += bytes,
+                Some(bytes) => *ahead += bytes,
                 None => break,
             }
             self.check_stop()?;

@@ -10,7 +10,7 @@ use multifd_wire::{Layout, PageIndex, PageRun, RegionId};
 use super::lock;
 
 /// How many pages a lane takes at a time at most: 1 MiB when they lie together. One lock for all of them.
-pub(super) const EXTENT_PAGES: u64 = PAGES_PER_FRAME_MAX as u64;
+const EXTENT_PAGES: u64 = PAGES_PER_FRAME_MAX as u64;
 
 /// Frames that a lane takes at a time at most: with small bodies the lanes take turns as often as with large ones.
 const EXTENT_FRAMES: u64 = 4;

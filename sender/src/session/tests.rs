@@ -955,8 +955,8 @@ fn repairs_as_often_as_allowed_and_not_once_more() {
     );
 }
 
-/// Rounds of a guest that writes faster than the link is, until the machine does something else than another round.
-fn hopeless(choice: WhenNotConverging, rounds_max: u32) -> (u32, Vec<String>) {
+/// Rounds of 4 s each of a guest that writes faster than the link is, until the machine does something else than another round.
+fn hopeless(choice: WhenNotConverging, rounds_max: u32) -> (u32, Vec<String>, Session) {
     let config = Config::builder()
         .max_rounds(rounds_max)
         .when_not_converging(choice)
@@ -981,7 +981,7 @@ fn hopeless(choice: WhenNotConverging, rounds_max: u32) -> (u32, Vec<String>) {
             .filter(|word| word != "forecast")
             .collect();
         if words != [format!("open {round}")] {
-            return (round, words);
+            return (round, words, session);
         }
     }
     unreachable!("rounds are bounded")
@@ -990,7 +990,7 @@ fn hopeless(choice: WhenNotConverging, rounds_max: u32) -> (u32, Vec<String>) {
 #[test]
 fn rounds_end_at_their_bound_as_the_user_chose() {
     for rounds_max in [1, 2, 7] {
-        let (rounds, words) = hopeless(WhenNotConverging::Fail, rounds_max);
+        let (rounds, words, _) = hopeless(WhenNotConverging::Fail, rounds_max);
         assert_eq!(rounds, rounds_max);
         assert_eq!(
             words,
@@ -1000,8 +1000,21 @@ fn rounds_end_at_their_bound_as_the_user_chose() {
                 "finish: failed, sender.not-converging"
             ]
         );
-        let (rounds, words) = hopeless(WhenNotConverging::Switch, rounds_max);
+        let (rounds, words, _) = hopeless(WhenNotConverging::Switch, rounds_max);
         assert_eq!((rounds, words), (rounds_max, vec!["pause".to_owned()]));
+    }
+}
+
+#[test]
+fn a_guest_that_was_paused_whatever_the_downtime_is_waited_for_as_long_as_was_forecast() {
+    let (rounds, _, mut session) = hopeless(WhenNotConverging::Switch, 3);
+    let paused = Duration::from_secs(4) * rounds;
+    let predicted = session.predicted_downtime().unwrap();
+    assert!(predicted > Duration::from_secs(3), "{predicted:?}");
+    let until = paused + predicted + Config::default().commit_deadline;
+    for (now, ends) in [(until - MS, 0), (until, 1)] {
+        session.heard(now);
+        assert_eq!(finishes(&session.handle(Event::Tick, now)), ends, "{now:?}");
     }
 }
 
