@@ -15,7 +15,7 @@ use crate::host::Host;
 use crate::model::{DestinationMachine, SourceMachine, fill, memory};
 
 /// A channel on which nothing moves for this long is given up, in these tests.
-pub const STALL: Duration = Duration::from_millis(500);
+pub const STALL: Duration = Duration::from_secs(1);
 
 /// How long a hello may take, in these tests.
 pub const HELLO_DEADLINE: Duration = Duration::from_millis(500);

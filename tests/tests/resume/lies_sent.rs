@@ -159,9 +159,9 @@ fn a_destination_that_refuses_the_resume_is_named_and_the_guest_runs_on() {
 #[test]
 fn a_destination_that_only_says_that_it_lives_is_given_up() {
     let fake = FakeDestination::listen();
-    let config = comes_back().channels(1).progress_deadline(2 * STALL);
+    let config = comes_back().channels(1).progress_deadline(STALL);
     // Nothing is left to send soon, and the destination never says that it has it.
-    let source = Source::to(&fake.address, config.stall(STALL * 2).build().unwrap());
+    let source = Source::to(&fake.address, config.build().unwrap());
     let mut taking = fake.in_rounds();
     let told = taking.control.hear_abort();
     assert_eq!(told.reason, Reason::Timeout, "{}", told.text);
