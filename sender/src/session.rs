@@ -52,8 +52,11 @@ const DEAD_LANE_STALLS: u32 = 4;
 /// While devices are waited for, what is dirty is looked at this often, and sent if it no longer fits the downtime limit.
 const WAIT_ROUND: Duration = Duration::from_millis(200);
 
-/// A round with fewer octets than this says too little about the bandwidth.
+/// A round with fewer octets than this says too little about the bandwidth: most of them may be in buffers.
 const MEASURABLE_OCTETS: u64 = 4 << 20;
+
+/// A smaller round that takes longer than this says that the bandwidth is no more than what it had.
+const CRAWL: Duration = Duration::from_millis(200);
 
 /// What happened.
 #[derive(Debug)]
@@ -218,7 +221,7 @@ pub enum Effect {
 /// What the devices would add to the downtime, and whether they allow it to begin.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DeviceOutlook {
-    /// Octets that they would give if they were stopped now.
+    /// Octets that would still have to be sent if they were stopped now: that wait for a lane, and that they would give.
     pub stop_bytes: u64,
     /// How long the slowest of them would take to be read, going by how fast it was read so far; zero where nothing was.
     pub read: Duration,
@@ -343,6 +346,8 @@ pub struct Session {
     paused_at: Option<Duration>,
     observed: Vec<Observation>,
     bandwidth: Option<f64>,
+    /// What the newest round had, if it was a small one that took long.
+    crawl: Option<f64>,
     /// The shortest seen: longer ones say how busy the two programs are, not how long the way is.
     round_trip: Option<Duration>,
     unacked_octets: u64,
@@ -388,6 +393,7 @@ impl Session {
             paused_at: None,
             observed: Vec::new(),
             bandwidth: None,
+            crawl: None,
             round_trip: None,
             unacked_octets: 0,
             devices: None,
@@ -443,7 +449,8 @@ impl Session {
     /// The measured octets a second, once a round was long enough.
     #[must_use]
     pub fn bandwidth(&self) -> Option<f64> {
-        self.bandwidth
+        let crawl = self.crawl.unwrap_or(f64::INFINITY);
+        self.bandwidth.map(|measured| measured.min(crawl))
     }
 
     /// The shortest round trip that was seen.
@@ -788,18 +795,22 @@ impl Session {
     }
 
     fn measure(&mut self, octets: u64, over: Duration) {
-        if (octets >= MEASURABLE_OCTETS || self.bandwidth.is_none())
-            && over > Duration::ZERO
-            && octets > 0
-        {
-            self.bandwidth = Some(octets as f64 / over.as_secs_f64());
+        self.crawl = None;
+        if octets == 0 || over == Duration::ZERO {
+            return;
+        }
+        let rate = octets as f64 / over.as_secs_f64();
+        if octets >= MEASURABLE_OCTETS || self.bandwidth.is_none() {
+            self.bandwidth = Some(rate);
+        } else if over >= CRAWL {
+            self.crawl = Some(rate);
         }
     }
 
     /// After live round `round`.
     fn conditions(&self, round: Round) -> Conditions {
         // Without any measurement (a guest of zero pages only) what is left costs next to nothing.
-        let bandwidth = self.bandwidth.unwrap_or(1e9);
+        let bandwidth = self.bandwidth().unwrap_or(1e9);
         // Acknowledgements lag by up to their period: what was sent in that time is not all on its way still.
         let lag = ACK_LAG.as_secs_f64() * bandwidth;
         let landed = self.closed >= Some(round);

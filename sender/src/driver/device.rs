@@ -596,6 +596,14 @@ impl Outbox {
         any && !state.held
     }
 
+    /// Octets that were read and wait for a lane.
+    fn octets(&self) -> u64 {
+        let state = lock(&self.state);
+        let queued = state.queues.iter().flat_map(|queue| &queue.items);
+        let items = state.again.iter().chain(queued);
+        items.map(|item| item.octets().len() as u64).sum()
+    }
+
     /// The item that is most urgent now.
     pub(super) fn take(&self) -> Option<Arc<Item>> {
         let mut state = lock(&self.state);

@@ -148,9 +148,11 @@ impl<'s> Feeder<'s> {
             self.items(last, &mut ahead)?;
             seat = seat.or_else(|| shared.crew.sit(last));
             if seat.is_none() {
+                // It has only devices to serve.
                 ahead = 0;
                 self.check_stop()?;
-                if work.wait_until_taken(STAND) {
+                let served = !self.shared.depot.outbox.has_item();
+                if work.wait_until_taken(if served { STAND } else { Duration::ZERO }) {
                     break;
                 }
                 self.shared.crew.look(Instant::now());

@@ -1006,6 +1006,37 @@ fn rounds_end_at_their_bound_as_the_user_chose() {
 }
 
 #[test]
+fn a_small_round_that_crawls_lowers_the_bandwidth_until_one_does_not() {
+    let mut session = after(2);
+    let mut now = NOW;
+    let mut round = |octets: u64, over: Duration| {
+        now += over;
+        session.heard(now);
+        let encoded = Event::Encoded {
+            octets,
+            unacked_octets: 0,
+        };
+        let _ = session.handle(encoded, now);
+        let bandwidth = session.bandwidth().unwrap();
+        let effects = session.handle(Event::Collected { pages: 1 << 20 }, now);
+        assert!(
+            effects
+                .iter()
+                .any(|effect| word(effect).starts_with("open"))
+        );
+        bandwidth
+    };
+    // All of the first ones fit into buffers.
+    let first = round(100 << 10, MS);
+    assert!(round(100 << 10, 2 * MS) == first && first > 1e6, "{first}");
+    let crawled = round(100 << 10, Duration::from_secs(1));
+    assert!((crawled - 102_400.0).abs() < 1.0, "{crawled}");
+    assert_eq!(round(100 << 10, MS), first);
+    let measured = round(8 << 20, Duration::from_secs(1));
+    assert!((measured - f64::from(8 << 20)).abs() < 1.0, "{measured}");
+}
+
+#[test]
 fn a_guest_that_was_paused_whatever_the_downtime_is_waited_for_as_long_as_was_forecast() {
     let (rounds, _, mut session) = hopeless(WhenNotConverging::Switch, 3);
     let paused = Duration::from_secs(4) * rounds;

@@ -49,10 +49,11 @@ impl Control {
     /// Tells the machine what devices would add to the downtime, before it decides.
     pub(super) fn look_at_devices(&mut self) {
         if !self.fleet.is_empty() {
+            let outlook = self.fleet.outlook(&self.shared.depot);
             // A decision follows anyway: it is not asked for here.
             let _ = self
                 .session
-                .handle(Event::Devices(self.fleet.outlook()), self.shared.now());
+                .handle(Event::Devices(outlook), self.shared.now());
         }
     }
 
@@ -73,7 +74,7 @@ impl Control {
 
     /// The guest runs on: says why.
     pub(super) fn await_devices(&mut self) {
-        let unacked = self.fleet.outlook().unacked;
+        let unacked = self.fleet.unacked();
         let count = u32::try_from(unacked.len()).unwrap_or(u32::MAX);
         let before = self.shared.counters.devices_awaited.swap(count, Relaxed);
         self.timeline.awaiting(self.shared.now());
@@ -114,7 +115,8 @@ impl Control {
             Duration::from_micros(ack.load_us),
         )?;
         tracing::info!(device = %desk.name, generation = %ack.generation, bytes = ack.bytes, load_ms = ack.load_us / 1000, "initial bytes loaded");
-        self.drive(Event::Devices(self.fleet.outlook()));
+        let outlook = self.fleet.outlook(&self.shared.depot);
+        self.drive(Event::Devices(outlook));
         Ok(())
     }
 

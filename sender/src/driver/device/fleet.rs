@@ -193,7 +193,7 @@ impl Fleet {
         for reader in &self.readers {
             reader.desk.lock().closed = true;
         }
-        self.outlook().unacked
+        self.unacked()
     }
 
     /// The guest runs on after all.
@@ -203,9 +203,23 @@ impl Fleet {
         }
     }
 
+    /// Names of those whose newest initial bytes are not acknowledged.
+    pub(crate) fn unacked(&self) -> Vec<String> {
+        let waits = |reader: &&ReaderThread| {
+            let figures = reader.desk.figures();
+            figures.acked < figures.announced
+        };
+        let unacked = self.readers.iter().filter(waits);
+        unacked.map(|reader| reader.desk.name.clone()).collect()
+    }
+
     /// What the devices would add to the downtime.
-    pub(crate) fn outlook(&self) -> DeviceOutlook {
-        let mut outlook = DeviceOutlook::default();
+    pub(crate) fn outlook(&self, depot: &Depot) -> DeviceOutlook {
+        let mut outlook = DeviceOutlook {
+            stop_bytes: depot.outbox.octets(),
+            unacked: self.unacked(),
+            ..DeviceOutlook::default()
+        };
         for reader in &self.readers {
             let figures = reader.desk.figures();
             outlook.stop_bytes += figures.stop_bytes;
@@ -217,9 +231,6 @@ impl Fleet {
             outlook.load = outlook.load.max(load);
             let read = takes(figures.read_bytes, figures.read_time);
             outlook.read = outlook.read.max(read);
-            if figures.acked < figures.announced {
-                outlook.unacked.push(reader.desk.name.clone());
-            }
         }
         outlook
     }
