@@ -1008,7 +1008,7 @@ fn rounds_end_at_their_bound_as_the_user_chose() {
 #[test]
 fn a_small_round_that_crawls_lowers_the_bandwidth_until_one_does_not() {
     let mut session = after(2);
-    let mut now = NOW;
+    let mut now = 2 * MS;
     let mut round = |octets: u64, over: Duration| {
         now += over;
         session.heard(now);

@@ -288,8 +288,8 @@ fn lanes_that_nobody_reads_are_given_up() {
     };
     let source = Source::sized(64 << 20, Box::new(dialer), tx_builder().build().unwrap());
     let mut taking = fake.set_up();
-    taking.ready(1);
     let began = Instant::now();
+    taking.ready(1);
     let told = taking.control.hear_abort();
     assert_eq!(told.reason, Reason::ChannelsLost, "{}", told.text);
     source.fails(GRACE, "sender.channel.all-lanes-lost", "nobody reads");

@@ -68,8 +68,8 @@ fn the_answer_that_it_could_not_be_run_leaves_it_paused() {
 
 #[test]
 fn no_answer_leaves_it_unknown_at_the_deadline() {
-    let (source, taking) = committed();
     let began = Instant::now();
+    let (source, taking) = committed();
     drop(taking);
     let end = source.end(RECONNECT + COMMIT_DEADLINE + GRACE);
     assert!(began.elapsed() >= RECONNECT);
