@@ -116,6 +116,11 @@ pub(super) struct Figures {
 }
 
 impl Figures {
+    /// Whether the newest initial bytes are not acknowledged.
+    pub(super) fn is_unacked(&self) -> bool {
+        self.acked < self.announced
+    }
+
     /// What was measured from the stop on is void: the device runs again.
     fn runs_again(&mut self) {
         *self = Self {
@@ -1100,3 +1105,34 @@ impl Reader {
 mod fleet;
 
 pub(super) use fleet::Fleet;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nowhere;
+
+    impl Home for Nowhere {
+        fn take_back(&self, _: Vec<u8>) {}
+    }
+
+    #[test]
+    fn octets_that_wait_for_a_lane_are_counted_and_those_that_were_lost_with_one() {
+        let outbox = Outbox::new();
+        outbox.open(2);
+        for (device, bytes) in [(0, 300), (1, 50)] {
+            let mut stream = Stream::new(DeviceId::new(device), 1000);
+            let chunk = stream.chunk(Section::Data, bytes).unwrap();
+            outbox.push(Item::chunk(
+                chunk,
+                vec![0; bytes as usize],
+                Arc::new(Nowhere),
+            ));
+        }
+        assert_eq!(outbox.octets(), 350);
+        let taken = outbox.take().unwrap();
+        assert_eq!(outbox.octets(), 350 - taken.octets().len() as u64);
+        outbox.again(vec![taken]);
+        assert_eq!(outbox.octets(), 350);
+    }
+}

@@ -205,11 +205,8 @@ impl Fleet {
 
     /// Names of those whose newest initial bytes are not acknowledged.
     pub(crate) fn unacked(&self) -> Vec<String> {
-        let waits = |reader: &&ReaderThread| {
-            let figures = reader.desk.figures();
-            figures.acked < figures.announced
-        };
-        let unacked = self.readers.iter().filter(waits);
+        let readers = self.readers.iter();
+        let unacked = readers.filter(|reader| reader.desk.figures().is_unacked());
         unacked.map(|reader| reader.desk.name.clone()).collect()
     }
 
@@ -217,7 +214,6 @@ impl Fleet {
     pub(crate) fn outlook(&self, depot: &Depot) -> DeviceOutlook {
         let mut outlook = DeviceOutlook {
             stop_bytes: depot.outbox.octets(),
-            unacked: self.unacked(),
             ..DeviceOutlook::default()
         };
         for reader in &self.readers {
@@ -231,6 +227,9 @@ impl Fleet {
             outlook.load = outlook.load.max(load);
             let read = takes(figures.read_bytes, figures.read_time);
             outlook.read = outlook.read.max(read);
+            if figures.is_unacked() {
+                outlook.unacked.push(reader.desk.name.clone());
+            }
         }
         outlook
     }
