@@ -83,6 +83,8 @@ fn seeds_that_once_broke_a_promise_keep_it() {
         90_021_317,
         90_117_484,
         120_138_787,
+        140_310_108,
+        141_069_948,
     ] {
         let verdict = sim::run(seed, Mode::Faults, false);
         assert!(verdict.violations.is_empty(), "seed {seed}: {verdict:#?}");

@@ -231,7 +231,7 @@ kinds! {
     DeviceChunk   = 0x0013, "DEVICE_CHUNK",   Source,      Data,    [Rounds, Switchover], with_body(fixed(32), 1);
     DeviceMark    = 0x0014, "DEVICE_MARK",    Source,      Data,    [Rounds, Switchover], fixed(32);
     Ack           = 0x0020, "ACK",            Destination, Control, [Rounds, Switchover], list(8, 16, 1, LANES_MAX);
-    GiveBack      = 0x0021, "GIVE_BACK",      Destination, Control, [Rounds, Switchover], list(24, 16, 1, RUNS_PER_GIVE_BACK_MAX);
+    GiveBack      = 0x0021, "GIVE_BACK",      Destination, Control, [Setup, Rounds, Switchover], list(24, 16, 1, RUNS_PER_GIVE_BACK_MAX);
     RoundClosed   = 0x0022, "ROUND_CLOSED",   Destination, Control, [Rounds, Switchover], fixed(48);
     Credit        = 0x0023, "CREDIT",         Destination, Control, [Rounds, Switchover], list(8, 16, 1, DEVICES_MAX);
     SwitchoverAck = 0x0024, "SWITCHOVER_ACK", Destination, Control, [Rounds, Switchover], fixed(24);

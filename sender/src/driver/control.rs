@@ -896,9 +896,16 @@ impl Control {
                 lane,
                 incarnation,
                 runs,
-            } => self
-                .given_back(lane, incarnation, &runs)
-                .map_err(|m| fail(phase, m))?,
+            } => {
+                let kind = Kind::GiveBack;
+                // In a set-up only that of a session that comes back, between READY and LANDED (SPEC: RESUME-10).
+                let resumes = self.comes_back() && self.destination_ready.is_some();
+                if phase == Phase::Setup && !resumes {
+                    return Err(fail(phase, Misbehaved::Order { kind }));
+                }
+                self.given_back(lane, incarnation, &runs)
+                    .map_err(|m| fail(phase, m))?;
+            }
             Inbound::Closed(closed) => {
                 if let Some(open) = self.open.as_ref().filter(|open| closed.round > open.round) {
                     let (expected, found) = (open.round, closed.round);

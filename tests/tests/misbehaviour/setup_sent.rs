@@ -6,12 +6,12 @@ use multifd_tests::bounded::{GRACE, HELLO_DEADLINE, SETUP_DEADLINE, STALL, Sourc
 use multifd_tests::fake_destination::{FakeDestination, Taking, prepared, running};
 use multifd_tests::peer::Craft;
 use multifd_wire::frame::{
-    Abort, Acks, Commit, Credit, Credits, Grant, LaneDown, LaneMark, Outcome, OutcomeState,
-    RawCredit, RawLaneMark, RoundClosed,
+    Abort, Acks, Commit, Credit, Credits, GiveBack, GiveBackReason, Grant, LaneDown, LaneMark,
+    Outcome, OutcomeState, RawCredit, RawLaneMark, RawRun, RoundClosed,
 };
 use multifd_wire::{
     ChannelRef, DeviceId, Digest, Frame, HelloReply, Incarnation, Kind, LaneId, Phase, Reason,
-    Round, Token,
+    Round, Sequence, Token,
 };
 
 /// What the destination does, how the source ends, what it says.
@@ -203,6 +203,24 @@ fn frames_at_the_wrong_moment_are_refused_after_the_grant() {
                     });
                 },
                 LANE,
+                MISBEHAVED,
+            ),
+            (
+                "GIVE_BACK, though nothing was sent",
+                |t| {
+                    t.control.send(GiveBack {
+                        lane: LaneId::new(0),
+                        incarnation: Incarnation::new(0),
+                        sequence: Sequence::new(0),
+                        reason: GiveBackReason::Checksum,
+                        runs: &[RawRun {
+                            region: 0.into(),
+                            count: 1.into(),
+                            first: 0.into(),
+                        }],
+                    });
+                },
+                "wire.misbehaved.order",
                 MISBEHAVED,
             ),
             (

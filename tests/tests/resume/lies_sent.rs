@@ -6,8 +6,8 @@ use multifd_sender as tx;
 use multifd_tests::bounded::{GRACE, STALL, Source};
 use multifd_tests::fake_destination::{FakeDestination, Taking};
 use multifd_tests::peer::{PATIENCE, Peer};
-use multifd_wire::frame::{Landed, LaneMark, RawLaneMark};
-use multifd_wire::{HelloReply, Incarnation, LaneId, Phase, Reason};
+use multifd_wire::frame::{GiveBack, GiveBackReason, Landed, LaneMark, RawLaneMark, RawRun};
+use multifd_wire::{HelloReply, Incarnation, LaneId, Phase, Reason, Sequence};
 
 use super::pairs::comes_back;
 
@@ -20,6 +20,21 @@ fn lost() -> (Source, Taking) {
     taking.control.cut();
     taking.cut_lanes();
     (source, taking)
+}
+
+fn give_back(taking: &Taking) {
+    let run = RawRun {
+        region: 0.into(),
+        count: 1.into(),
+        first: 0.into(),
+    };
+    taking.control.send(GiveBack {
+        lane: LaneId::new(0),
+        incarnation: Incarnation::new(0),
+        sequence: Sequence::new(0),
+        reason: GiveBackReason::Checksum,
+        runs: &[run],
+    });
 }
 
 fn landed(taking: &Taking, rounds_closed: u32, marks: &[(u32, u32, u64)]) {
@@ -46,7 +61,7 @@ fn what_landed_is_checked_against_what_was_sent() {
     const ROUND: &str = "wire.misbehaved.round";
     const ORDER: &str = "wire.misbehaved.order";
     type Act = fn(&Taking);
-    let cases: [(&str, Act, &str); 6] = [
+    let cases: [(&str, Act, &str); 7] = [
         (
             "more frames than were sent",
             |t| {
@@ -80,6 +95,7 @@ fn what_landed_is_checked_against_what_was_sent() {
             ROUND,
         ),
         ("before READY", |t| landed(t, 0, &[]), ORDER),
+        ("a page given back before READY", give_back, ORDER),
         (
             "twice",
             |t| {
@@ -109,6 +125,22 @@ fn landed_outside_a_resume_is_refused() {
     landed(&taking, 0, &[]);
     assert_eq!(taking.control.hear_abort().reason, Reason::Misbehaved);
     source.fails(GRACE, "wire.misbehaved.order", "LANDED in the rounds");
+}
+
+// SPEC: RESUME-10
+#[test]
+fn pages_are_given_back_before_landed() {
+    let (source, mut taking) = lost();
+    taking.resumed();
+    taking.ready(1);
+    give_back(&taking);
+    landed(&taking, 0, &[]);
+    taking.read_lanes();
+    taking.hear_pages();
+    source.handle().cancel();
+    let end = source.end(GRACE);
+    assert_eq!(end.finished.report.suspensions, 1);
+    end.runs_on("cancelled");
 }
 
 #[test]

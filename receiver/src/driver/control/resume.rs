@@ -121,7 +121,7 @@ impl Control {
             };
             while !thread.is_finished() {
                 match self.inbox.recv_timeout(Duration::from_millis(1)) {
-                    // LANDED says how far they got, and damaged pages are given back after it.
+                    // LANDED says how far they got, and damaged pages are given back before it.
                     Ok(
                         Note::LaneArrived { .. } | Note::LaneEnded { .. } | Note::Damaged { .. },
                     )
@@ -142,7 +142,7 @@ impl Control {
         self.count_lanes();
     }
 
-    /// SPEC: RESUME-6, RESUME-10
+    /// SPEC: RESUME-6
     pub(super) fn send_landed(&mut self) -> Result<(), Error> {
         let marks: Vec<RawLaneMark> = self
             .landed
@@ -154,12 +154,18 @@ impl Control {
             .session
             .as_ref()
             .map_or(0, |session| session.round().value());
+        self.give_back_damaged()?;
         self.try_send(Landed {
             rounds_closed,
             lanes: &marks,
         })?;
         self.timeline.resumed();
-        self.repeat_for_devices()?;
+        self.repeat_for_devices()
+    }
+
+    /// What was said of damaged pages on the old channel may be lost. The source has to know of them before it acts on LANDED, which
+    /// covers their frames (SPEC: RESUME-10).
+    fn give_back_damaged(&mut self) -> Result<(), Error> {
         let newest: Option<LaneMark> = self.landed.values().next().copied();
         let (Some(landing), Some(mark)) = (self.landing.clone(), newest) else {
             return Ok(());
