@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use multifd_transport::{Address, Channel, Listener, TcpOptions};
 use multifd_wire::digest::page_value;
-use multifd_wire::frame::{Acks, Grant, LaneMark, Prepared, RawLaneMark, Ready, Running};
+use multifd_wire::frame::{
+    Acks, GiveBack, GiveBackReason, Grant, LaneMark, Prepared, RawLaneMark, RawRun, Ready, Running,
+};
 use multifd_wire::{
     Body, Digest, Features, Frame, HelloReply, Incarnation, Intent, Kind, LaneId, Layout,
-    PageValues, SessionId, Token, VERSION,
+    PageValues, Sequence, SessionId, Token, VERSION,
 };
 
 use crate::peer::{PATIENCE, Peer, encode};
@@ -263,6 +265,17 @@ impl Taking {
         self.control.send(Ready {
             lanes,
             prepare_us: 1,
+        });
+    }
+
+    /// Gives back pages, as if their checksum had failed in the first frame of a lane.
+    pub fn give_back(&self, lane: u32, run: RawRun) {
+        self.control.send(GiveBack {
+            lane: LaneId::new(lane),
+            incarnation: Incarnation::new(0),
+            sequence: Sequence::new(0),
+            reason: GiveBackReason::Checksum,
+            runs: &[run],
         });
     }
 

@@ -8,12 +8,10 @@ use multifd_tests::fake_destination::{FakeDestination, Taking, prepared, running
 use multifd_tests::fake_source::run;
 use multifd_transport::TcpOptions;
 use multifd_wire::frame::{
-    Abort, Acks, Credit, Credits, GiveBack, GiveBackReason, Grant, LaneDown, LaneMark, RawCredit,
-    RawLaneMark, RawRun, RoundClosed,
+    Abort, Acks, Credit, Credits, Grant, LaneDown, LaneMark, RawCredit, RawLaneMark, RoundClosed,
 };
 use multifd_wire::{
-    ChannelRef, DeviceId, Digest, Frame, Incarnation, Kind, LaneId, Phase, Reason, Round, Sequence,
-    Token,
+    ChannelRef, DeviceId, Digest, Frame, Incarnation, Kind, LaneId, Phase, Reason, Round, Token,
 };
 
 /// A source that is slow enough to be caught in round 0.
@@ -28,16 +26,6 @@ fn acked(lane: u32, incarnation: u32, frames: u64) -> RawLaneMark {
         incarnation: Incarnation::new(incarnation),
         frames,
     })
-}
-
-fn give_back(taking: &Taking, lane: u32, run: RawRun) {
-    taking.control.send(GiveBack {
-        lane: LaneId::new(lane),
-        incarnation: Incarnation::new(0),
-        sequence: Sequence::new(0),
-        reason: GiveBackReason::Checksum,
-        runs: &[run],
-    });
 }
 
 fn lane_down(lane: u32) -> LaneDown {
@@ -120,19 +108,19 @@ fn lies_about_the_rounds_end_it_and_the_guest_runs_on() {
         ),
         (
             "GIVE_BACK past the end of a region",
-            |t| give_back(t, 0, run(0, 1 << 30, 1)),
+            |t| t.give_back(0, run(0, 1 << 30, 1)),
             "wire.misbehaved.run-past-region",
             MISBEHAVED,
         ),
         (
             "GIVE_BACK in a region that is not there",
-            |t| give_back(t, 0, run(9, 0, 1)),
+            |t| t.give_back(0, run(9, 0, 1)),
             "wire.misbehaved.unknown-region",
             MISBEHAVED,
         ),
         (
             "GIVE_BACK from a lane that never was",
-            |t| give_back(t, 2, run(0, 0, 1)),
+            |t| t.give_back(2, run(0, 0, 1)),
             LANE,
             MISBEHAVED,
         ),

@@ -4,14 +4,15 @@ use std::time::{Duration, Instant};
 
 use multifd_tests::bounded::{GRACE, HELLO_DEADLINE, SETUP_DEADLINE, STALL, Source, tx_builder};
 use multifd_tests::fake_destination::{FakeDestination, Taking, prepared, running};
+use multifd_tests::fake_source::run;
 use multifd_tests::peer::Craft;
 use multifd_wire::frame::{
-    Abort, Acks, Commit, Credit, Credits, GiveBack, GiveBackReason, Grant, LaneDown, LaneMark,
-    Outcome, OutcomeState, RawCredit, RawLaneMark, RawRun, RoundClosed,
+    Abort, Acks, Commit, Credit, Credits, Grant, LaneDown, LaneMark, Outcome, OutcomeState,
+    RawCredit, RawLaneMark, RoundClosed,
 };
 use multifd_wire::{
     ChannelRef, DeviceId, Digest, Frame, HelloReply, Incarnation, Kind, LaneId, Phase, Reason,
-    Round, Sequence, Token,
+    Round, Token,
 };
 
 /// What the destination does, how the source ends, what it says.
@@ -207,19 +208,7 @@ fn frames_at_the_wrong_moment_are_refused_after_the_grant() {
             ),
             (
                 "GIVE_BACK, though nothing was sent",
-                |t| {
-                    t.control.send(GiveBack {
-                        lane: LaneId::new(0),
-                        incarnation: Incarnation::new(0),
-                        sequence: Sequence::new(0),
-                        reason: GiveBackReason::Checksum,
-                        runs: &[RawRun {
-                            region: 0.into(),
-                            count: 1.into(),
-                            first: 0.into(),
-                        }],
-                    });
-                },
+                |t| t.give_back(0, run(0, 0, 1)),
                 "wire.misbehaved.order",
                 MISBEHAVED,
             ),

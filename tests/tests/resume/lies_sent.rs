@@ -5,9 +5,10 @@ use std::time::Instant;
 use multifd_sender as tx;
 use multifd_tests::bounded::{GRACE, STALL, Source};
 use multifd_tests::fake_destination::{FakeDestination, Taking};
+use multifd_tests::fake_source::run;
 use multifd_tests::peer::{PATIENCE, Peer};
-use multifd_wire::frame::{GiveBack, GiveBackReason, Landed, LaneMark, RawLaneMark, RawRun};
-use multifd_wire::{HelloReply, Incarnation, LaneId, Phase, Reason, Sequence};
+use multifd_wire::frame::{Landed, LaneMark, RawLaneMark};
+use multifd_wire::{HelloReply, Incarnation, LaneId, Phase, Reason};
 
 use super::pairs::comes_back;
 
@@ -20,21 +21,6 @@ fn lost() -> (Source, Taking) {
     taking.control.cut();
     taking.cut_lanes();
     (source, taking)
-}
-
-fn give_back(taking: &Taking) {
-    let run = RawRun {
-        region: 0.into(),
-        count: 1.into(),
-        first: 0.into(),
-    };
-    taking.control.send(GiveBack {
-        lane: LaneId::new(0),
-        incarnation: Incarnation::new(0),
-        sequence: Sequence::new(0),
-        reason: GiveBackReason::Checksum,
-        runs: &[run],
-    });
 }
 
 fn landed(taking: &Taking, rounds_closed: u32, marks: &[(u32, u32, u64)]) {
@@ -95,7 +81,11 @@ fn what_landed_is_checked_against_what_was_sent() {
             ROUND,
         ),
         ("before READY", |t| landed(t, 0, &[]), ORDER),
-        ("a page given back before READY", give_back, ORDER),
+        (
+            "a page given back before READY",
+            |t| t.give_back(0, run(0, 0, 1)),
+            ORDER,
+        ),
         (
             "twice",
             |t| {
@@ -133,7 +123,7 @@ fn pages_are_given_back_before_landed() {
     let (source, mut taking) = lost();
     taking.resumed();
     taking.ready(1);
-    give_back(&taking);
+    taking.give_back(0, run(0, 0, 1));
     landed(&taking, 0, &[]);
     taking.read_lanes();
     taking.hear_pages();

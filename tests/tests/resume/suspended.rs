@@ -276,9 +276,11 @@ fn a_cancel_while_suspended_reaches_the_destination_if_the_link_is_back_soon() {
 
 /// A destination that is replaced by a fresh one while the link is down.
 fn replaced(choice: WhenDestinationLost) -> Pair {
+    // Who begins again is only a source that starts: what it dials in vain ends it, as at the beginning.
     let config = comes_back()
         .channels(2)
         .bandwidth(Some(24 << 20))
+        .hello_deadline(2 * GRACE)
         .when_destination_lost(choice);
     let first = Destination::with(waits().build().unwrap(), DestinationMachine::default());
     let links = Links::to(first.handle());
