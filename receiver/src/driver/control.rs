@@ -1053,6 +1053,10 @@ impl Control {
         sequence: Sequence,
         runs: &[PageRun],
     ) {
+        // The last words of a lane that was lost. What is damaged then is given back before LANDED (SPEC: RESUME-10).
+        if self.phase() == Phase::Setup {
+            return;
+        }
         tracing::debug!(%lane, %sequence, pages = runs.len(), "pages failed their checksum and go back to the source");
         let raw: Vec<RawRun> = runs.iter().copied().map(RawRun::from).collect();
         self.send(GiveBack {

@@ -90,7 +90,7 @@ fn main() -> ExitCode {
         (None, None) => workers::share(&arguments),
     };
     tally.print(arguments.mode(), began.elapsed());
-    if tally.violations() == 0 {
+    if tally.violations() == 0 && tally.unfinished() == 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

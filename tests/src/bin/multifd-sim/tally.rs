@@ -73,6 +73,16 @@ impl Tally {
         self.count("violations", 1);
     }
 
+    /// A process that ended before its last seed.
+    pub(crate) fn add_unfinished(&mut self) {
+        self.count("unfinished", 1);
+    }
+
+    /// Processes that ended before their last seed.
+    pub(crate) fn unfinished(&self) -> u64 {
+        self.get("unfinished")
+    }
+
     /// Says everything in lines for another process.
     pub(crate) fn tell(self) {
         for (name, count) in self.0 {
@@ -118,6 +128,12 @@ impl Tally {
             Mode::Calm => {}
         }
         println!("violations: {}", self.violations());
+        if self.unfinished() > 0 {
+            println!(
+                "NOT ALL SEEDS WERE SIMULATED: {} workers ended before their last",
+                self.unfinished()
+            );
+        }
     }
 
     fn list(&self, what: &str, group: &str) {

@@ -4,7 +4,7 @@
 //! simulation took down (it hung, or a thread panicked) is replaced, and goes on behind that seed, if that is wanted.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -34,10 +34,17 @@ pub(crate) fn share(arguments: &Arguments) -> Tally {
             while arguments.count > 0 {
                 let mut child = start(&arguments);
                 let told = child.stdout.take().map(|out| listen(out, &words));
-                let code = child.wait().ok().and_then(|status| status.code());
-                // These two codes are those of the scheduler's last words.
-                if !matches!(code, Some(70 | 71)) {
-                    return;
+                let end = child.wait();
+                match end.as_ref().ok().and_then(ExitStatus::code) {
+                    // All its seeds, or up to the one at which it was to stop.
+                    Some(0 | 1) => return,
+                    // The scheduler's last words.
+                    Some(70 | 71) => {}
+                    _ => {
+                        let how = end.map_or_else(|error| error.to_string(), |end| end.to_string());
+                        let _ = words.send(Word::Died(how));
+                        return;
+                    }
                 }
                 let _ = words.send(Word::Broken);
                 let Some(Some(seed)) = told.filter(|_| arguments.keep_going) else {
@@ -63,6 +70,10 @@ pub(crate) fn share(arguments: &Arguments) -> Tally {
                 }
             }
             Word::Broken => tally.add_broken(),
+            Word::Died(how) => {
+                eprintln!("a worker ended with {how}: the rest of its seeds is not simulated");
+                tally.add_unfinished();
+            }
         }
         if told.elapsed() > TELL {
             told = Instant::now();
@@ -84,6 +95,8 @@ enum Word {
     Line(String),
     /// A worker was taken down by its simulation.
     Broken,
+    /// A worker ended before its last seed, through no fault of a simulation: it was killed, say, for want of memory.
+    Died(String),
 }
 
 /// Passes a worker's lines on. Gives the seed that it had at last, if it said so.
@@ -124,7 +137,11 @@ fn start(arguments: &Arguments) -> Child {
 }
 
 /// Keeps this process, which has one thread yet, to a processor. If that can't be done it is slower, and nothing else.
+///
+/// It steps behind the kernel's own threads there: they free what thousands of threads a second leave behind, and a host on which they
+/// can't keep up is out of memory within the hour.
 pub(crate) fn keep_to(processor: usize) {
+    let _ = rustix::process::nice(19);
     let mut set = CpuSet::new();
     set.set(processor);
     let _ = sched_setaffinity(None, &set);
