@@ -137,11 +137,7 @@ fn start(arguments: &Arguments) -> Child {
 }
 
 /// Keeps this process, which has one thread yet, to a processor. If that can't be done it is slower, and nothing else.
-///
-/// It steps behind the kernel's own threads there: they free what thousands of threads a second leave behind, and a host on which they
-/// can't keep up is out of memory within the hour.
 pub(crate) fn keep_to(processor: usize) {
-    let _ = rustix::process::nice(19);
     let mut set = CpuSet::new();
     set.set(processor);
     let _ = sched_setaffinity(None, &set);
