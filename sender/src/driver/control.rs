@@ -896,16 +896,9 @@ impl Control {
                 lane,
                 incarnation,
                 runs,
-            } => {
-                let kind = Kind::GiveBack;
-                // In a set-up only that of a session that comes back, between READY and LANDED (SPEC: RESUME-10).
-                let resumes = self.comes_back() && self.destination_ready.is_some();
-                if phase == Phase::Setup && !resumes {
-                    return Err(fail(phase, Misbehaved::Order { kind }));
-                }
-                self.given_back(lane, incarnation, &runs)
-                    .map_err(|m| fail(phase, m))?;
-            }
+            } => self
+                .given_back(lane, incarnation, &runs)
+                .map_err(|m| fail(phase, m))?,
             Inbound::Closed(closed) => {
                 if let Some(open) = self.open.as_ref().filter(|open| closed.round > open.round) {
                     let (expected, found) = (open.round, closed.round);
@@ -1063,6 +1056,12 @@ impl Control {
         incarnation: Incarnation,
         runs: &[RawRun],
     ) -> Result<(), Misbehaved> {
+        // In a set-up only for a session that comes back, between READY and LANDED (SPEC: RESUME-10).
+        let resumes = self.comes_back() && self.destination_ready.is_some();
+        if self.session.phase() == Phase::Setup && !resumes {
+            let kind = Kind::GiveBack;
+            return Err(Misbehaved::Order { kind });
+        }
         // Of a connection that was lost as well: a page that was damaged on it is owed all the same.
         if self
             .slot(lane)

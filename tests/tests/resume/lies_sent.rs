@@ -1,9 +1,9 @@
 //! Against the source: a destination that lies about what landed, or does not let it come back (SPEC: LANDED-1, RESUME-6).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use multifd_sender as tx;
-use multifd_tests::bounded::{GRACE, STALL, Source};
+use multifd_tests::bounded::{GRACE, STALL, Source, SourceEnd};
 use multifd_tests::fake_destination::{FakeDestination, Taking};
 use multifd_tests::fake_source::run;
 use multifd_tests::peer::{PATIENCE, Peer};
@@ -38,6 +38,17 @@ fn landed(taking: &Taking, rounds_closed: u32, marks: &[(u32, u32, u64)]) {
         rounds_closed,
         lanes: &lanes,
     });
+}
+
+/// Pages come after the resume; then it is cancelled, and the guest runs on.
+fn goes_on(source: Source, mut taking: Taking) -> SourceEnd {
+    taking.read_lanes();
+    taking.hear_pages();
+    source.handle().cancel();
+    let end = source.end(GRACE);
+    assert_eq!(end.finished.report.suspensions, 1);
+    end.runs_on("cancelled");
+    end
 }
 
 #[test]
@@ -123,14 +134,16 @@ fn pages_are_given_back_before_landed() {
     let (source, mut taking) = lost();
     taking.resumed();
     taking.ready(1);
+    let handle = source.handle();
+    let (before, began) = (handle.progress().pages_given_back, Instant::now());
     taking.give_back(0, run(0, 0, 1));
+    // Known before LANDED is there.
+    while handle.progress().pages_given_back == before {
+        assert!(began.elapsed() < GRACE, "nobody took it");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     landed(&taking, 0, &[]);
-    taking.read_lanes();
-    taking.hear_pages();
-    source.handle().cancel();
-    let end = source.end(GRACE);
-    assert_eq!(end.finished.report.suspensions, 1);
-    end.runs_on("cancelled");
+    goes_on(source, taking);
 }
 
 #[test]
@@ -139,13 +152,8 @@ fn nothing_landed_means_that_everything_comes_again() {
     taking.resumed();
     taking.ready(1);
     landed(&taking, 0, &[]);
-    taking.read_lanes();
-    taking.hear_pages();
-    source.handle().cancel();
-    let end = source.end(GRACE);
-    assert_eq!(end.finished.report.suspensions, 1);
+    let end = goes_on(source, taking);
     assert!(end.finished.report.pages_given_back > 0);
-    end.runs_on("cancelled");
 }
 
 #[test]
@@ -204,7 +212,7 @@ fn a_dead_link_with_the_guest_paused_is_found_within_a_second() {
     while !source.running.load(std::sync::atomic::Ordering::SeqCst) {
         let still_max = STALL * 4 + host.delayed();
         assert!(began.elapsed() < still_max, "the guest stands still");
-        std::thread::sleep(std::time::Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(1));
     }
     source.handle().cancel();
     let end = source.end(GRACE + PATIENCE);

@@ -166,8 +166,9 @@ impl Control {
     /// What was said of damaged pages on the old channel may be lost. The source has to know of them before it acts on LANDED, which
     /// covers their frames (SPEC: RESUME-10).
     fn give_back_damaged(&mut self) -> Result<(), Error> {
-        let newest: Option<LaneMark> = self.landed.values().next().copied();
-        let (Some(landing), Some(mark)) = (self.landing.clone(), newest) else {
+        // Any frame that LANDED covers will do.
+        let covered: Option<LaneMark> = self.landed.values().next().copied();
+        let (Some(landing), Some(mark)) = (self.landing.clone(), covered) else {
             return Ok(());
         };
         let damaged = landing.damaged_runs(PAGES_PER_FRAME_MAX as u32);
