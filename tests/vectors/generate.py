@@ -29,7 +29,8 @@ KINDS = {
     "ACK": 0x0020, "GIVE_BACK": 0x0021, "ROUND_CLOSED": 0x0022, "CREDIT": 0x0023, "SWITCHOVER_ACK": 0x0024,
     "DEVICE_LOADED": 0x0025, "KEEP_ALIVE": 0x0027, "LANE_DOWN": 0x0028, "SWITCHOVER": 0x0030, "VM_STATE": 0x0031,
     "FINAL": 0x0032, "PREPARED": 0x0033, "COMMIT": 0x0034, "RUNNING": 0x0035, "ABORT": 0x0036, "LANDED": 0x0040,
-    "OUTCOME": 0x0042, "PROGRESS": 0x8026,
+    "OUTCOME": 0x0042, "STREAM_OPEN": 0x0050, "STREAM_DATA": 0x0051, "STREAM_CREDIT": 0x0052, "STREAM_END": 0x0053,
+    "STREAM_OUTCOME": 0x0054, "PROGRESS": 0x8026,
 }
 
 
@@ -308,6 +309,25 @@ def outcome(state):
     return Octets().u32(state, "state").zero(4).zero(8)
 
 
+def stream_open(stream):
+    return Octets().u32(stream, "stream").zero(4).zero(8)
+
+
+def stream_data(stream, offset):
+    return Octets().u32(stream, "stream").zero(4).u64(offset, "offset")
+
+
+def stream_credit(entries, count=None):
+    out = Octets().u32(len(entries) if count is None else count, "count").zero(4)
+    for stream, received, offset_max in entries:
+        out.u32(stream, "stream").zero(4).u64(received, "received").u64(offset_max, "offset_max")
+    return out
+
+
+def stream_end(stream, how, offset):
+    return Octets().u32(stream, "stream").u32(how, "how").u64(offset, "offset")
+
+
 # --- the digest -----------------------------------------------------------------------------------------------------
 
 def page_value(content):
@@ -405,6 +425,14 @@ def accepted():
     each("landed", "LANDED", "LANDED-1", landed(3, [(0, 0, 120), (1, 2, 77)]), 2)
     each("landed-nothing", "LANDED", "LANDED-1", landed(0, []), 2)
     each("outcome", "OUTCOME", "ASK-2", outcome(3), 0)
+    each("stream_open", "STREAM_OPEN", "CARRY-4", stream_open(9), 1)
+    each("stream_data", "STREAM_DATA", "CARRY-5", stream_data(0, 0), 2, b"QEVM\0\0\0\x03")
+    each("stream_data-last", "STREAM_DATA", "CARRY-5 LIMIT-19", stream_data(1023, (1 << 56) - 1), 3, b"\x7f")
+    each("stream_credit", "STREAM_CREDIT", "CARRY-6",
+         stream_credit([(0, 68, 65604), (1023, 1 << 40, (1 << 40) + 1)]), 4)
+    each("stream_end", "STREAM_END", "CARRY-8", stream_end(0, 1, 1 << 56), 5)
+    each("stream_end-reset", "STREAM_END", "CARRY-8", stream_end(7, 2, 0), 6)
+    each("stream_outcome", "STREAM_OUTCOME", "CARRY-10", outcome(3), 7)
     each("unknown-optional", 0xFFFE, "EXT-2", Octets().put(b"\x01\x02\x03", "what a later version put here"), 4,
          b"later")
 
@@ -523,9 +551,18 @@ def rejected():
     no("keep_alive-stamp", "frame", bad + "value", "ALIVE-1", frame("KEEP_ALIVE", keep_alive(0, 1)))
     no("lane_down-reason", "frame", bad + "value", "REASON-1", frame("LANE_DOWN", lane_down(0, 0, 0)))
     no("final-no-memory", "frame", bad + "value", "FINAL-1", frame("FINAL", final(0, 0, 0, 0)))
+    no("stream_open-stream", "frame", bad + "value", "LIMIT-18", frame("STREAM_OPEN", stream_open(1024)))
+    no("stream_data-empty", "frame", bad + "body-bytes", "CARRY-5", frame("STREAM_DATA", stream_data(0, 0)))
+    no("stream_data-offset", "frame", bad + "value", "LIMIT-19",
+       frame("STREAM_DATA", stream_data(0, 1 << 56), body=b"x"))
+    no("stream_credit-received", "frame", bad + "value", "CARRY-6", frame("STREAM_CREDIT", stream_credit([(0, 2, 1)])))
+    no("stream_credit-count", "frame", bad + "count", "CARRY-6",
+       frame("STREAM_CREDIT", stream_credit([(0, 0, 1)], count=2)))
+    no("stream_end-how", "frame", bad + "value", "CARRY-8", frame("STREAM_END", stream_end(0, 3, 0)))
+    no("stream_outcome-state", "frame", bad + "value", "CARRY-10", frame("STREAM_OUTCOME", outcome(5)))
     no("abort-text-bytes", "frame", bad + "count", "ABORT-1", frame("ABORT", abort(1, 2, 0, b"text", 3)))
     no("abort-control-character", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, b"a\nb")))
-    no("abort-phase", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 7, 0, b"")))
+    no("abort-phase", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 8, 0, b"")))
     no("abort-channel", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 2, 257, b"")))
     no("abort-reason", "frame", bad + "value", "REASON-1", frame("ABORT", abort(0, 2, 0, b"")))
     no("landed-order", "frame", bad + "value", "LANDED-2", frame("LANDED", landed(1, [(1, 0, 1), (0, 0, 1)])))

@@ -119,6 +119,8 @@ pub enum Phase {
     Done,
     /// All channels are lost and the destination waits for a resume (code 6).
     Suspended,
+    /// Connections of machine monitors are carried (code 7).
+    Carrying,
 }
 
 impl Phase {
@@ -131,6 +133,7 @@ impl Phase {
         Self::Commit,
         Self::Done,
         Self::Suspended,
+        Self::Carrying,
     ];
 
     /// The phase that a code stands for.
@@ -144,6 +147,7 @@ impl Phase {
             4 => Some(Self::Commit),
             5 => Some(Self::Done),
             6 => Some(Self::Suspended),
+            7 => Some(Self::Carrying),
             _ => None,
         }
     }
@@ -159,6 +163,7 @@ impl Phase {
             Self::Commit => 4,
             Self::Done => 5,
             Self::Suspended => 6,
+            Self::Carrying => 7,
         }
     }
 
@@ -173,6 +178,7 @@ impl Phase {
             Self::Commit => "commit",
             Self::Done => "done",
             Self::Suspended => "suspended",
+            Self::Carrying => "carrying",
         }
     }
 }

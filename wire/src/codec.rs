@@ -5,7 +5,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::Malformed;
-use crate::id::{DeviceId, LaneId, Round};
+use crate::id::{DeviceId, LaneId, Round, StreamId};
 use crate::kind::Kind;
 use crate::limits;
 
@@ -104,6 +104,19 @@ pub(crate) fn lane(field: &'static str, value: u32) -> Result<LaneId, Malformed>
 pub(crate) fn device(field: &'static str, value: u32) -> Result<DeviceId, Malformed> {
     if size(value) < limits::DEVICES_MAX {
         Ok(DeviceId::new(value))
+    } else {
+        Err(Malformed::Value {
+            field,
+            value: u64::from(value),
+        })
+    }
+}
+
+/// A stream number within the limits.
+// SPEC: LIMIT-18
+pub(crate) fn stream(field: &'static str, value: u32) -> Result<StreamId, Malformed> {
+    if size(value) < limits::STREAMS_MAX {
+        Ok(StreamId::new(value))
     } else {
         Err(Malformed::Value {
             field,

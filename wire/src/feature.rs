@@ -15,8 +15,10 @@ impl Features {
     pub const DEVICE_STATE: Self = Self(1);
     /// Bit 1: a session that lost all its channels can go on. SPEC: FEAT-5
     pub const RESUME: Self = Self(2);
+    /// Bit 2: the session carries a machine monitor's own connections. SPEC: FEAT-6
+    pub const BRIDGE: Self = Self(4);
     /// All bits that version 1 defines.
-    pub const KNOWN: Self = Self(3);
+    pub const KNOWN: Self = Self(7);
 
     /// Wraps the bits as they travel; unknown bits are kept, since refusing or dropping them is negotiation's work.
     #[must_use]
@@ -70,6 +72,7 @@ impl fmt::Display for Features {
         for (bit, name) in [
             (Self::DEVICE_STATE, "device-state"),
             (Self::RESUME, "resume"),
+            (Self::BRIDGE, "bridge"),
         ] {
             if self.contains(bit) {
                 write!(f, "{separator}{name}")?;

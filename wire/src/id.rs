@@ -55,6 +55,11 @@ number! {
     DeviceId(u32)
 }
 number! {
+    /// The number of a carried stream: its connection's 0-based place in the order of accepting, below
+    /// [`STREAMS_MAX`](crate::limits::STREAMS_MAX).
+    StreamId(u32)
+}
+number! {
     /// Which batch of a device's initial bytes: 1 for the first, one more each time the device announces new ones; 0 for none.
     Generation(u32)
 }

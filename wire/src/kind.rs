@@ -11,8 +11,8 @@ use crate::code::Phase;
 use crate::error::{Malformed, Misbehaved};
 use crate::limits::{
     BODY_BYTES_MAX, DEVICES_MAX, LANES_MAX, PAGES_PER_FRAME_MAX, REGIONS_MAX,
-    RUNS_PER_GIVE_BACK_MAX, RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX, TABLE_BYTES_MAX,
-    TEXT_BYTES_MAX,
+    RUNS_PER_GIVE_BACK_MAX, RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX, STREAM_CREDITS_MAX,
+    TABLE_BYTES_MAX, TEXT_BYTES_MAX,
 };
 
 /// Who sends frames of a kind.
@@ -236,7 +236,7 @@ kinds! {
     Credit        = 0x0023, "CREDIT",         Destination, Control, [Rounds, Switchover], list(8, 16, 1, DEVICES_MAX);
     SwitchoverAck = 0x0024, "SWITCHOVER_ACK", Destination, Control, [Rounds, Switchover], fixed(24);
     DeviceLoaded  = 0x0025, "DEVICE_LOADED",  Destination, Control, [Rounds, Switchover], fixed(32);
-    KeepAlive     = 0x0027, "KEEP_ALIVE",     Both,        Control, [Setup, Rounds, Switchover, Commit], fixed(16);
+    KeepAlive     = 0x0027, "KEEP_ALIVE",     Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], fixed(16);
     LaneDown      = 0x0028, "LANE_DOWN",      Both,        Control, [Setup, Rounds, Switchover, Commit], fixed(16);
     Switchover    = 0x0030, "SWITCHOVER",     Source,      Control, [Rounds, Switchover, Commit], fixed(16);
     VmState       = 0x0031, "VM_STATE",       Source,      Control, [Switchover], with_body(fixed(32), 0);
@@ -244,9 +244,14 @@ kinds! {
     Prepared      = 0x0033, "PREPARED",       Destination, Control, [Switchover], fixed(40);
     Commit        = 0x0034, "COMMIT",         Source,      Control, [Commit], fixed(8);
     Running       = 0x0035, "RUNNING",        Destination, Control, [Commit], fixed(32);
-    Abort         = 0x0036, "ABORT",          Both,        Control, [Setup, Rounds, Switchover, Commit], list(16, 1, 0, TEXT_BYTES_MAX);
+    Abort         = 0x0036, "ABORT",          Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], list(16, 1, 0, TEXT_BYTES_MAX);
     Landed        = 0x0040, "LANDED",         Destination, Control, [Setup], list(16, 16, 0, LANES_MAX);
     Outcome       = 0x0042, "OUTCOME",        Destination, Control, [Setup], fixed(16);
+    StreamOpen    = 0x0050, "STREAM_OPEN",    Source,      Control, [Carrying], fixed(16);
+    StreamData    = 0x0051, "STREAM_DATA",    Both,        Data,    [Carrying], with_body(fixed(16), 1);
+    StreamCredit  = 0x0052, "STREAM_CREDIT",  Both,        Control, [Carrying], list(8, 24, 1, STREAM_CREDITS_MAX);
+    StreamEnd     = 0x0053, "STREAM_END",     Both,        Control, [Carrying], fixed(16);
+    StreamOutcome = 0x0054, "STREAM_OUTCOME", Both,        Control, [Carrying], fixed(16);
     Progress      = 0x8026, "PROGRESS",       Destination, Control, [Rounds, Switchover, Commit], fixed(48);
 }
 

@@ -61,7 +61,7 @@ pub use hello::{HELLO_BYTES, Hello, Intent, VersionRange};
 pub use hello_reply::{HELLO_REPLY_BYTES, HelloReply};
 pub use id::{
     ChannelRef, DeviceId, Generation, Incarnation, LaneId, PageCount, PageIndex, RegionId, Round,
-    Sequence, SessionId, Token,
+    Sequence, SessionId, StreamId, Token,
 };
 pub use kind::Kind;
 pub use layout::{Layout, PageRun, Region};

@@ -56,3 +56,12 @@ pub const ROUND_MAX: u32 = u32::MAX - 1;
 
 /// Octets in one device's stream: far more than a device has, and far from where an addition could wrap. SPEC: LIMIT-17
 pub const DEVICE_STREAM_BYTES_MAX: u64 = 1 << 48;
+
+/// Carried streams of one session: a connection per data channel of QEMU (255), post-copy, and recoveries. SPEC: LIMIT-18
+pub const STREAMS_MAX: usize = 1024;
+
+/// Octets of one direction of a carried stream: guests of 4 PiB, copied sixteen times over. SPEC: LIMIT-19
+pub const STREAM_BYTES_MAX: u64 = 1 << 56;
+
+/// Streams in one STREAM_CREDIT frame: 6 KiB of table. SPEC: LIMIT-20
+pub const STREAM_CREDITS_MAX: usize = 256;

@@ -64,6 +64,10 @@ fn map(kind: Kind) -> Map {
         Kind::Abort => (vec![], 16, vec![], 0),
         Kind::Landed => (vec![all(8, 8)], 16, vec![], 16),
         Kind::Outcome => (vec![all(4, 12)], 16, vec![], 0),
+        Kind::StreamOpen | Kind::StreamOutcome => (vec![all(4, 12)], 16, vec![], 0),
+        Kind::StreamData => (vec![all(4, 4)], 16, vec![], 0),
+        Kind::StreamCredit => (vec![all(4, 4)], 8, vec![all(4, 4)], 24),
+        Kind::StreamEnd => (vec![], 16, vec![], 0),
         Kind::Progress => (vec![all(40, 8)], 48, vec![], 0),
         Kind::OptionalUnknown(_) => (vec![], 0, vec![], 0),
     }

@@ -9,12 +9,13 @@ use crate::frame::{
     Abort, Acks, BlobPart, Body, Commit, Config, Credit, Credits, Device, DeviceChunk, DeviceFlags,
     DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant, KeepAlive,
     Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress, RawRun,
-    Ready, Regions, RoundClosed, RoundEnd, Running, Section, SetupEnd, Switchover, SwitchoverAck,
+    Ready, Regions, RoundClosed, RoundEnd, Running, Section, SetupEnd, StreamCredit, StreamCredits,
+    StreamData, StreamEnd, StreamEndKind, StreamOpen, StreamOutcome, Switchover, SwitchoverAck,
     VmState, Zeros,
 };
 use crate::id::{
     ChannelRef, DeviceId, Generation, Incarnation, LaneId, PageIndex, RegionId, Round, Sequence,
-    Token,
+    StreamId, Token,
 };
 use crate::kind::Kind;
 use crate::layout::{Layout, Region};
@@ -37,7 +38,15 @@ pub struct Sample {
 /// All samples; every kind is among them.
 #[must_use]
 pub fn samples() -> Vec<Sample> {
-    [set_up(), memory(), devices(), control(), ending()].concat()
+    [
+        set_up(),
+        memory(),
+        devices(),
+        control(),
+        ending(),
+        carried(),
+    ]
+    .concat()
 }
 
 /// Encodes one sample.
@@ -442,6 +451,44 @@ fn ending() -> Vec<Sample> {
             "outcome",
             0,
             Outcome {
+                state: OutcomeState::Running,
+            },
+            b"",
+        ),
+    ]
+}
+
+fn carried() -> Vec<Sample> {
+    let stream = StreamId::new;
+    let credit = |number, received, offset_max| {
+        StreamCredit {
+            stream: stream(number),
+            received,
+            offset_max,
+        }
+        .into()
+    };
+    let credits = [credit(0, 68, 65_604), credit(1023, 1 << 40, (1 << 40) + 1)];
+    let data = |number, offset| StreamData {
+        stream: stream(number),
+        offset,
+    };
+    let end = |number, how, offset| StreamEnd {
+        stream: stream(number),
+        how,
+        offset,
+    };
+    vec![
+        sample("stream_open", 1, StreamOpen { stream: stream(9) }, b""),
+        sample("stream_data", 2, data(0, 0), b"QEVM\0\0\0\x03"),
+        sample("stream_data-last", 3, data(1023, (1 << 56) - 1), b"\x7f"),
+        sample("stream_credit", 4, StreamCredits { credits: &credits }, b""),
+        sample("stream_end", 5, end(0, StreamEndKind::Clean, 1 << 56), b""),
+        sample("stream_end-reset", 6, end(7, StreamEndKind::Reset, 0), b""),
+        sample(
+            "stream_outcome",
+            7,
+            StreamOutcome {
                 state: OutcomeState::Running,
             },
             b"",

@@ -36,6 +36,11 @@ mod round_end;
 mod run;
 mod running;
 mod setup_end;
+mod stream_credit;
+mod stream_data;
+mod stream_end;
+mod stream_open;
+mod stream_outcome;
 mod switchover;
 mod switchover_ack;
 mod table;
@@ -70,6 +75,11 @@ pub use round_end::RoundEnd;
 pub use run::RawRun;
 pub use running::Running;
 pub use setup_end::SetupEnd;
+pub use stream_credit::{RawStreamCredit, StreamCredit, StreamCredits};
+pub use stream_data::StreamData;
+pub use stream_end::{StreamEnd, StreamEndKind};
+pub use stream_open::StreamOpen;
+pub use stream_outcome::StreamOutcome;
 pub use switchover::Switchover;
 pub use switchover_ack::SwitchoverAck;
 pub use vm_state::VmState;
@@ -176,6 +186,11 @@ frames! {
     Abort(Abort<'a>);
     Landed(Landed<'a>);
     Outcome(Outcome);
+    StreamOpen(StreamOpen);
+    StreamData(StreamData);
+    StreamCredit(StreamCredits<'a>);
+    StreamEnd(StreamEnd);
+    StreamOutcome(StreamOutcome);
     Progress(Progress);
 }
 

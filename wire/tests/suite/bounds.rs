@@ -4,20 +4,20 @@ use multifd_wire::error::LayoutError;
 use multifd_wire::exercise::reseal;
 use multifd_wire::frame::{
     Abort, Acks, Credit, Credits, Device, DeviceFlags, Devices, Frame, GiveBack, GiveBackReason,
-    Landed, LaneMark, Pages, RawCredit, RawDevice, RawLaneMark, RawRegion, RawRun, Regions, Zeros,
-    blob_parts,
+    Landed, LaneMark, Pages, RawCredit, RawDevice, RawLaneMark, RawRegion, RawRun, RawStreamCredit,
+    Regions, StreamCredit, StreamCredits, Zeros, blob_parts,
 };
 use multifd_wire::header::HEADER_BYTES;
 use multifd_wire::kind::{BodyShape, Kind};
 use multifd_wire::limits::{
     BLOB_BYTES_MAX, BODY_BYTES_MAX, BODY_BYTES_MAX_U64, DEVICE_STREAM_BYTES_MAX, DEVICES_MAX,
     LANES_MAX, MEMORY_PAGES_MAX, PAGES_PER_FRAME_MAX, REGIONS_MAX, ROUND_MAX,
-    RUNS_PER_GIVE_BACK_MAX, RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX, TABLE_BYTES_MAX,
-    TEXT_BYTES_MAX,
+    RUNS_PER_GIVE_BACK_MAX, RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX, STREAM_BYTES_MAX,
+    STREAM_CREDITS_MAX, TABLE_BYTES_MAX, TEXT_BYTES_MAX,
 };
 use multifd_wire::{
     Body, ChannelRef, DeviceId, Incarnation, LaneId, Layout, Malformed, Misuse, PAGE_BYTES, Phase,
-    Reason, Region, RegionId, Round, Sequence, Text,
+    Reason, Region, RegionId, Round, Sequence, StreamId, Text,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 
@@ -75,10 +75,20 @@ const NUMBERS: &[(&str, usize, usize, u64, u64)] = &[
     ("final", 4, 4, 0, 64),
     ("final", 16, 8, 1, MEMORY_PAGES_MAX),
     ("abort", 0, 4, 1, u32::MAX as u64),
-    ("abort", 4, 4, 0, 6),
+    ("abort", 4, 4, 0, 7),
     ("abort", 8, 4, 0, 256),
     ("landed", 32, 4, 1, 255),
     ("outcome", 0, 4, 1, 4),
+    ("stream_open", 0, 4, 0, 1023),
+    ("stream_data", 0, 4, 0, 1023),
+    ("stream_data", 8, 8, 0, STREAM_BYTES_MAX - 8),
+    ("stream_credit", 8, 4, 0, 1023),
+    ("stream_credit", 16, 8, 0, 65_604),
+    ("stream_credit", 24, 8, 68, STREAM_BYTES_MAX),
+    ("stream_end", 0, 4, 0, 1023),
+    ("stream_end", 4, 4, 1, 2),
+    ("stream_end", 8, 8, 0, STREAM_BYTES_MAX),
+    ("stream_outcome", 0, 4, 1, 4),
 ];
 
 /// Reads a sample after one of its numbers was changed.
@@ -382,6 +392,24 @@ fn devices_end_at_their_limit() {
         credits: &raw[..count],
     };
     list(DEVICES_MAX, frame(DEVICES_MAX + 1), frame(DEVICES_MAX), 16);
+}
+
+// SPEC: LIMIT-20
+#[test]
+fn credits_of_streams_end_at_their_limit() {
+    let credit = |id| {
+        RawStreamCredit::from(StreamCredit {
+            stream: StreamId::new(id),
+            received: 0,
+            offset_max: 1,
+        })
+    };
+    let raw: Vec<RawStreamCredit> = (0..257).map(credit).collect();
+    let frame = |count: usize| StreamCredits {
+        credits: &raw[..count],
+    };
+    let max = STREAM_CREDITS_MAX;
+    list(max, frame(max + 1), frame(max), 24);
 }
 
 // SPEC: LIMIT-14

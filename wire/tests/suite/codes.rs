@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use multifd_wire::error::{LayoutError, Malformed, Misbehaved};
 use multifd_wire::frame::{GiveBackReason, Mark, OutcomeState, Section};
+use multifd_wire::kind::Senders;
 use multifd_wire::limits::ROUND_MAX;
 use multifd_wire::{
     ChannelKind, ChannelRef, Features, Generation, Incarnation, Intent, Kind, LaneId, Phase,
@@ -35,7 +36,7 @@ fn each_kind_travels_as_one_line_of_the_table_says() {
     assert_eq!(travels(Kind::OptionalUnknown(0xfffe)).len(), 4);
     for kind in Kind::ALL {
         let ways = travels(*kind).len();
-        let both = [Kind::KeepAlive, Kind::LaneDown, Kind::Abort].contains(kind);
+        let both = kind.senders() == Senders::Both;
         assert_eq!(ways, if both { 2 } else { 1 }, "{kind}");
         for from in ROLES {
             for on in CHANNELS {
@@ -60,10 +61,13 @@ fn each_kind_travels_as_one_line_of_the_table_says() {
 
 // SPEC: CHAN-2
 #[test]
-fn destination_sends_nothing_on_a_data_channel() {
+fn destination_sends_nothing_on_a_data_channel_but_carried_streams() {
     for kind in Kind::ALL {
-        assert!(
-            !kind.may_travel(Role::Destination, ChannelKind::Data),
+        // SPEC: CARRY-2
+        let carried = *kind == Kind::StreamData;
+        assert_eq!(
+            kind.may_travel(Role::Destination, ChannelKind::Data),
+            carried,
             "{kind}"
         );
     }
@@ -129,7 +133,7 @@ fn closed_lists_of_codes_come_back_and_end() {
     for code in 0..1000_u32 {
         assert_eq!(
             Phase::from_u32(code).map(Phase::as_u32),
-            (code <= 6).then_some(code)
+            (code <= 7).then_some(code)
         );
         let mark = (1..=4).contains(&code).then_some(code);
         assert_eq!(Mark::from_u32(code).map(Mark::as_u32), mark);
@@ -189,9 +193,10 @@ fn numbers_end_where_they_end() {
 #[test]
 fn features_are_sets() {
     let (device, resume) = (Features::DEVICE_STATE, Features::RESUME);
-    assert_eq!(device.union(resume), Features::KNOWN);
-    assert!(Features::KNOWN.contains(resume) && !device.contains(resume));
-    assert_eq!(Features::KNOWN.without(device), resume);
+    let both = device.union(resume);
+    assert_eq!(both.union(Features::BRIDGE), Features::KNOWN);
+    assert!(both.contains(resume) && !device.contains(resume));
+    assert_eq!(both.without(device), resume);
     assert!(device.intersection(resume).is_empty());
     let shown = device.union(Features::new(1 << 40)).to_string();
     assert_eq!(shown, "device-state+0x10000000000");

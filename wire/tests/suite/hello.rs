@@ -211,7 +211,7 @@ fn features_are_agreed_on_or_refused() {
         Features::NONE,
         Features::DEVICE_STATE,
         Features::RESUME,
-        Features::KNOWN,
+        Features::DEVICE_STATE.union(Features::RESUME),
     );
     let unknown = Features::new(1 << 63);
     for (mandatory, optional, offered, required, agreed) in [

@@ -5,15 +5,17 @@ use multifd_wire::frame::{
     Abort, Acks, BlobPart, Commit, Config, Credit, Credits, Device, DeviceChunk, DeviceFlags,
     DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant, KeepAlive,
     Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress, RawCredit,
-    RawDevice, RawLaneMark, RawRegion, RawRun, Ready, Regions, RoundClosed, RoundEnd, Running,
-    Section, SetupEnd, Switchover, SwitchoverAck, VmState, Zeros,
+    RawDevice, RawLaneMark, RawRegion, RawRun, RawStreamCredit, Ready, Regions, RoundClosed,
+    RoundEnd, Running, Section, SetupEnd, StreamCredit, StreamCredits, StreamData, StreamEnd,
+    StreamEndKind, StreamOpen, Switchover, SwitchoverAck, VmState, Zeros,
 };
 use multifd_wire::limits::{
-    BODY_BYTES_MAX_U64, DEVICE_STREAM_BYTES_MAX, MEMORY_PAGES_MAX, ROUND_MAX,
+    BODY_BYTES_MAX_U64, DEVICE_STREAM_BYTES_MAX, MEMORY_PAGES_MAX, ROUND_MAX, STREAM_BYTES_MAX,
+    STREAMS_MAX,
 };
 use multifd_wire::{
     Body, ChannelRef, DeviceId, Digest, Generation, Header, Incarnation, LaneId, Layout,
-    PAGE_BYTES, PageIndex, Phase, Reason, Region, RegionId, Round, Sequence, Text, Token,
+    PAGE_BYTES, PageIndex, Phase, Reason, Region, RegionId, Round, Sequence, StreamId, Text, Token,
 };
 use proptest::prelude::*;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -402,6 +404,26 @@ proptest! {
         let frame = Credits { credits: &raw };
         comes_back(frame.into(), 4, &[])?;
         prop_assert!(frame.iter().eq(credits));
+    }
+
+    #[test]
+    fn carried_streams_come_back(
+        stream in 0..STREAMS_MAX as u32,
+        offset in 0..STREAM_BYTES_MAX - 2000,
+        more in 0_u64..2000,
+        clean: bool,
+        body in prop::collection::vec(any::<u8>(), 1..2000),
+    ) {
+        let stream = StreamId::new(stream);
+        let how = if clean { StreamEndKind::Clean } else { StreamEndKind::Reset };
+        comes_back(StreamOpen { stream }.into(), 4, &[])?;
+        comes_back(StreamData { stream, offset }.into(), 5, &body)?;
+        comes_back(StreamEnd { stream, how, offset }.into(), 6, &[])?;
+        let credit = StreamCredit { stream, received: offset, offset_max: offset + more };
+        let raw = [RawStreamCredit::from(credit)];
+        let frame = StreamCredits { credits: &raw };
+        comes_back(frame.into(), 7, &[])?;
+        prop_assert!(frame.iter().eq([credit]));
     }
 
     #[test]

@@ -256,6 +256,9 @@ fn table_of_limits_is_that_of_the_code() {
         ("MEMORY_PAGES_MAX", limits::MEMORY_PAGES_MAX),
         ("ROUND_MAX", u64::from(limits::ROUND_MAX)),
         ("DEVICE_STREAM_BYTES_MAX", limits::DEVICE_STREAM_BYTES_MAX),
+        ("STREAMS_MAX", wide(limits::STREAMS_MAX)),
+        ("STREAM_BYTES_MAX", limits::STREAM_BYTES_MAX),
+        ("STREAM_CREDITS_MAX", wide(limits::STREAM_CREDITS_MAX)),
     ]
     .iter()
     .zip(1..)

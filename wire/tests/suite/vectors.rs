@@ -137,7 +137,7 @@ fn octets(name: &str) -> Vec<u8> {
 fn hellos_are_encoded_as_their_vectors() {
     let session = SessionId::new(counting(0x10));
     let (ticket, secret) = (Token::new(counting(0x20)), Token::new(counting(0x30)));
-    let all = Features::KNOWN;
+    let all = Features::DEVICE_STATE.union(Features::RESUME);
     let later = Hello {
         versions: VersionRange::new(1, 9).unwrap(),
         ..Hello::start(session, Features::NONE, Features::new(0xffff))
@@ -160,7 +160,7 @@ fn replies_are_encoded_as_their_vectors() {
     let session = SessionId::new(counting(0x10));
     let accepted = HelloReply::Accepted {
         version: 1,
-        features: Features::KNOWN,
+        features: Features::DEVICE_STATE.union(Features::RESUME),
         session,
     };
     let refused = HelloReply::refused(Reason::Busy, "beschäftigt: try again", session);
