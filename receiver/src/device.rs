@@ -10,7 +10,6 @@
 //! `device/` has what the destination does with it: the assembler of its stream, and the place where lanes hand it to the loader.
 //! The mirror image at the source is `multifd_sender::device::DeviceSource`.
 
-pub mod assembler;
 pub(crate) mod handover;
 #[cfg(feature = "model")]
 mod model;
@@ -20,21 +19,12 @@ mod shuttled;
 use multifd_wire::DeviceState;
 use multifd_wire::frame::DeviceFlags;
 
+pub use multifd_session::common::DeviceError;
+pub use multifd_session::destination::assembler;
+
 /// What [`handover`] waits with.
 mod sync {
     pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-}
-
-/// A device did not take what it was given; its reason travels to the user and, in an ABORT, to the source.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct DeviceError(Box<dyn std::error::Error + Send + Sync>);
-
-impl DeviceError {
-    /// Wraps the device's own error, or a text.
-    pub fn new(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self(reason.into())
-    }
 }
 
 /// A device at the destination, which takes in the state of the source's device of the same name.

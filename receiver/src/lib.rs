@@ -5,28 +5,25 @@
 //! with the [`Report`].
 //!
 //! ```text
-//!   session.rs   the control plane as a machine without I/O     lane.rs   one data channel, likewise
+//!   session      the control plane as a machine without I/O     lane      one data channel, likewise
 //!   landing.rs   what is in memory: checks, digest, damage      driver/   threads, queues, sockets
-//!   vmm.rs       what the embedder gives                        report.rs, progress.rs, error.rs  what the user sees
+//!   vmm.rs       what the embedder gives                        report.rs, progress.rs  what the user sees
 //! ```
 //! The promise: the guest runs here only with everything landed, verified and loaded, and only after the source committed
 //! (see [`vmm::Ownership`]). Whatever the peer sends costs bounded memory and time.
 #![forbid(unsafe_code)]
 
 mod bits;
-mod blobs;
-pub mod config;
 pub mod device;
 mod driver;
-pub mod error;
 mod landing;
-pub mod lane;
 pub mod progress;
 pub mod report;
-pub mod session;
 #[cfg(feature = "vfio")]
 pub mod vfio;
 pub mod vmm;
+
+pub use multifd_session::destination::{config, error, lane, session};
 
 pub use config::{Config, ConfigBuilder, ConfigError};
 pub use device::{DeviceError, DeviceSink};

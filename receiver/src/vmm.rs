@@ -1,52 +1,16 @@
 //! What the destination's VMM gives to a migration, and the proof it is shown before it may run the guest.
 //!
 //! The rule this file keeps: the guest runs here only with a [`Ownership`], which the session makes from a
-//! [`Ready`] (last round closed, digests equal, state loaded) and a COMMIT (SPEC: COMMIT-1).
+//! `Ready` (last round closed, digests equal, state loaded) and a COMMIT (SPEC: COMMIT-1).
 
-use bytes::Bytes;
 use multifd_transport::GuestMemory;
 use multifd_wire::Layout;
 use multifd_wire::frame::Device;
 
+pub use multifd_session::common::{Blob, VmmError};
+pub use multifd_session::destination::Ownership;
+
 use crate::device::DeviceSink;
-use crate::session::Ready;
-
-/// A piece of VM state or configuration, opaque to multifd: exactly what the source's VMM gave.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Blob {
-    /// What it is, in the embedder's numbering.
-    pub kind: u32,
-    /// Which encoding of it, in the embedder's numbering.
-    pub version: u32,
-    /// The octets. They come from the peer: untrusted until the embedder has checked them.
-    pub octets: Bytes,
-}
-
-/// The embedder said no; its reason travels to the user and, in an ABORT, to the source.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct VmmError(Box<dyn std::error::Error + Send + Sync>);
-
-impl VmmError {
-    /// Wraps the embedder's own error, or a text.
-    pub fn new(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self(reason.into())
-    }
-}
-
-/// Proof that the guest belongs to this side: everything is here, verified and loaded, and the source has committed.
-#[derive(Debug)]
-#[must_use = "the guest runs nowhere until the VMM is shown this"]
-pub struct Ownership {
-    _ready: Ready,
-}
-
-impl Ownership {
-    /// Only for the session's transition table, on COMMIT.
-    pub(crate) fn new(ready: Ready) -> Self {
-        Self { _ready: ready }
-    }
-}
 
 /// The destination's virtual machine monitor, as the migration sees it.
 ///

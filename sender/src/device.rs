@@ -13,23 +13,13 @@
 
 #[cfg(feature = "model")]
 mod model;
-pub mod stream;
 
 use bytes::Bytes;
 use multifd_wire::DeviceState;
 use multifd_wire::frame::DeviceFlags;
 
-/// A device did not do what it was asked for; its reason travels to the user and, in an ABORT, to the peer.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct DeviceError(Box<dyn std::error::Error + Send + Sync>);
-
-impl DeviceError {
-    /// Wraps the device's own error, or a text.
-    pub fn new(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self(reason.into())
-    }
-}
+pub use multifd_session::common::DeviceError;
+pub use multifd_session::source::stream;
 
 /// What a device is and wants, fixed for a migration. It becomes the device's entry in the table of DEVICES.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,25 +5,21 @@
 //! [`Handle`] at any time; the end is a [`Finished`] with the [`Report`].
 //!
 //! ```text
-//!   session.rs    the control plane as a machine without I/O     lane.rs   one data channel, likewise
-//!   forecast.rs   when will it end                               driver/   threads, queues, sockets
-//!   vmm.rs        what the embedder gives                        report.rs, progress.rs, error.rs  what the user sees
+//!   session       the control plane as a machine without I/O     lane      one data channel, likewise
+//!   forecast      when will it end                               driver/   threads, queues, sockets
+//!   vmm.rs        what the embedder gives                        report.rs, progress.rs  what the user sees
 //! ```
 //! The promise: whatever fails before the commit leaves the guest running here, and after it never (see [`vmm::Reclaimed`]).
 #![forbid(unsafe_code)]
 
-pub mod config;
 pub mod device;
 mod driver;
-pub mod error;
-pub mod forecast;
-pub mod lane;
-pub mod pacer;
 pub mod progress;
 pub mod report;
-pub mod session;
 pub mod vfio;
 pub mod vmm;
+
+pub use multifd_session::source::{config, error, forecast, lane, pacer, session};
 
 pub use config::{
     Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost,

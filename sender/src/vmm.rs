@@ -3,55 +3,11 @@
 //! The rule this file keeps: after the commit was sent the source can't run the guest, because the only way to
 //! [`Vmm::resume`] is a [`Reclaimed`], and the session makes none once it is committed (SPEC: COMMIT-3).
 
-use bytes::Bytes;
-
 use crate::device::DeviceSource;
 use crate::driver::AskTicket;
 
-/// A piece of VM state or configuration, opaque to multifd.
-///
-/// `kind` and `version` are the embedder's own numbers; the destination's VMM is handed exactly these three values.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Blob {
-    /// What it is, in the embedder's numbering.
-    pub kind: u32,
-    /// Which encoding of it, in the embedder's numbering.
-    pub version: u32,
-    /// The octets; at most `wire::limits::BLOB_BYTES_MAX`.
-    pub octets: Bytes,
-}
-
-/// The embedder said no; its reason travels to the user and, in an ABORT, to the peer.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct VmmError(Box<dyn std::error::Error + Send + Sync>);
-
-impl VmmError {
-    /// Wraps the embedder's own error, or a text.
-    pub fn new(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self(reason.into())
-    }
-}
-
-/// Proof that the guest belongs to the source: no commit left for the destination in the pause that it ends, or the destination
-/// gave its word that it has read none and will take none any more (SPEC: ASK-3).
-///
-/// Only the session makes it. It is consumed by [`Vmm::resume`].
-#[derive(Debug)]
-#[must_use = "the guest stays paused until the VMM is shown this"]
-pub struct Reclaimed(());
-
-impl Reclaimed {
-    /// Only for the session's transition tables, which call it in states before the commit.
-    pub(crate) fn new() -> Self {
-        Self(())
-    }
-
-    /// Only for the session's transition table, on the destination's answer that it is not committed and never will be.
-    pub(crate) fn not_committed() -> Self {
-        Self(())
-    }
-}
+pub use multifd_session::common::{Blob, VmmError};
+pub use multifd_session::source::Reclaimed;
 
 /// The source's virtual machine monitor, as the migration sees it.
 ///

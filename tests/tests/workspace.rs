@@ -17,6 +17,8 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("multifd-wire", &[]),
     ("multifd-transport", &[]),
     ("multifd-tracking", &[]),
+    // The protocol knows the format and nothing that does I/O.
+    ("multifd-session", &["multifd-wire"]),
     (
         "multifd-guest",
         &["multifd-tracking", "multifd-transport", "multifd-wire"],
@@ -24,6 +26,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     (
         "multifd-sender",
         &[
+            "multifd-session",
             "multifd-wire",
             "multifd-transport",
             "multifd-tracking",
@@ -34,6 +37,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         "multifd-receiver",
         // The tracking through the feature `vfio` only, whose devices it opens.
         &[
+            "multifd-session",
             "multifd-wire",
             "multifd-transport",
             "multifd-tracking",
@@ -47,6 +51,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
             "multifd-transport",
             "multifd-tracking",
             "multifd-guest",
+            "multifd-session",
             "multifd-sender",
             "multifd-receiver",
         ],
@@ -54,7 +59,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
 ];
 
 /// Crates in which the compiler forbids `unsafe` for good: no file of theirs can allow it again.
-const WITHOUT_UNSAFE: &[&str] = &["wire", "sender", "receiver"];
+const WITHOUT_UNSAFE: &[&str] = &["wire", "session", "sender", "receiver"];
 
 /// Crates whose files may allow `unsafe`, one by one and with a reason.
 const WITH_UNSAFE: &[&str] = &["transport", "tracking", "guest"];
@@ -204,6 +209,44 @@ fn crates_without_unsafe_forbid_it() {
                 .any(|line| line == "#![forbid(unsafe_code)]"),
             "{krate}/src/lib.rs does not forbid unsafe code"
         );
+    }
+}
+
+#[test]
+fn the_protocol_denies_clocks_threads_locks_queues_and_sockets() {
+    let library = read(&root().join("session/src/lib.rs"));
+    assert!(
+        library
+            .lines()
+            .any(|line| line == "#![deny(clippy::disallowed_types, clippy::disallowed_methods)]"),
+        "session/src/lib.rs does not deny what its clippy.toml lists"
+    );
+    let list = read(&root().join("session/clippy.toml"));
+    for path in [
+        "std::time::Instant",
+        "std::time::SystemTime",
+        "std::thread::spawn",
+        "std::sync::Mutex",
+        "std::sync::RwLock",
+        "std::sync::Condvar",
+        "std::sync::mpsc::Receiver",
+        "std::net::TcpStream",
+        "std::fs::File",
+    ] {
+        assert!(
+            list.contains(&format!("\"{path}\"")),
+            "session/clippy.toml does not list {path}"
+        );
+    }
+    for path in sources(&root().join("session/src")) {
+        let source = read(&path);
+        for level in ["allow", "expect"] {
+            assert!(
+                !source.contains(&format!("{level}(clippy::disallowed")),
+                "{} lets itself off",
+                path.display()
+            );
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use multifd_session::destination::blobs::Assembler;
 use multifd_transport::{Closer, GuestMemory, SendHalf};
 use multifd_wire::frame::{
     Abort, Acks, Credit, Credits, Device, DeviceLoaded, GiveBack, GiveBackReason, KeepAlive,
@@ -29,7 +30,6 @@ use super::greet::{Joined, Opened};
 use super::lane::{Begins, LaneThread};
 use super::link::{ControlSender, Inbound};
 use super::{Finished, Note, Shared, thread_cpu};
-use crate::blobs::Assembler;
 use crate::device::DeviceSink;
 use crate::error::{Error, Fault};
 use crate::landing::{Landing, LandingError};
@@ -258,7 +258,7 @@ impl Control {
                 },
             )
         })?;
-        let blob_bytes_max = shared.config.blob_bytes_max;
+        let blob_bytes_max = shared.config.blob_bytes_max();
         Ok(Self {
             shared,
             inbox,
@@ -378,11 +378,11 @@ impl Control {
         let now = self.now();
         self.note_progress(now);
         if now >= self.ack_due {
-            self.ack_due = now + self.shared.config.ack_period;
+            self.ack_due = now + self.shared.config.ack_period();
             self.acknowledge();
         }
         if now >= self.keep_alive_due {
-            self.keep_alive_due = now + self.shared.config.keep_alive;
+            self.keep_alive_due = now + self.shared.config.keep_alive();
             self.say_alive();
         }
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
@@ -924,7 +924,7 @@ impl Control {
         if let Some(most) = self
             .shared
             .config
-            .memory_bytes_max
+            .memory_bytes_max()
             .filter(|most| wanted > *most)
         {
             return Err(Error::new(
@@ -983,10 +983,10 @@ impl Control {
             layout.pages_total().value() * PAGE_BYTES_U64,
             end.memory_bytes,
         )?;
-        if end.lanes == 0 || end.lanes > self.shared.config.lanes_max {
+        if end.lanes == 0 || end.lanes > self.shared.config.lanes_max() {
             return Err(fail(Misbehaved::Amount {
                 field: "setup_end.lanes",
-                expected: self.shared.config.lanes_max.into(),
+                expected: self.shared.config.lanes_max().into(),
                 found: end.lanes.into(),
             }));
         }
@@ -1008,7 +1008,7 @@ impl Control {
         self.count_lanes();
         // Octets that were changed on the way cost the lane (SPEC: ERR-2); if it can't be dialled again, everything.
         let damaged = matches!(&fault, Fault::Malformed(e) if e.reason() == Reason::Corruption)
-            && !self.shared.config.suspend.is_zero();
+            && !self.shared.config.suspend().is_zero();
         let reason = if damaged {
             Reason::Corruption
         } else {
@@ -1143,12 +1143,17 @@ impl Control {
             return Err(fail(Misbehaved::Feature { kind }.into()));
         }
         let config = &self.shared.config;
-        check_table(&table, config.device_window_bytes, config.device_bytes_max).map_err(fail)?;
+        check_table(
+            &table,
+            config.device_window_bytes(),
+            config.device_bytes_max(),
+        )
+        .map_err(fail)?;
         if let Some(first) = &self.devices {
             return self.same_devices(first, &table);
         }
         if agreed {
-            let inventory = Inventory::new(&table, config.device_window_bytes);
+            let inventory = Inventory::new(&table, config.device_window_bytes());
             self.inventory = Some(Arc::new(inventory));
         }
         let count = u32::try_from(table.len()).unwrap_or(u32::MAX);
@@ -1253,7 +1258,7 @@ impl Control {
 
     /// A device's own code may not return: then neither does its loader, and the migration ends without it.
     fn watch_devices(&mut self) {
-        let limit = self.shared.config.device_deadline;
+        let limit = self.shared.config.device_deadline();
         if let Some(fault) = self.loaders.iter().find_map(|loader| loader.stuck(limit)) {
             let error = Error::new(self.phase(), fault);
             self.drive(Event::Failed(error));
@@ -1266,7 +1271,7 @@ impl Control {
             return std::mem::take(&mut self.sinks);
         };
         inventory.end();
-        let patience = self.shared.config.device_deadline;
+        let patience = self.shared.config.device_deadline();
         let mut sinks = std::mem::take(&mut self.sinks);
         for loader in std::mem::take(&mut self.loaders) {
             let name = loader.name.clone();

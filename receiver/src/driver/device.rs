@@ -14,7 +14,7 @@ use multifd_wire::frame::{Credit, Device, DeviceChunk, DeviceFlags, DeviceMark};
 use multifd_wire::limits::BLOB_BYTES_MAX;
 use multifd_wire::{DeviceId, DeviceState, Generation, Header, Misbehaved};
 
-use super::link::skip_body;
+use super::link::{failed, skip_body};
 use super::{Note, Shared, lock, thread_cpu};
 use crate::device::assembler::{Assembler, Came, Item};
 use crate::device::handover::{Body, Handover, Waited};
@@ -99,14 +99,14 @@ impl Inventory {
             .map_err(named)?
         {
             Body::Have => {
-                skip_body(rx, header.body_bytes())?;
+                skip_body(rx, header.body_bytes()).map_err(failed)?;
                 Ok(Came::More)
             }
             Body::Take(mut octets) => {
                 // SPEC: ERR-4
                 let read = rx
                     .receive(&mut octets)
-                    .map_err(Fault::from)
+                    .map_err(failed)
                     .and_then(|()| Ok(header.check_body(&octets)?));
                 if let Err(fault) = read {
                     place.give_up(chunk.index);
@@ -333,7 +333,7 @@ pub(super) fn with_all(
             return (Err(Fault::System { step, source }), Vec::new());
         }
     };
-    let limit = shared.config.device_deadline;
+    let limit = shared.config.device_deadline();
     loop {
         match back.recv_timeout(limit.min(LOOK)) {
             Ok(done) => {

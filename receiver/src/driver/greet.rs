@@ -232,7 +232,7 @@ pub(super) fn offer(shared: &Arc<Shared>, mut channel: Box<dyn Channel>) -> Resu
     let theirs = Arc::clone(shared);
     let body = Box::new(move || {
         let peer = channel.describe();
-        let deadline = Instant::now() + theirs.config.hello_deadline;
+        let deadline = Instant::now() + theirs.config.hello_deadline();
         if let Err(error) = channel.establish(deadline) {
             theirs.counters.refused.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(channel = %peer, %error, "connection closed: it did not become a channel");
@@ -256,7 +256,7 @@ pub(super) fn offer(shared: &Arc<Shared>, mut channel: Box<dyn Channel>) -> Resu
 fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError> {
     let description = channel.describe();
     let (mut tx, mut rx, closer) = channel.split();
-    let deadline = Instant::now() + shared.config.hello_deadline;
+    let deadline = Instant::now() + shared.config.hello_deadline();
     tx.set_deadline(Some(deadline));
     rx.set_deadline(Some(deadline));
     let mut octets = [0u8; HELLO_BYTES];
@@ -288,7 +288,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         return refuse(shared, &mut *tx, &mut *rx, &reply);
     }
     // SPEC: FEAT-5
-    let features = if shared.config.suspend.is_zero() {
+    let features = if shared.config.suspend().is_zero() {
         Features::DEVICE_STATE
     } else {
         Features::DEVICE_STATE.union(Features::RESUME)
@@ -302,7 +302,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
     let note = match hello.intent {
         Intent::Start => match shared
             .desk
-            .start(&hello, agreement, shared.config.lanes_max)
+            .start(&hello, agreement, shared.config.lanes_max())
         {
             Ok((ticket, resume_secret)) => Note::Opened(Opened {
                 tx,
@@ -408,7 +408,7 @@ fn answer(
 ) -> Result<(), ChannelError> {
     let (asked, answers) = crossbeam_channel::bounded(1);
     let _ = shared.notes.send(Note::Asked { answer: asked });
-    let Ok(state) = answers.recv_timeout(shared.config.hello_deadline) else {
+    let Ok(state) = answers.recv_timeout(shared.config.hello_deadline()) else {
         let no = HelloReply::refused(
             Reason::ShuttingDown,
             "nobody is there to answer",
@@ -454,7 +454,7 @@ pub(super) fn turn_away(
 
 /// From now on a peer has as long as it has for its hello.
 fn limit(shared: &Shared, tx: &mut dyn SendHalf, rx: &mut dyn ReceiveHalf) {
-    let deadline = Instant::now() + shared.config.hello_deadline;
+    let deadline = Instant::now() + shared.config.hello_deadline();
     tx.set_deadline(Some(deadline));
     rx.set_deadline(Some(deadline));
 }

@@ -17,7 +17,7 @@ use multifd_wire::{
 
 use super::device::{DeviceNote, Inventory};
 use super::gate::Gate;
-use super::link::{read_head, skip_body};
+use super::link::{failed, read_head, skip_body};
 use super::{Note, Shared, thread_cpu};
 use crate::device::assembler::Came;
 use crate::error::Fault;
@@ -69,7 +69,7 @@ impl LaneThread {
         if let Begins::Behind(round) = self.begins
             && !self.gate.wait_for(round, &self.given_up)
         {
-            return Fault::Channel(ChannelError::ShutDown);
+            return failed(ChannelError::ShutDown);
         }
         loop {
             match self.frame(&mut *rx, &mut work) {
@@ -91,7 +91,7 @@ impl LaneThread {
                     if self.notes.send(arrived).is_err()
                         || !self.gate.wait_for(next, &self.given_up)
                     {
-                        return Fault::Channel(ChannelError::ShutDown);
+                        return failed(ChannelError::ShutDown);
                     }
                     if let Err(error) = work.lane.gate_opened(next) {
                         return error.into();
@@ -108,7 +108,7 @@ impl LaneThread {
     }
 
     fn frame(&self, rx: &mut dyn ReceiveHalf, work: &mut Work) -> Result<Step, Fault> {
-        rx.set_stall(Some(self.shared.config.stall));
+        rx.set_stall(Some(self.shared.config.stall()));
         let lane = &mut work.lane;
         let header = read_head(rx, &mut work.table, ChannelKind::Data, |header| {
             lane.header(header)
@@ -136,7 +136,7 @@ impl LaneThread {
                 let came = self.devices(header.kind())?.mark(&mark)?;
                 complete = (came == Came::All).then_some(mark.device);
             }
-            Frame::Skipped(_) => skip_body(rx, header.body_bytes())?,
+            Frame::Skipped(_) => skip_body(rx, header.body_bytes()).map_err(failed)?,
             // Only kinds that the table does not let travel here.
             other => return Err(Misbehaved::Feature { kind: other.kind() }.into()),
         }
@@ -184,7 +184,8 @@ impl LaneThread {
         let spans: Vec<Span<'_>> = spans.collect();
         self.landing.touch(runs);
         rx.receive_into(&spans)
-            .inspect_err(|_| self.landing.cut_off(runs))?;
+            .inspect_err(|_| self.landing.cut_off(runs))
+            .map_err(failed)?;
         bad.clear();
         self.landing.landed(runs, pages.checksums, bad);
         self.shared

@@ -1,5 +1,6 @@
 //! Frames over a channel: reading heads, and the control channel's two directions.
 
+use multifd_session::common::ChannelFault;
 use multifd_transport::{ChannelError, ReceiveHalf, SendHalf};
 use multifd_wire::frame::{BlobPart, Commit, Device, Final, Regions, SetupEnd, Switchover};
 use multifd_wire::{
@@ -9,6 +10,11 @@ use multifd_wire::{
 
 use super::{Note, Shared};
 use crate::error::{Error, Fault};
+
+/// The transport's error, as the protocol knows it.
+pub(super) fn failed(error: ChannelError) -> Fault {
+    Fault::Channel(ChannelFault::new(error.code(), error.sent_nothing(), error))
+}
 
 /// The sending direction of the control channel.
 pub(super) struct ControlSender {
@@ -30,7 +36,7 @@ impl ControlSender {
         self.head.clear();
         frame.into().encode(self.next, Body::None, &mut self.head)?;
         self.next = Sequence::new(self.next.value() + 1);
-        Ok(self.tx.send(&self.head, &[])?)
+        self.tx.send(&self.head, &[]).map_err(failed)
     }
 
     pub(super) fn half(&mut self) -> &mut dyn SendHalf {
@@ -46,7 +52,7 @@ pub(super) fn read_head(
     turn: impl FnOnce(&Header) -> Result<(), Misbehaved>,
 ) -> Result<Header, Fault> {
     let mut octets = [0u8; HEADER_BYTES];
-    receive_first(rx, &mut octets)?;
+    receive_first(rx, &mut octets).map_err(failed)?;
     let header = Header::decode(&octets)?;
     turn(&header)?;
     let (kind, from) = (header.kind(), Role::Source);
@@ -54,7 +60,7 @@ pub(super) fn read_head(
         return Err(Misbehaved::Direction { kind, from, on }.into());
     }
     table.resize(header.table_bytes(), 0);
-    rx.receive(table)?;
+    rx.receive(table).map_err(failed)?;
     Ok(header)
 }
 
@@ -136,7 +142,7 @@ fn next(
     };
     let inbound = owned(frame, body)?;
     if !with_body {
-        skip_body(rx, header.body_bytes())?;
+        skip_body(rx, header.body_bytes()).map_err(failed)?;
     }
     Ok(inbound)
 }
@@ -144,7 +150,7 @@ fn next(
 /// A body of at most 1 MiB, which the header's check has seen to.
 fn read_body(rx: &mut dyn ReceiveHalf, header: &Header) -> Result<Vec<u8>, Fault> {
     let mut body = vec![0u8; header.body_bytes()];
-    rx.receive(&mut body)?;
+    rx.receive(&mut body).map_err(failed)?;
     header.check_body(&body)?;
     Ok(body)
 }

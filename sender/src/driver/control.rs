@@ -27,7 +27,7 @@ use multifd_wire::{
 use super::ask::AskTicket;
 use super::device::{Fleet, Order};
 use super::lane::LaneCommand;
-use super::link::{ControlSender, Inbound, open};
+use super::link::{ControlSender, Inbound, failed, open};
 use super::redial::{Attempt, Purpose, Redial, lane_life};
 use super::work::{RoundWork, tracked};
 use super::{Dial, Finished, LaneState, Note, Shared, lock, scan, thread_cpu};
@@ -248,7 +248,7 @@ impl Control {
             })
         })?;
         self.id = SessionId::new(id);
-        let deadline = Instant::now() + self.shared.config.hello_deadline;
+        let deadline = Instant::now() + self.shared.config.hello_deadline();
         let channel = self
             .dial
             .dial(ChannelRef::Control, deadline)
@@ -300,7 +300,7 @@ impl Control {
         }
         let now = self.shared.now();
         if now >= self.keep_alive_due {
-            let period = self.shared.config.keep_alive;
+            let period = self.shared.config.keep_alive();
             self.keep_alive_due = now
                 + if self.session.is_paused() {
                     period.min(resume::PAUSED_KEEP_ALIVE)
@@ -474,7 +474,7 @@ impl Control {
         let lanes = if again {
             u32::try_from(self.lanes.len()).unwrap_or(u32::MAX)
         } else {
-            shared.config.channels.min(granted)
+            shared.config.channels().min(granted)
         };
         let memory_bytes = shared.layout.pages_total().value() * multifd_wire::PAGE_BYTES_U64;
         let devices = self.fleet.table();
@@ -612,7 +612,7 @@ impl Control {
         counters.round_pages_left.store(pages, Relaxed);
         let octets_before = counters.octets_sent.load(Relaxed);
         self.timeline.round_opened(round, pages, self.shared.now());
-        let work = Arc::new(RoundWork::new(taken, self.shared.config.body_pages));
+        let work = Arc::new(RoundWork::new(taken, self.shared.config.body_pages()));
         for slot in self.lanes.iter().filter(|slot| slot.life == Life::Alive) {
             if let Some(commands) = &slot.commands {
                 // There is room: a lane gets its next round only after it said that it encoded the one before.
@@ -690,7 +690,7 @@ impl Control {
     }
 
     fn send_final(&mut self, round: Round) -> Result<Event, Error> {
-        if self.shared.config.dirty_scan == DirtyScan::AtSwitchover {
+        if self.shared.config.dirty_scan() == DirtyScan::AtSwitchover {
             self.scan_for_unreported()?;
         }
         let digest = self.shared.digest.value();
@@ -724,7 +724,7 @@ impl Control {
             })
         })?;
         let found = loop {
-            match told.recv_timeout(self.shared.config.keep_alive) {
+            match told.recv_timeout(self.shared.config.keep_alive()) {
                 Ok(found) => break Some(found),
                 Err(RecvTimeoutError::Timeout) => {
                     let stamp_us = micros(self.shared.now()).max(1);
@@ -740,7 +740,7 @@ impl Control {
         self.timeline.dirty_scan = Some(began.elapsed());
         match (found, ended) {
             (Some(found), _) if found.is_empty() => Ok(()),
-            (Some(found), _) => Err(fail(Fault::Unreported(found))),
+            (Some(found), _) => Err(fail(Fault::Unreported(found.to_string()))),
             (None, _) => Err(fail(Fault::System {
                 step: "the scan for unreported writes",
                 source: std::io::Error::other("its thread panicked"),
@@ -803,7 +803,7 @@ impl Control {
                         if slot.life == Life::Redialling && slot.state.given_up.load(Relaxed) =>
                     {
                         closer.shutdown();
-                        self.redial_failed(lane, Fault::Channel(ChannelError::ShutDown));
+                        self.redial_failed(lane, failed(ChannelError::ShutDown));
                     }
                     Some(slot) if slot.life == Life::Redialling => {
                         slot.closer = Some(closer);
@@ -1321,7 +1321,7 @@ impl Control {
             .iter()
             .filter_map(|slot| slot.dying_since)
             .min()?;
-        Some(first + self.shared.config.stall * SETTLE_STALLS)
+        Some(first + self.shared.config.stall() * SETTLE_STALLS)
     }
 
     fn count_lanes(&self) {

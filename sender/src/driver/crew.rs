@@ -39,9 +39,15 @@ struct Window {
 #[derive(Debug)]
 pub(super) struct Seat<'c>(Option<&'c Crew>);
 
+fn two_a_processor() -> u32 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(processors).map_or(u32::MAX, |count| count.saturating_mul(2))
+}
+
 impl Crew {
-    /// `seats` of `lanes` at first.
-    pub(super) fn new(lanes: u32, seats: u32) -> Self {
+    /// `seats` of `lanes` at first; two for each processor if it was not set.
+    pub(super) fn new(lanes: u32, seats: Option<u32>) -> Self {
+        let seats = seats.unwrap_or_else(two_a_processor);
         Self {
             seats,
             all: AtomicBool::new(lanes <= seats),
@@ -124,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_seat_is_free_again_when_its_lane_leaves() {
-        let crew = Crew::new(3, 2);
+        let crew = Crew::new(3, Some(2));
         let first = crew.sit(false);
         let second = crew.sit(false);
         assert!(first.is_some() && second.is_some());
@@ -135,7 +141,7 @@ mod tests {
 
     #[test]
     fn lanes_that_keep_the_processors_busy_stay_few() {
-        let crew = Crew::new(8, 4);
+        let crew = Crew::new(8, Some(4));
         watch(&crew, STEP);
         let seats: Vec<_> = (0..8).filter_map(|_| crew.sit(false)).collect();
         assert_eq!(seats.len(), 4);
@@ -143,7 +149,7 @@ mod tests {
 
     #[test]
     fn lanes_that_wait_for_the_network_get_company() {
-        let crew = Crew::new(8, 4);
+        let crew = Crew::new(8, Some(4));
         watch(&crew, STEP / 10);
         let seats: Vec<_> = (0..8).filter_map(|_| crew.sit(false)).collect();
         assert_eq!(seats.len(), 8);
@@ -151,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_time_in_which_nobody_waited_says_nothing() {
-        let crew = Crew::new(8, 4);
+        let crew = Crew::new(8, Some(4));
         let now = Instant::now();
         crew.look(now);
         crew.look(now + WINDOW * 3);
@@ -161,7 +167,7 @@ mod tests {
 
     #[test]
     fn with_the_guest_paused_everybody_sits() {
-        let crew = Crew::new(8, 2);
+        let crew = Crew::new(8, Some(2));
         let seats: Vec<_> = (0..8).filter_map(|_| crew.sit(true)).collect();
         assert_eq!(seats.len(), 8);
     }

@@ -17,6 +17,7 @@ use multifd_wire::limits::{RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX};
 use multifd_wire::{Body, Frame, HEADER_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence};
 use zerocopy::byteorder::little_endian::U32;
 
+use super::link::failed;
 use super::work::{RoundWork, Sorted, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
 use crate::device::stream::Head;
@@ -124,7 +125,7 @@ impl<'s> Feeder<'s> {
         let (mark, sequence) = self.with_lane(crate::lane::Lane::end_round)?;
         self.head.clear();
         Frame::from(mark).encode(sequence, Body::None, &mut self.head)?;
-        Ok(self.tx.send(&self.head, &[])?)
+        self.tx.send(&self.head, &[]).map_err(failed)
     }
 
     fn round(
@@ -189,7 +190,7 @@ impl<'s> Feeder<'s> {
         self.tx.set_more(false);
         self.head.clear();
         Frame::from(mark).encode(sequence, Body::None, &mut self.head)?;
-        Ok(self.tx.send(&self.head, &[])?)
+        self.tx.send(&self.head, &[]).map_err(failed)
     }
 
     /// Items of devices, between two extents of pages: with the guest paused all that are there, otherwise until devices are
@@ -239,7 +240,7 @@ impl<'s> Feeder<'s> {
         }
         // The lane whose channel is free takes it. One that took it first and then waited would keep the destination waiting
         // for this item, with all that follow it in hand and the window full.
-        self.tx.wait_for_room()?;
+        self.tx.wait_for_room().map_err(failed)?;
         let Some(item) = depot.outbox.take() else {
             return Ok(None);
         };
@@ -261,12 +262,12 @@ impl<'s> Feeder<'s> {
         };
         if item.octets().is_empty() {
             frame.encode(sequence, Body::None, &mut self.head)?;
-            self.tx.send(&self.head, &[])?;
+            self.tx.send(&self.head, &[]).map_err(failed)?;
         } else {
             let body = Body::Octets(item.octets());
             frame.encode(sequence, body, &mut self.head)?;
             let sources = [IoSource::Octets(item.octets())];
-            self.tx.send(&self.head, &sources)?;
+            self.tx.send(&self.head, &sources).map_err(failed)?;
         }
         depot.sent(&item);
         let counters = &self.shared.counters;
@@ -299,11 +300,11 @@ impl<'s> Feeder<'s> {
             } else {
                 if unsent.pages.is_empty() {
                     // May fail: the page is still in the extent.
-                    self.tx.wait_for_room()?;
+                    self.tx.wait_for_room().map_err(failed)?;
                 }
                 self.checksums.push(U32::new(span.crc32()));
                 unsent.sort_first(Sorted::Content);
-                if unsent.pages.pages() >= self.shared.config.body_pages
+                if unsent.pages.pages() >= self.shared.config.body_pages()
                     || unsent.pages.runs() >= RUNS_PER_PAGES_MAX
                 {
                     self.send_pages(unsent, round)?;
@@ -350,7 +351,7 @@ impl<'s> Feeder<'s> {
         let encoded = frame.encode(sequence, Body::Pages, &mut self.head);
         self.checksums.clear();
         encoded?;
-        self.tx.send(&self.head, &sources)?;
+        self.tx.send(&self.head, &sources).map_err(failed)?;
         self.count(octets, pages, 0);
         Ok(())
     }
@@ -376,7 +377,7 @@ impl<'s> Feeder<'s> {
             runs: &self.raw_runs,
         })
         .encode(sequence, Body::None, &mut self.head)?;
-        self.tx.send(&self.head, &[])?;
+        self.tx.send(&self.head, &[]).map_err(failed)?;
         self.count(octets, 0, pages);
         Ok(())
     }
@@ -410,13 +411,13 @@ impl<'s> Feeder<'s> {
             Some(lane) => f(lane).map_err(|misuse| Fault::OutOfTurn {
                 what: format!("lane {}: {misuse}", self.state.id),
             }),
-            None => Err(Fault::Channel(ChannelError::ShutDown)),
+            None => Err(failed(ChannelError::ShutDown)),
         }
     }
 
     fn check_stop(&self) -> Result<(), Fault> {
         if self.state.given_up.load(Relaxed) {
-            return Err(Fault::Channel(ChannelError::ShutDown));
+            return Err(failed(ChannelError::ShutDown));
         }
         self.shared.check_stop()
     }
@@ -435,7 +436,7 @@ impl<'s> Feeder<'s> {
             .is_some_and(|lane| lane.unacked_frames() >= UNACKED_FRAMES_MAX)
         {
             self.check_stop()?;
-            if since.elapsed() > self.shared.config.stall {
+            if since.elapsed() > self.shared.config.stall() {
                 return Err(Fault::Timeout {
                     what: "an acknowledgement",
                 });

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
+use multifd_session::common::ChannelFault;
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::{
     DeviceLoaded, Grant, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed, Running,
@@ -19,6 +20,11 @@ use multifd_wire::{
 use super::device::Depot;
 use super::{Note, Shared};
 use crate::error::{Error, Fault};
+
+/// The transport's error, as the protocol knows it.
+pub(super) fn failed(error: ChannelError) -> Fault {
+    Fault::Channel(ChannelFault::new(error.code(), error.sent_nothing(), error))
+}
 
 /// A channel whose hello was accepted.
 pub(super) struct Open {
@@ -39,9 +45,9 @@ pub(super) fn open(
     let (mut tx, mut rx, closer) = channel.split();
     tx.set_deadline(Some(deadline));
     rx.set_deadline(Some(deadline));
-    tx.send(&hello.encode(), &[])?;
+    tx.send(&hello.encode(), &[]).map_err(failed)?;
     let mut octets = [0u8; HELLO_REPLY_BYTES];
-    rx.receive(&mut octets)?;
+    rx.receive(&mut octets).map_err(failed)?;
     let reply = HelloReply::decode(&octets)?;
     let agreement = accept(hello, &reply).map_err(|e| match e {
         Incompatible::Refused { reason, text } => Fault::Refused {
@@ -82,7 +88,7 @@ impl ControlSender {
         self.head.clear();
         frame.into().encode(self.next, Body::None, &mut self.head)?;
         self.next = Sequence::new(self.next.value() + 1);
-        Ok(self.tx.send(&self.head, &[])?)
+        self.tx.send(&self.head, &[]).map_err(failed)
     }
 
     /// Sends a frame and its body.
@@ -96,9 +102,9 @@ impl ControlSender {
             .into()
             .encode(self.next, Body::Octets(body), &mut self.head)?;
         self.next = Sequence::new(self.next.value() + 1);
-        Ok(self
-            .tx
-            .send(&self.head, &[multifd_transport::IoSource::Octets(body)])?)
+        self.tx
+            .send(&self.head, &[multifd_transport::IoSource::Octets(body)])
+            .map_err(failed)
     }
 
     pub(super) fn half(&mut self) -> &mut dyn SendHalf {
@@ -202,7 +208,7 @@ struct Reader {
 impl Reader {
     fn next(&mut self, rx: &mut dyn ReceiveHalf) -> Result<Inbound, Fault> {
         let mut octets = [0u8; HEADER_BYTES];
-        rx.receive(&mut octets)?;
+        rx.receive(&mut octets).map_err(failed)?;
         let header = Header::decode(&octets)?;
         header.check_sequence(self.expected)?;
         self.expected = Sequence::new(self.expected.value() + 1);
@@ -215,7 +221,7 @@ impl Reader {
             "Header::decode bounds it"
         );
         self.table.resize(header.table_bytes(), 0);
-        rx.receive(&mut self.table)?;
+        rx.receive(&mut self.table).map_err(failed)?;
         let frame = Frame::decode(&header, &self.table)?;
         // Straight to the devices: the control thread may be busy pausing the guest, and they must not stand still for that.
         let devices = !self.depot.desks().is_empty();
@@ -228,7 +234,7 @@ impl Reader {
             }
         }
         let inbound = owned(frame, devices)?;
-        skip_body(rx, header.body_bytes())?;
+        skip_body(rx, header.body_bytes()).map_err(failed)?;
         Ok(inbound)
     }
 }

@@ -77,7 +77,7 @@ pub(super) fn dial_again(
     round_trip: Option<Duration>,
 ) -> Result<Box<dyn Channel>, Fault> {
     let patience = CONNECT_BASE + round_trip.unwrap_or_default() * CONNECT_ROUND_TRIPS;
-    let deadline = Instant::now() + patience.min(shared.config.hello_deadline);
+    let deadline = Instant::now() + patience.min(shared.config.hello_deadline());
     dial.dial(channel, deadline)
         .map_err(|e| Fault::Dial(e.to_string()))
 }
@@ -111,7 +111,7 @@ pub(super) fn reach(
 ) -> Result<Reached, Fault> {
     let channel = dial_again(shared, dial, ChannelRef::Control, round_trip)?;
     shared.check_stop()?;
-    let deadline = Instant::now() + shared.config.hello_deadline;
+    let deadline = Instant::now() + shared.config.hello_deadline();
     let mut opened = open(channel, hello, deadline)?;
     if purpose == Purpose::Ask {
         opened.rx.set_deadline(Some(deadline));
@@ -145,7 +145,7 @@ pub(super) fn lane_life(
 ) -> Result<(), Fault> {
     let (at, deadline) = (
         ChannelRef::Lane(state.id),
-        Instant::now() + shared.config.hello_deadline,
+        Instant::now() + shared.config.hello_deadline(),
     );
     let channel = match attempt {
         Attempt::First => dial
@@ -156,7 +156,7 @@ pub(super) fn lane_life(
     shared.check_stop()?;
     let opened = open(channel, hello, deadline)?;
     let (mut tx, rx) = (opened.tx, opened.rx);
-    tx.set_stall(Some(shared.config.stall));
+    tx.set_stall(Some(shared.config.stall()));
     let _ = notes.send(Note::LaneUp {
         lane: state.id,
         incarnation: state.incarnation,

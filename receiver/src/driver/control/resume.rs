@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use multifd_session::destination::blobs::Assembler;
 use multifd_wire::frame::{
     Credits, Device, GiveBack, GiveBackReason, Grant, KeepAlive, Landed, LaneMark, OutcomeState,
     RawCredit, RawLaneMark, RawRun, SwitchoverAck,
@@ -15,9 +16,8 @@ use multifd_wire::limits::{PAGES_PER_FRAME_MAX, RUNS_PER_GIVE_BACK_MAX};
 use multifd_wire::{ChannelRef, Kind, Layout, Misbehaved, Phase, Reason, Sequence};
 
 use super::{Control, Note, Outcome};
-use crate::blobs::Assembler;
 use crate::driver::greet::{Opened, turn_away};
-use crate::driver::link::{ControlSender, read_control};
+use crate::driver::link::{ControlSender, failed, read_control};
 use crate::error::{Error, Fault};
 use crate::session::{Event, Session};
 
@@ -55,14 +55,14 @@ impl Control {
         self.drive(Event::Resuming);
         self.settle_lanes();
         self.seen = super::Seen::default();
-        self.configs = Assembler::new(Kind::Config, self.shared.config.blob_bytes_max);
-        self.states = Assembler::new(Kind::VmState, self.shared.config.blob_bytes_max);
+        self.configs = Assembler::new(Kind::Config, self.shared.config.blob_bytes_max());
+        self.states = Assembler::new(Kind::VmState, self.shared.config.blob_bytes_max());
         opened.tx.set_deadline(Some(Instant::now() + ANSWER_MAX));
         let reply = opened.reply.take();
         let sent = reply.map_or(Ok(()), |reply| opened.tx.send(&reply.encode(), &[]));
         opened.tx.set_deadline(None);
         if let Err(error) = sent {
-            let error = Error::new(Phase::Suspended, error).at(ChannelRef::Control);
+            let error = Error::new(Phase::Suspended, failed(error)).at(ChannelRef::Control);
             return self.drive(Event::Lost(error));
         }
         tracing::info!(channel = %opened.description, "the source is back");
@@ -72,11 +72,11 @@ impl Control {
     /// Makes this the control channel, and grants.
     pub(super) fn take_control(&mut self, opened: Opened) {
         let now = self.now();
-        self.keep_alive_due = now + self.shared.config.keep_alive;
-        self.ack_due = now + self.shared.config.ack_period;
+        self.keep_alive_due = now + self.shared.config.keep_alive();
+        self.ack_due = now + self.shared.config.ack_period();
         let (shared, epoch, rx) = (Arc::clone(&self.shared), self.epoch, opened.rx);
         let mut tx = opened.tx;
-        tx.set_stall(Some(self.shared.config.stall));
+        tx.set_stall(Some(self.shared.config.stall()));
         self.control = Some(ControlSender::new(tx));
         self.closer = Some(opened.closer);
         self.control_lost = false;
@@ -95,16 +95,16 @@ impl Control {
             }
         }
         let suspend = if opened.kept {
-            self.shared.config.suspend
+            self.shared.config.suspend()
         } else {
             Duration::ZERO
         };
         self.send(Grant {
             ticket: opened.ticket,
             resume_secret: opened.resume_secret,
-            lanes_max: self.shared.config.lanes_max,
+            lanes_max: self.shared.config.lanes_max(),
             suspend_ms: u32::try_from(suspend.as_millis()).unwrap_or(u32::MAX),
-            device_window_bytes: self.shared.config.device_window_bytes,
+            device_window_bytes: self.shared.config.device_window_bytes(),
         });
     }
 
@@ -270,7 +270,7 @@ impl Control {
             }
             Outcome::Failed(_) => OutcomeState::NotCommitted,
         };
-        let until = Instant::now() + self.shared.config.suspend;
+        let until = Instant::now() + self.shared.config.suspend();
         while !self.answered && Instant::now() < until {
             let note = match self.later.pop_front() {
                 Some(note) => Ok(note),
@@ -294,7 +294,7 @@ impl Control {
 
     /// An answer is on its way while a greeter lives; if this process ended now it would be lost.
     fn see_greeters_off(&self) {
-        let until = Instant::now() + self.shared.config.hello_deadline;
+        let until = Instant::now() + self.shared.config.hello_deadline();
         let busy = || {
             self.shared
                 .greeters

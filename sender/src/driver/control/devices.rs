@@ -26,7 +26,7 @@ impl Control {
             .vmm
             .devices()
             .map_err(|source| fail(Fault::Vmm { step, source }))?;
-        let chunk = self.shared.config.device_chunk;
+        let chunk = self.shared.config.device_chunk();
         self.fleet.take(sources, chunk).map_err(fail)?;
         Ok(if self.fleet.is_empty() {
             Features::NONE
@@ -89,7 +89,7 @@ impl Control {
         if self.session.is_committed() {
             return;
         }
-        if let Some(fault) = self.fleet.stuck(self.shared.config.device_deadline) {
+        if let Some(fault) = self.fleet.stuck(self.shared.config.device_deadline()) {
             let error = Error::new(self.session.phase(), fault);
             self.drive(Event::Failed(error));
         }
@@ -134,7 +134,7 @@ impl Control {
     /// Before the guest: its devices run again, quiescent first, and are read further or anew, since the migration goes on.
     pub(super) fn go_on_with_devices(&mut self, proof: &Reclaimed) -> Result<(), Error> {
         let depot = Arc::clone(&self.shared.depot);
-        let patience = self.shared.config.device_deadline;
+        let patience = self.shared.config.device_deadline();
         let broken = self.fleet.go_on(proof, &depot, patience);
         self.check_devices(&broken)
     }
@@ -142,7 +142,7 @@ impl Control {
     /// The destination has nothing of them any more; the guest has run here all along.
     pub(super) fn begin_devices_anew(&mut self) -> Result<(), Error> {
         let depot = Arc::clone(&self.shared.depot);
-        let (epoch, patience) = (self.epoch, self.shared.config.device_deadline);
+        let (epoch, patience) = (self.epoch, self.shared.config.device_deadline());
         let broken = self.fleet.begin_anew(&depot, epoch, patience);
         self.check_devices(&broken)
     }
@@ -160,7 +160,7 @@ impl Control {
 
     /// Before the guest: its devices come back, quiescent first.
     pub(super) fn reclaim_devices(&mut self, proof: &Reclaimed) {
-        let patience = self.shared.config.device_deadline;
+        let patience = self.shared.config.device_deadline();
         let broken = self.fleet.reclaim(proof, patience);
         if !broken.is_empty() {
             // The machine is over already: this can only be told.
@@ -170,7 +170,7 @@ impl Control {
 
     /// The migration is over: devices that do not run here any more stand still, and all come back from their readers.
     pub(super) fn end_devices(&mut self, gone: bool) -> Vec<DeviceReport> {
-        let patience = self.shared.config.device_deadline;
+        let patience = self.shared.config.device_deadline();
         if gone {
             self.fleet.retire(patience);
         }

@@ -39,7 +39,7 @@ impl Control {
     /// Whether lanes that are lost are dialled again.
     pub(super) fn dials_again(&self) -> bool {
         let rounds = matches!(self.session.phase(), Phase::Rounds | Phase::Switchover);
-        !self.shared.config.reconnect.is_zero()
+        !self.shared.config.reconnect().is_zero()
             && (rounds && self.session.needs_lanes() || self.comes_back())
     }
 
@@ -66,7 +66,7 @@ impl Control {
             .filter_map(|slot| slot.redial.map(|redial| redial.due));
         let alone = self
             .alone_since
-            .map(|since| since + self.shared.config.reconnect);
+            .map(|since| since + self.shared.config.reconnect());
         redials
             .chain(alone)
             .min()
@@ -105,7 +105,7 @@ impl Control {
         if let Some(since) = self.alone_since {
             // Nothing can be taken meanwhile.
             self.session.progressed(now);
-            if now >= since + self.shared.config.reconnect {
+            if now >= since + self.shared.config.reconnect() {
                 let last = format!(
                     "none could be opened again within {:?}",
                     now.saturating_sub(since)
@@ -204,7 +204,7 @@ impl Control {
     /// After a lane was settled: it is dialled again, unless it is lost too often.
     pub(super) fn schedule_redial(&mut self, id: LaneId) {
         let now = self.shared.now();
-        let (dials, until) = (self.dials_again(), now + self.shared.config.reconnect);
+        let (dials, until) = (self.dials_again(), now + self.shared.config.reconnect());
         let Some(slot) = self.slot(id) else { return };
         slot.losses += 1;
         slot.redial =
@@ -249,10 +249,10 @@ impl Control {
             .session
             .bandwidth()
             .map_or(Duration::ZERO, |bandwidth| {
-                let body = self.shared.config.body_pages as f64 * 4096.0 * alive as f64;
+                let body = self.shared.config.body_pages() as f64 * 4096.0 * alive as f64;
                 Duration::try_from_secs_f64(body / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
             });
-        let stall = self.shared.config.stall;
+        let stall = self.shared.config.stall();
         let soon = LAST_LANE_STALL
             .max(bodies.saturating_mul(LAST_BODIES))
             .min(stall);

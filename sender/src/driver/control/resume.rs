@@ -147,7 +147,7 @@ impl Control {
 
     /// The features that this side would like.
     pub(super) fn wanted(&self) -> Features {
-        if self.shared.config.reconnect.is_zero() {
+        if self.shared.config.reconnect().is_zero() {
             Features::NONE
         } else {
             Features::RESUME
@@ -235,14 +235,14 @@ impl Control {
         })?;
         self.reader = Some(reader);
         let mut tx = opened.tx;
-        tx.set_stall(Some(self.shared.config.stall));
+        tx.set_stall(Some(self.shared.config.stall()));
         self.control = Some(ControlSender::new(tx));
         self.control_closer = Some(opened.closer);
         self.control_lost = false;
         self.agreement = Some(opened.agreement);
         self.grant = None;
         self.destination_ready = None;
-        self.keep_alive_due = self.shared.now() + self.shared.config.keep_alive;
+        self.keep_alive_due = self.shared.now() + self.shared.config.keep_alive();
         Ok(())
     }
 
@@ -316,7 +316,7 @@ impl Control {
     /// Dials all lanes of a resumed session (SPEC: RESUME-5).
     pub(super) fn dial_all_again(&mut self) -> Result<(), Error> {
         let now = self.shared.now();
-        let redial = Redial::at_once(now, now + self.shared.config.reconnect);
+        let redial = Redial::at_once(now, now + self.shared.config.reconnect());
         let all = !self.comes_back();
         for place in 0..self.lanes.len() {
             let Some(slot) = self.lanes.get_mut(place) else {
@@ -466,7 +466,7 @@ impl Control {
         }
         tracing::warn!("the destination has lost the migration: beginning again");
         self.timeline.resumed();
-        let until = self.shared.now() + self.shared.config.hello_deadline;
+        let until = self.shared.now() + self.shared.config.hello_deadline();
         self.go_back(Purpose::Start, until);
         Ok(())
     }

@@ -10,19 +10,19 @@ const LANES_MAX: u32 = limits::LANES_MAX as u32;
 /// The validated settings. Made by [`Config::builder`].
 #[derive(Debug, Clone)]
 pub struct Config {
-    pub(crate) lanes_max: u32,
-    pub(crate) memory_bytes_max: Option<u64>,
-    pub(crate) blob_bytes_max: u64,
-    pub(crate) device_window_bytes: u64,
-    pub(crate) device_bytes_max: u64,
-    pub(crate) device_deadline: Duration,
-    pub(crate) hello_deadline: Duration,
-    pub(crate) setup_deadline: Duration,
-    pub(crate) stall: Duration,
-    pub(crate) keep_alive: Duration,
-    pub(crate) ack_period: Duration,
-    pub(crate) suspend: Duration,
-    pub(crate) progress_deadline: Duration,
+    pub(super) lanes_max: u32,
+    pub(super) memory_bytes_max: Option<u64>,
+    pub(super) blob_bytes_max: u64,
+    pub(super) device_window_bytes: u64,
+    pub(super) device_bytes_max: u64,
+    pub(super) device_deadline: Duration,
+    pub(super) hello_deadline: Duration,
+    pub(super) setup_deadline: Duration,
+    pub(super) stall: Duration,
+    pub(super) keep_alive: Duration,
+    pub(super) ack_period: Duration,
+    pub(super) suspend: Duration,
+    pub(super) progress_deadline: Duration,
 }
 
 impl Config {
@@ -32,6 +32,84 @@ impl Config {
         ConfigBuilder {
             config: Self::default(),
         }
+    }
+
+    /// The most data channels that a source is granted.
+    #[must_use]
+    pub fn lanes_max(&self) -> u32 {
+        self.lanes_max
+    }
+
+    /// The largest guest that is taken; no bound without.
+    #[must_use]
+    pub fn memory_bytes_max(&self) -> Option<u64> {
+        self.memory_bytes_max
+    }
+
+    /// The most bytes of configuration or VM state.
+    #[must_use]
+    pub fn blob_bytes_max(&self) -> u64 {
+        self.blob_bytes_max
+    }
+
+    /// The most bytes of one device that wait to be loaded.
+    #[must_use]
+    pub fn device_window_bytes(&self) -> u64 {
+        self.device_window_bytes
+    }
+
+    /// The most bytes that one device holds elsewhere.
+    #[must_use]
+    pub fn device_bytes_max(&self) -> u64 {
+        self.device_bytes_max
+    }
+
+    /// How long one call of a device may take.
+    #[must_use]
+    pub fn device_deadline(&self) -> Duration {
+        self.device_deadline
+    }
+
+    /// How long a connection may take to say hello.
+    #[must_use]
+    pub fn hello_deadline(&self) -> Duration {
+        self.hello_deadline
+    }
+
+    /// How long the set-up may take.
+    #[must_use]
+    pub fn setup_deadline(&self) -> Duration {
+        self.setup_deadline
+    }
+
+    /// How long a channel may be silent before it is given up.
+    #[must_use]
+    pub fn stall(&self) -> Duration {
+        self.stall
+    }
+
+    /// How often a sign of life is sent.
+    #[must_use]
+    pub fn keep_alive(&self) -> Duration {
+        self.keep_alive
+    }
+
+    /// How often what landed is acknowledged.
+    #[must_use]
+    pub fn ack_period(&self) -> Duration {
+        self.ack_period
+    }
+
+    /// How long a session without channels is kept.
+    #[must_use]
+    pub fn suspend(&self) -> Duration {
+        self.suspend
+    }
+
+    /// How long a source may live without sending anything.
+    #[must_use]
+    pub fn progress_deadline(&self) -> Duration {
+        self.progress_deadline
     }
 }
 

@@ -17,10 +17,9 @@ use std::time::Duration;
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Phase, Round};
 
-use super::{Effect, Event, Outcome, Session, State};
-use crate::config::WhenDestinationLost;
-use crate::error::{Error, Fault};
-use crate::vmm::Reclaimed;
+use super::{Effect, Event, Outcome, Reclaimed, Session, State};
+use crate::source::config::WhenDestinationLost;
+use crate::source::error::{Error, Fault};
 
 /// A migration that is interrupted more often than this is not worth its link.
 pub const SUSPENSIONS_MAX: u32 = 1000;
@@ -98,7 +97,7 @@ impl Session {
         if self.is_paused() {
             effects.push(Effect::Reclaim {
                 paused: true,
-                proof: Reclaimed::new(),
+                proof: Reclaimed(()),
             });
         }
         self.suspensions += 1;
@@ -237,7 +236,7 @@ impl Session {
                     Effect::Reclaim {
                         paused: true,
                         // SPEC: ASK-3
-                        proof: Reclaimed::not_committed(),
+                        proof: Reclaimed(()),
                     },
                     Effect::Finish(Outcome::Failed(error)),
                 ]

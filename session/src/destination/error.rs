@@ -2,11 +2,9 @@
 
 use std::fmt;
 
-use multifd_transport::ChannelError;
 use multifd_wire::{ChannelRef, Malformed, Misbehaved, Misuse, Phase, Reason};
 
-use crate::device::DeviceError;
-use crate::vmm::VmmError;
+use crate::common::{ChannelFault, DeviceError, VmmError};
 
 /// Why a migration ended, when, and on which channel.
 #[derive(Debug)]
@@ -37,7 +35,7 @@ pub enum Fault {
     Misuse(#[from] Misuse),
     /// The link failed.
     #[error("{0}")]
-    Channel(#[from] ChannelError),
+    Channel(#[from] ChannelFault),
     /// Every data channel is gone.
     #[error("all data channels are lost; the last one failed with: {last}")]
     AllLanesLost {
@@ -235,21 +233,21 @@ impl Error {
 
     /// Says when it happened, once that is known.
     #[must_use]
-    pub(crate) fn in_phase(mut self, phase: Phase) -> Self {
+    pub fn in_phase(mut self, phase: Phase) -> Self {
         self.phase = phase;
         self
     }
 
     /// Whether the link of the control channel failed, and no more than that: then the source may come back over another.
     #[must_use]
-    pub(crate) fn loses_control(&self) -> bool {
+    pub fn loses_control(&self) -> bool {
         self.at == ChannelRef::Control
             && (matches!(*self.fault, Fault::Channel(_)) || self.is_damage())
     }
 
     /// Whether octets were changed on the way: a checksum is wrong.
     #[must_use]
-    pub(crate) fn is_damage(&self) -> bool {
+    pub fn is_damage(&self) -> bool {
         matches!(&*self.fault, Fault::Malformed(error) if error.reason() == Reason::Corruption)
     }
 

@@ -15,7 +15,7 @@ use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Phase, Reason};
 
 use super::{Effect, Outcome, Session, Setup, State};
-use crate::error::{Error, Fault};
+use crate::destination::error::{Error, Fault};
 
 /// A control channel on which checksums are wrong more often than this is no accident, and the migration is given up.
 pub const DAMAGES_MAX: u32 = 16;

@@ -54,26 +54,26 @@ pub enum WhenAckLate {
 /// The validated settings of a migration. Made by [`Config::builder`].
 #[derive(Debug, Clone)]
 pub struct Config {
-    pub(crate) channels: u32,
-    pub(crate) lanes_at_work: u32,
-    pub(crate) downtime_limit: Duration,
-    pub(crate) bandwidth: Option<u64>,
-    pub(crate) rounds_max: u32,
-    pub(crate) when_not_converging: WhenNotConverging,
-    pub(crate) body_pages: u64,
-    pub(crate) device_chunk: u64,
-    pub(crate) ack_deadline: Option<Duration>,
-    pub(crate) when_ack_late: WhenAckLate,
-    pub(crate) device_deadline: Duration,
-    pub(crate) hello_deadline: Duration,
-    pub(crate) setup_deadline: Duration,
-    pub(crate) stall: Duration,
-    pub(crate) keep_alive: Duration,
-    pub(crate) commit_deadline: Duration,
-    pub(crate) reconnect: Duration,
-    pub(crate) progress_deadline: Duration,
-    pub(crate) when_destination_lost: WhenDestinationLost,
-    pub(crate) dirty_scan: DirtyScan,
+    pub(super) channels: u32,
+    pub(super) lanes_at_work: Option<u32>,
+    pub(super) downtime_limit: Duration,
+    pub(super) bandwidth: Option<u64>,
+    pub(super) rounds_max: u32,
+    pub(super) when_not_converging: WhenNotConverging,
+    pub(super) body_pages: u64,
+    pub(super) device_chunk: u64,
+    pub(super) ack_deadline: Option<Duration>,
+    pub(super) when_ack_late: WhenAckLate,
+    pub(super) device_deadline: Duration,
+    pub(super) hello_deadline: Duration,
+    pub(super) setup_deadline: Duration,
+    pub(super) stall: Duration,
+    pub(super) keep_alive: Duration,
+    pub(super) commit_deadline: Duration,
+    pub(super) reconnect: Duration,
+    pub(super) progress_deadline: Duration,
+    pub(super) when_destination_lost: WhenDestinationLost,
+    pub(super) dirty_scan: DirtyScan,
 }
 
 impl Config {
@@ -93,6 +93,114 @@ impl Config {
     #[must_use]
     pub fn downtime_limit(&self) -> Duration {
         self.downtime_limit
+    }
+
+    /// How many lanes take pages at the same time at first; as many as the host makes sensible if it was not set.
+    #[must_use]
+    pub fn lanes_at_work(&self) -> Option<u32> {
+        self.lanes_at_work
+    }
+
+    /// The most bytes per second, over all channels; no bound without.
+    #[must_use]
+    pub fn bandwidth(&self) -> Option<u64> {
+        self.bandwidth
+    }
+
+    /// Live rounds after which the forecast decides.
+    #[must_use]
+    pub fn rounds_max(&self) -> u32 {
+        self.rounds_max
+    }
+
+    /// What is done when the rounds are used up.
+    #[must_use]
+    pub fn when_not_converging(&self) -> WhenNotConverging {
+        self.when_not_converging
+    }
+
+    /// Pages in the body of one frame at most.
+    #[must_use]
+    pub fn body_pages(&self) -> u64 {
+        self.body_pages
+    }
+
+    /// Bytes of device state in one frame at most.
+    #[must_use]
+    pub fn device_chunk(&self) -> u64 {
+        self.device_chunk
+    }
+
+    /// How long initial bytes of devices are waited for.
+    #[must_use]
+    pub fn ack_deadline(&self) -> Option<Duration> {
+        self.ack_deadline
+    }
+
+    /// What is done when they are not loaded by then.
+    #[must_use]
+    pub fn when_ack_late(&self) -> WhenAckLate {
+        self.when_ack_late
+    }
+
+    /// How long one call of a device may take.
+    #[must_use]
+    pub fn device_deadline(&self) -> Duration {
+        self.device_deadline
+    }
+
+    /// How long connecting and greeting may take.
+    #[must_use]
+    pub fn hello_deadline(&self) -> Duration {
+        self.hello_deadline
+    }
+
+    /// How long the destination may take to get ready.
+    #[must_use]
+    pub fn setup_deadline(&self) -> Duration {
+        self.setup_deadline
+    }
+
+    /// How long a channel may take nothing before it is given up.
+    #[must_use]
+    pub fn stall(&self) -> Duration {
+        self.stall
+    }
+
+    /// How often the destination is asked whether it is there.
+    #[must_use]
+    pub fn keep_alive(&self) -> Duration {
+        self.keep_alive
+    }
+
+    /// How long the destination may take to run the guest after the commit.
+    #[must_use]
+    pub fn commit_deadline(&self) -> Duration {
+        self.commit_deadline
+    }
+
+    /// How long a lost link is dialled again.
+    #[must_use]
+    pub fn reconnect(&self) -> Duration {
+        self.reconnect
+    }
+
+    /// How long a destination may live without taking anything.
+    #[must_use]
+    pub fn progress_deadline(&self) -> Duration {
+        self.progress_deadline
+    }
+
+    /// What is done when the destination no longer knows the migration.
+    #[must_use]
+    pub fn when_destination_lost(&self) -> WhenDestinationLost {
+        self.when_destination_lost
+    }
+
+    /// Whether all of memory is compared once more in the end.
+    #[must_use]
+    pub fn dirty_scan(&self) -> DirtyScan {
+        self.dirty_scan
     }
 }
 
@@ -123,7 +231,7 @@ impl Default for ConfigBuilder {
         Self {
             config: Config {
                 channels: 4,
-                lanes_at_work: two_a_processor(),
+                lanes_at_work: None,
                 downtime_limit: Duration::from_millis(300),
                 bandwidth: None,
                 rounds_max: 30,
@@ -147,11 +255,6 @@ impl Default for ConfigBuilder {
     }
 }
 
-fn two_a_processor() -> u32 {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    u32::try_from(processors).map_or(u32::MAX, |count| count.saturating_mul(2))
-}
-
 impl ConfigBuilder {
     /// Data channels, 1 to `wire::limits::LANES_MAX`.
     #[must_use]
@@ -164,7 +267,7 @@ impl ConfigBuilder {
     /// others wait until the network is what limits, and serve devices meanwhile. The default is two for each processor.
     #[must_use]
     pub fn lanes_at_work(mut self, lanes: u32) -> Self {
-        self.config.lanes_at_work = lanes;
+        self.config.lanes_at_work = Some(lanes);
         self
     }
 
@@ -310,7 +413,12 @@ impl ConfigBuilder {
         const SHORTEST: Duration = Duration::from_millis(100);
         let c = &self.config;
         within("channels", &c.channels, &1, &LANES_MAX)?;
-        within("lanes at work", &c.lanes_at_work, &1, &u32::MAX)?;
+        within(
+            "lanes at work",
+            &c.lanes_at_work.unwrap_or(1),
+            &1,
+            &u32::MAX,
+        )?;
         within_time(
             "downtime limit",
             c.downtime_limit,

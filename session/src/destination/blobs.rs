@@ -4,12 +4,12 @@ use bytes::BytesMut;
 use multifd_wire::frame::BlobPart;
 use multifd_wire::{Kind, Misbehaved};
 
-use crate::error::Fault;
-use crate::vmm::Blob;
+use crate::common::Blob;
+use crate::destination::error::Fault;
 
 /// Blobs of one kind of frame (CONFIG or VM_STATE), in order, none skipped (SPEC: BLOB-2).
 #[derive(Debug)]
-pub(crate) struct Assembler {
+pub struct Assembler {
     kind: Kind,
     octets_max: u64,
     octets: u64,
@@ -18,7 +18,8 @@ pub(crate) struct Assembler {
 }
 
 impl Assembler {
-    pub(crate) fn new(kind: Kind, octets_max: u64) -> Self {
+    /// Collects blobs of this kind of frame, at most so many bytes in all.
+    pub fn new(kind: Kind, octets_max: u64) -> Self {
         Self {
             kind,
             octets_max,
@@ -29,12 +30,12 @@ impl Assembler {
     }
 
     /// Complete blobs so far.
-    pub(crate) fn count(&self) -> u32 {
+    pub fn count(&self) -> u32 {
         u32::try_from(self.done.len()).unwrap_or(u32::MAX)
     }
 
     /// Takes a part; memory grows by what really came, never by what was announced.
-    pub(crate) fn part(&mut self, part: BlobPart, body: &[u8]) -> Result<(), Fault> {
+    pub fn part(&mut self, part: BlobPart, body: &[u8]) -> Result<(), Fault> {
         let order = Misbehaved::Order { kind: self.kind };
         let expected_index = self.count();
         let (mut first, mut octets) = self
@@ -67,7 +68,7 @@ impl Assembler {
     }
 
     /// The blobs, if there are exactly this many and none is half there.
-    pub(crate) fn take(&mut self, count: u32) -> Result<Vec<Blob>, Misbehaved> {
+    pub fn take(&mut self, count: u32) -> Result<Vec<Blob>, Misbehaved> {
         if self.open.is_some() {
             return Err(Misbehaved::Order { kind: self.kind });
         }

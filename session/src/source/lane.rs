@@ -17,7 +17,7 @@ use std::sync::Arc;
 use multifd_wire::frame::RoundEnd;
 use multifd_wire::{Incarnation, LaneId, Misbehaved, PageRun, Round, Sequence};
 
-use crate::device::stream::Item;
+use crate::source::stream::Item;
 
 /// One frame that was handed to the channel and is not yet acknowledged.
 #[derive(Debug)]

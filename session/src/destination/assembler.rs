@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, VecDeque};
 use multifd_wire::frame::{DeviceChunk, DeviceMark, Mark, Section};
 use multifd_wire::{DeviceId, Generation, Misbehaved};
 
-use crate::error::Fault;
+use crate::destination::error::Fault;
 
 /// Items of one device that are held at most, chunks and marks, besides one for each 4 KiB of the window. A source that sends
 /// smaller chunks in such numbers is refused with reason 10: each item costs some hundred octets beside its own.

@@ -20,9 +20,8 @@ use std::time::Duration;
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, DeviceId, Digest, LaneId, Misbehaved, Phase, Reason, Round};
 
-use crate::config::Config;
-use crate::error::{Error, Fault};
-use crate::vmm::Ownership;
+use crate::destination::config::Config;
+use crate::destination::error::{Error, Fault};
 
 /// A device of whose stream items are missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -196,6 +195,15 @@ pub enum Outcome {
 #[must_use = "without it the guest can't be taken over"]
 pub struct Ready {
     digest: Digest,
+}
+
+/// Proof that the guest belongs to this side: everything is here, verified and loaded, and the source has committed.
+///
+/// Only the session can make it, from a [`Ready`], on COMMIT: its field is private to this module.
+#[derive(Debug)]
+#[must_use = "the guest runs nowhere until the VMM is shown this"]
+pub struct Ownership {
+    _ready: Ready,
 }
 
 #[derive(Debug)]
@@ -507,7 +515,7 @@ impl Session {
                     ));
                 }
                 match std::mem::replace(&mut self.state, State::Owning) {
-                    State::Prepared(ready) => vec![Effect::Resume(Ownership::new(ready))],
+                    State::Prepared(ready) => vec![Effect::Resume(Ownership { _ready: ready })],
                     _ => unreachable!("matched above"),
                 }
             }

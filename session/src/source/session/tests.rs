@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use multifd_transport::ChannelError;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::WhenDestinationLost;
+use crate::common::ChannelFault;
+use crate::source::config::WhenDestinationLost;
 
 const MS: Duration = Duration::from_millis(1);
 const STALL: Duration = Duration::from_secs(10);
@@ -313,7 +313,7 @@ fn event(name: &str) -> (Event, Duration) {
         },
         "commit unsent" => Event::CommitUnsent(Error::new(
             Phase::Commit,
-            Fault::Channel(ChannelError::Closed),
+            Fault::Channel(ChannelFault::new("channel-closed", true, "closed")),
         )),
         "running" => Event::Running,
         "lost" => lost(),

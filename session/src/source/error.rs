@@ -3,12 +3,10 @@
 use std::fmt;
 use std::time::Duration;
 
-use multifd_transport::ChannelError;
 use multifd_wire::{ChannelRef, Incompatible, Malformed, Misbehaved, Misuse, Phase, Reason};
 
-use crate::device::DeviceError;
-use crate::forecast::Forecast;
-use crate::vmm::VmmError;
+use crate::common::{ChannelFault, DeviceError, VmmError};
+use crate::source::forecast::Forecast;
 
 /// Why a migration ended, when, and on which channel.
 #[derive(Debug)]
@@ -42,7 +40,7 @@ pub enum Fault {
     Misuse(#[from] Misuse),
     /// The link failed.
     #[error("{0}")]
-    Channel(#[from] ChannelError),
+    Channel(#[from] ChannelFault),
     /// No connection could be made.
     #[error("could not connect: {0}")]
     Dial(String),
@@ -107,7 +105,7 @@ pub enum Fault {
         "memory was written behind the sources of dirty pages: {0}. Whoever writes guest memory has to mark it, after the \
          write (multifd_tracking::VmmMarker), or be tracked by a source"
     )]
-    Unreported(multifd_tracking::scan::Unreported),
+    Unreported(String),
     /// The destination refused the connection.
     #[error("the destination refused: {reason}: {text}")]
     Refused {
@@ -216,11 +214,11 @@ pub enum Fault {
 
 impl Fault {
     /// Of a frame that could not be sent: whether the destination can have none of it.
-    pub(crate) fn sent_nothing(&self) -> bool {
+    pub fn sent_nothing(&self) -> bool {
         matches!(self, Self::Channel(error) if error.sent_nothing())
     }
 
-    pub(crate) fn not_converging(
+    pub(super) fn not_converging(
         rounds: u32,
         predicted: Duration,
         limit: Duration,
@@ -348,21 +346,21 @@ impl Error {
 
     /// Says when it happened, once that is known.
     #[must_use]
-    pub(crate) fn in_phase(mut self, phase: Phase) -> Self {
+    pub fn in_phase(mut self, phase: Phase) -> Self {
         self.phase = phase;
         self
     }
 
     /// Whether the link of the control channel failed, and no more than that: then the session may go on over another.
     #[must_use]
-    pub(crate) fn loses_control(&self) -> bool {
+    pub fn loses_control(&self) -> bool {
         self.at == ChannelRef::Control
             && (matches!(*self.fault, Fault::Channel(_)) || self.is_damage())
     }
 
     /// Whether octets were changed on the way: a checksum is wrong.
     #[must_use]
-    pub(crate) fn is_damage(&self) -> bool {
+    pub fn is_damage(&self) -> bool {
         matches!(&*self.fault, Fault::Malformed(error) if error.reason() == Reason::Corruption)
     }
 

@@ -21,10 +21,9 @@ use std::time::Duration;
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Phase, Reason, Round};
 
-use crate::config::{Config, WhenAckLate, WhenNotConverging};
-use crate::error::{Error, Fault};
-use crate::forecast::{Conditions, Forecast, Observation, Writer, forecast};
-use crate::vmm::Reclaimed;
+use crate::source::config::{Config, WhenAckLate, WhenNotConverging};
+use crate::source::error::{Error, Fault};
+use crate::source::forecast::{Conditions, Forecast, Observation, Writer, forecast};
 
 pub use resume::{DAMAGES_MAX, SUSPENSIONS_MAX};
 
@@ -245,6 +244,14 @@ pub enum Outcome {
     /// The commit was sent, but whether the guest runs at the destination is not known; the source stays paused.
     Unknown(Error),
 }
+
+/// Proof that the guest belongs to the source: no commit left for the destination in the pause that it ends, or the destination
+/// gave its word that it has read none and will take none any more (SPEC: ASK-3).
+///
+/// Only the session can make it: its field is private to this module. It is consumed by the VMM's `resume`.
+#[derive(Debug)]
+#[must_use = "the guest stays paused until the VMM is shown this"]
+pub struct Reclaimed(());
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -1089,7 +1096,7 @@ impl Session {
         }
         let reclaim = Effect::Reclaim {
             paused,
-            proof: Reclaimed::new(),
+            proof: Reclaimed(()),
         };
         // An ABORT is not answered (SPEC: ABORT-2).
         let abort = (!matches!(error.fault(), Fault::PeerAborted { .. })).then(|| Effect::Abort {

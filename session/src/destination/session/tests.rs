@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::vmm::VmmError;
+use crate::common::VmmError;
 
 const MS: Duration = Duration::from_millis(1);
 const STALL: Duration = Duration::from_secs(10);
@@ -605,7 +605,7 @@ fn nothing_is_prepared_before_both_the_state_and_every_device_are_loaded() {
 #[test]
 fn a_device_that_cannot_start_after_the_commit_strands_the_guest_and_says_so() {
     let mut session = state_after("owning");
-    let source = crate::device::DeviceError::new("no power");
+    let source = crate::common::DeviceError::new("no power");
     let fault = Fault::Device {
         device: "nic".into(),
         step: "start",

@@ -1,0 +1,16 @@
+//! The source: shards a running guest's dirty pages over many channels, and switches over.
+
+pub mod config;
+pub mod error;
+pub mod forecast;
+pub mod lane;
+pub mod pacer;
+pub mod session;
+pub mod stream;
+
+pub use config::{
+    Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost,
+    WhenNotConverging,
+};
+pub use error::{Error, Fault};
+pub use session::{Reclaimed, Session};
