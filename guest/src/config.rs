@@ -148,13 +148,13 @@ impl Config {
 
     /// The checks of single fields; [`Layout::new`] adds what follows from several.
     pub(crate) fn validate_fields(&self) -> Result<()> {
-        page_multiple("memory_bytes", self.memory_bytes)?;
         if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&self.memory_bytes) {
             let advice = format!(
                 "give from {MEMORY_BYTES_MIN} (64 MiB) to {MEMORY_BYTES_MAX} (256 GiB) bytes"
             );
             return Err(refuse("memory_bytes", self.memory_bytes, advice));
         }
+        page_multiple("memory_bytes", self.memory_bytes)?;
         if !(1..=VCPUS_MAX).contains(&self.vcpus) {
             return Err(refuse(
                 "vcpus",
@@ -193,11 +193,11 @@ fn page_multiple(field: &'static str, bytes: u64) -> Result<()> {
     if bytes.is_multiple_of(PAGE_BYTES) {
         return Ok(());
     }
-    let below = bytes - bytes % PAGE_BYTES;
+    let near = (bytes - bytes % PAGE_BYTES).max(PAGE_BYTES);
     Err(refuse(
         field,
         bytes,
-        format!("give a multiple of {PAGE_BYTES} bytes, such as {below}"),
+        format!("give a multiple of {PAGE_BYTES} bytes, such as {near}"),
     ))
 }
 
@@ -252,6 +252,10 @@ mod tests {
     fn refuses_part_pages_and_names_the_multiple_below() {
         let text = refusal(|config| config.memory_bytes = (1 << 30) + 5);
         assert!(text.contains("such as 1073741824"), "{text}");
+        let text = refusal(|config| config.memory_bytes = 100);
+        assert!(text.contains("64 MiB"), "{text}");
+        let text = refusal(|config| config.working_set_bytes = 100);
+        assert!(text.contains("such as 4096"), "{text}");
         let text = refusal(|config| config.working_set_bytes = 8191);
         assert!(
             text.contains("working_set_bytes") && text.contains("such as 4096"),

@@ -22,9 +22,7 @@ pub enum Error {
         advice: String,
     },
     /// The configuration asks for KVM and this host offers none.
-    #[error(
-        "no KVM here ({reason}): give this process read and write access to /dev/kvm, or choose tracking `process`"
-    )]
+    #[error("no KVM here: {reason}. Mend that, or choose tracking `process`")]
     NoKvm {
         /// What opening or probing answered.
         reason: String,

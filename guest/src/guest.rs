@@ -44,6 +44,7 @@ pub struct Guest {
     memory: Memory,
     crew: Arc<Crew>,
     engine: Box<dyn Engine>,
+    no_kvm: Option<String>,
     phase: Mutex<Phase>,
 }
 
@@ -268,6 +269,11 @@ impl Guest {
         self.engine.tracking_note()
     }
 
+    /// Why it is no machine of KVM although [`Tracking::Auto`] would have made one.
+    pub fn no_kvm(&self) -> Option<&str> {
+        self.no_kvm.as_deref()
+    }
+
     /// The last heart-beat of each virtual CPU. Takes no lock.
     pub fn heartbeats(&self) -> Vec<Heartbeat> {
         self.crew
@@ -303,7 +309,8 @@ impl Guest {
         });
         let memory = Memory::new(config.memory_bytes)?;
         let crew = Arc::new(Crew::new(config.vcpus));
-        let engine: Box<dyn Engine> = match choose(config.tracking)? {
+        let (kind, no_kvm) = choose(config.tracking)?;
+        let engine: Box<dyn Engine> = match kind {
             Kind::Kvm => Box::new(Machine::new(&plan, &memory, &crew, origin)?),
             Kind::Process if config.device != Device::None => {
                 let advice = "no device, or a guest of KVM: threads of a process have no device";
@@ -327,6 +334,7 @@ impl Guest {
             memory,
             crew,
             engine,
+            no_kvm,
             phase: Mutex::new(phase),
         })
     }
@@ -376,13 +384,14 @@ impl fmt::Display for Kind {
     }
 }
 
-fn choose(tracking: Tracking) -> Result<Kind> {
+/// What kind it becomes, and why not KVM if that was only wished for.
+fn choose(tracking: Tracking) -> Result<(Kind, Option<String>)> {
     match tracking {
-        Tracking::Process | Tracking::Userfault | Tracking::Marks => Ok(Kind::Process),
-        Tracking::Kvm | Tracking::Ring | Tracking::Log => Ok(Kind::Kvm),
+        Tracking::Process | Tracking::Userfault | Tracking::Marks => Ok((Kind::Process, None)),
+        Tracking::Kvm | Tracking::Ring | Tracking::Log => Ok((Kind::Kvm, None)),
         Tracking::Auto => match Machine::offered() {
-            Ok(()) => Ok(Kind::Kvm),
-            Err(Error::NoKvm { .. }) => Ok(Kind::Process),
+            Ok(()) => Ok((Kind::Kvm, None)),
+            Err(Error::NoKvm { reason }) => Ok((Kind::Process, Some(reason))),
             Err(error) => Err(error),
         },
     }

@@ -182,9 +182,20 @@ impl Engine for Machine {
     }
 }
 
+/// Why /dev/kvm can't be opened: not there and not allowed want different cures.
+fn why_closed(errno: i32) -> String {
+    match errno {
+        libc::ENOENT => "there is no /dev/kvm".to_owned(),
+        libc::EACCES | libc::EPERM => {
+            "this process has no read and write access to /dev/kvm".to_owned()
+        }
+        _ => format!("/dev/kvm: {}", std::io::Error::from_raw_os_error(errno)),
+    }
+}
+
 fn open() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|error| Error::NoKvm {
-        reason: format!("/dev/kvm: {error}"),
+        reason: why_closed(error.errno()),
     })?;
     let version = kvm.get_api_version();
     if version != KVM_API_VERSION {
@@ -296,5 +307,17 @@ fn first_regs(registers: Registers) -> kvm_regs {
         r14,
         rflags: RFLAGS,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_device_and_no_right_are_told_apart() {
+        assert_eq!(why_closed(libc::ENOENT), "there is no /dev/kvm");
+        assert!(why_closed(libc::EACCES).contains("access to /dev/kvm"));
+        assert!(why_closed(libc::EBUSY).contains("busy"));
     }
 }

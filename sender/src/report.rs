@@ -211,10 +211,10 @@ pub struct RoundReport {
     pub pages: u64,
     /// Octets sent in it.
     pub sent_bytes: u64,
-    /// How long the lanes took.
+    /// How long the lanes took; of a round that was under way at the end, how long it had been.
     pub ms: f64,
-    /// Octets sent a second.
-    pub mib_s: f64,
+    /// MiB sent a second; null for a round that was under way at the end.
+    pub mib_s: Option<f64>,
     /// Pages found dirty after it.
     pub dirty_after: Option<u64>,
 }
@@ -368,7 +368,7 @@ impl Timeline {
             pages,
             sent_bytes: 0,
             ms: 0.0,
-            mib_s: 0.0,
+            mib_s: None,
             dirty_after: None,
         };
         self.rounds.push((report, now));
@@ -381,7 +381,7 @@ impl Timeline {
             let took = now.saturating_sub(*since);
             report.sent_bytes = octets;
             report.ms = ms(took);
-            report.mib_s = mib_s(octets, took);
+            report.mib_s = Some(mib_s(octets, took));
         }
     }
 
@@ -508,9 +508,14 @@ impl Timeline {
         self.lanes_reopened += 1;
     }
 
-    pub(crate) fn ended(&mut self) {
+    pub(crate) fn ended(&mut self, now: Duration) {
         self.resumed();
         self.ended = Some(Instant::now());
+        if let Some((report, since)) = self.rounds.last_mut()
+            && report.mib_s.is_none()
+        {
+            report.ms = ms(now.saturating_sub(*since));
+        }
     }
 
     fn downtime(&self, devices: &[DeviceReport]) -> Option<Downtime> {

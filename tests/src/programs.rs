@@ -3,8 +3,8 @@
 //! The rule this file keeps: no test leaves a process behind, and none waits without a bound. A [`Process`] is killed when it
 //! is dropped.
 //!
-//! `cargo test --workspace` builds `multifd-send` and `multifd-receive` next to the tests, because their packages have
-//! integration tests of their own; `cargo test -p multifd-tests` alone does not, and [`path`] then says what to do.
+//! `cargo test --workspace` builds `multifd-send` and `multifd-receive` next to the tests, because their package has
+//! integration tests of its own; `cargo test -p multifd-tests` alone does not, and [`path`] then says what to do.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -37,7 +37,7 @@ pub fn path(name: &str) -> PathBuf {
         .find(|program| program.is_file());
     found.unwrap_or_else(|| {
         panic!(
-            "there is no {name} beside {}: build the programs with `cargo build -p multifd-sender -p multifd-receiver` and the \
+            "there is no {name} beside {}: build the programs with `cargo build -p multifd-cli` and the \
              options of this run (such as --release), or run `cargo test --workspace`, which builds them",
             ours.display()
         )

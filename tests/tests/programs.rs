@@ -311,6 +311,63 @@ fn a_sequential_guest_of_one_vcpu_moves_over_one_channel() {
     assert_eq!(report["channels"], 1);
 }
 
+#[test]
+fn the_largest_numbers_that_are_taken_end_no_program() {
+    let receiver = Process::start(
+        "multifd-receive",
+        &[
+            "--listen",
+            "127.0.0.1:0",
+            "--report",
+            "json",
+            "--run-for",
+            "24h",
+            "--max-memory",
+            "18446744073709551615",
+            "--stall",
+            "1h",
+            "--suspend",
+            "1h",
+            "--hello-deadline",
+            "10min",
+        ],
+    );
+    let address = receiver.announced();
+    let sent = move_it(&[
+        "--connect",
+        &address,
+        "--report",
+        "json",
+        "--bandwidth",
+        "18446744073709551615",
+        "--max-rounds",
+        "3",
+        "--stall",
+        "1h",
+        "--reconnect-deadline",
+        "1h",
+        "--ack-deadline",
+        "1h",
+        "--device-deadline",
+        "1h",
+        "--downtime-limit",
+        "1h",
+        "--seed",
+        "18446744073709551615",
+        "--dirty-rate",
+        "18446744073709551615B/s",
+        "--rdma-registration",
+        "18446744073709551615",
+    ])
+    .end();
+    assert_eq!(sent.status, Some(0), "{sent}");
+    // The guest is there and stays for a day, unless somebody is in a hurry.
+    receiver.interrupt();
+    let received = receiver.end();
+    assert_eq!(received.status, Some(0), "{received}");
+    assert_eq!(received.report()["guest_check"], "passed", "{received}");
+}
+
 // ── migrations that do not happen ────────────────────────────────────────────────────────────────────────────────────────
 
 /// Round 0 alone takes many seconds.

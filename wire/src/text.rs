@@ -42,25 +42,44 @@ impl<const MAX: usize> Text<MAX> {
         })
     }
 
-    /// Takes as much of a text as fits, cut between characters, with a space for each control character.
+    /// Makes a text for the peer of any text: as much as fits, cut between characters, with a space for each control character and
+    /// `<path>` for each absolute path. How a host names its files is nothing that another one needs to know.
     #[must_use]
     pub fn clip(text: &str) -> Self {
-        let mut octets = [0; MAX];
-        let mut bytes = 0_usize;
+        let mut clean = Self::EMPTY;
+        let mut rest = text;
+        while let Some((before, after)) = split_at_path(rest) {
+            clean.append(before);
+            clean.append("<path>");
+            rest = after;
+        }
+        clean.append(rest);
+        clean
+    }
+
+    /// The same of a name, which both sides have to know: it is left as it is but for its length and control characters.
+    #[must_use]
+    pub fn name(name: &str) -> Self {
+        let mut clean = Self::EMPTY;
+        clean.append(name);
+        clean
+    }
+
+    /// As much as fits, with a space for each control character.
+    fn append(&mut self, text: &str) {
         for character in text.chars() {
             let clean = if character.is_control() {
                 ' '
             } else {
                 character
             };
-            let end = bytes.saturating_add(clean.len_utf8());
-            let Some(place) = octets.get_mut(bytes..end) else {
+            let end = self.bytes.saturating_add(clean.len_utf8());
+            let Some(place) = self.octets.get_mut(self.bytes..end) else {
                 break;
             };
             clean.encode_utf8(place);
-            bytes = end;
+            self.bytes = end;
         }
-        Self { octets, bytes }
     }
 
     /// Reads a text that fills `field` from its start and is followed by zeros to the end of the field.
@@ -122,6 +141,44 @@ impl<const MAX: usize> fmt::Display for Text<MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.as_str().fmt(f)
     }
+}
+
+/// What stands before the first absolute path in a text, and what stands after it.
+///
+/// A path begins with a slash that no word, number or other slash precedes (so `MB/s` is none) and that a name follows; it goes
+/// on to a space, a quote, a bracket, a comma, or a colon that ends a clause.
+fn split_at_path(text: &str) -> Option<(&str, &str)> {
+    let mut previous = ' ';
+    let mut characters = text.char_indices().peekable();
+    while let Some((at, character)) = characters.next() {
+        let names = |next: char| next.is_alphanumeric() || "._-~".contains(next);
+        if character == '/'
+            && !previous.is_alphanumeric()
+            && previous != '/'
+            && characters.peek().is_some_and(|(_, next)| names(*next))
+        {
+            let (before, path) = text.split_at_checked(at)?;
+            let (_, after) = path.split_at_checked(path_bytes(path))?;
+            return Some((before, after));
+        }
+        previous = character;
+    }
+    None
+}
+
+/// The length of the path that a text begins with.
+fn path_bytes(text: &str) -> usize {
+    let mut characters = text.char_indices().peekable();
+    while let Some((at, character)) = characters.next() {
+        let next = characters.peek().map_or(' ', |(_, next)| *next);
+        let ends = character.is_whitespace()
+            || "\"'`()[]{}<>,;".contains(character)
+            || (":.".contains(character) && (next.is_whitespace() || next == ','));
+        if ends {
+            return at;
+        }
+    }
+    text.len()
 }
 
 /// Reads octets as clean text.

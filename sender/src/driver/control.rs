@@ -26,8 +26,9 @@ use multifd_wire::{
 
 use super::ask::AskTicket;
 use super::device::{Fleet, Order};
+use super::first::first_contact;
 use super::lane::LaneCommand;
-use super::link::{ControlSender, Inbound, failed, open};
+use super::link::{ControlSender, Inbound, failed};
 use super::redial::{Attempt, Purpose, Redial, lane_life};
 use super::work::{RoundWork, tracked};
 use super::{Dial, Finished, LaneState, Note, Shared, lock, scan, thread_cpu};
@@ -213,7 +214,13 @@ impl Control {
     pub(super) fn run(mut self) -> Finished {
         self.timeline.begin();
         if let Err(error) = self.connect() {
-            self.drive(Event::Failed(error));
+            // What failed because the user did not want to wait any longer is a cancellation.
+            let cancelled = self.shared.cancelled.load(Relaxed);
+            self.drive(if cancelled {
+                Event::Cancel
+            } else {
+                Event::Failed(error)
+            });
         }
         while self.outcome.is_none() {
             if self.shared.cancelled.load(Relaxed) {
@@ -248,18 +255,11 @@ impl Control {
             })
         })?;
         self.id = SessionId::new(id);
+        let hello = Hello::start(self.id, features, self.wanted());
         let deadline = Instant::now() + self.shared.config.hello_deadline();
-        let channel = self
-            .dial
-            .dial(ChannelRef::Control, deadline)
-            .map_err(|e| hello_error(Fault::Dial(e.to_string())))?;
-        let opened = open(
-            channel,
-            &Hello::start(self.id, features, self.wanted()),
-            deadline,
-        )
-        .inspect_err(|fault| self.shared.counters.note_fault(ChannelRef::Control, fault))
-        .map_err(hello_error)?;
+        let opened = first_contact(&self.dial, &*self.spawner, &self.inbox, hello, deadline)
+            .inspect_err(|fault| self.shared.counters.note_fault(ChannelRef::Control, fault))
+            .map_err(hello_error)?;
         self.take_control(opened)?;
         let now = self.shared.now();
         self.session = Session::new(
@@ -1246,9 +1246,12 @@ impl Control {
         };
         let items = self.shared.depot.outbox.again(lane.take_items());
         let counters = &self.shared.counters;
-        counters
-            .octets_lost
-            .fetch_add(lane.unacked_octets(), Relaxed);
+        // What is under way at the end is lost, and not sent again.
+        if self.outcome.is_none() {
+            counters
+                .octets_lost
+                .fetch_add(lane.unacked_octets(), Relaxed);
+        }
         let mut pages = 0;
         for run in lane.die() {
             pages += u64::from(run.count());
@@ -1348,7 +1351,7 @@ impl Control {
         if migrated {
             self.vmm.migrated();
         }
-        self.timeline.ended();
+        self.timeline.ended(self.shared.now());
         self.timeline.control_damaged = self.session.damages();
         if migrated {
             self.say_goodbye();

@@ -15,6 +15,7 @@ mod control;
 mod crew;
 mod device;
 mod dial;
+mod first;
 mod lane;
 mod link;
 mod redial;
@@ -122,7 +123,7 @@ impl Migration {
             guest_address: region.guest_address,
             bytes: region.bytes,
         });
-        let layout = Layout::new(regions).map_err(|e| setup(Fault::Malformed(e.into())))?;
+        let layout = Layout::new(regions).map_err(|error| setup(Fault::Memory(error)))?;
         let values = PageValues::new(&layout).map_err(|e| {
             setup(Fault::System {
                 step: "checksums of pages",

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use multifd_wire::error::LayoutError;
 use multifd_wire::{ChannelRef, Incompatible, Malformed, Misbehaved, Misuse, Phase, Reason};
 
 use crate::common::{ChannelFault, DeviceError, VmmError};
@@ -44,6 +45,19 @@ pub enum Fault {
     /// No connection could be made.
     #[error("could not connect: {0}")]
     Dial(String),
+    /// Somebody takes connections there, and says nothing that a destination says.
+    #[error(
+        "no multifd-receive answers at {at}: {why}. Perhaps another service listens there, or only one of the two sides uses TLS"
+    )]
+    NoAnswer {
+        /// The channel.
+        at: String,
+        /// What came instead of an answer.
+        why: Box<Fault>,
+    },
+    /// The guest's memory is none that can be moved: our caller's regions.
+    #[error("this guest's memory can't be moved: {0}")]
+    Memory(LayoutError),
     /// Every data channel is gone.
     #[error("all data channels are lost; the last one failed with: {last}")]
     AllLanesLost {
@@ -218,6 +232,11 @@ impl Fault {
         matches!(self, Self::Channel(error) if error.sent_nothing())
     }
 
+    /// Whether octets were changed on the way: a checksum is wrong.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Malformed(error) if error.reason() == Reason::Corruption)
+    }
+
     pub(super) fn not_converging(
         rounds: u32,
         predicted: Duration,
@@ -272,6 +291,8 @@ impl Fault {
             Self::Misuse(e) => e.code(),
             Self::Channel(e) => e.code(),
             Self::Dial(_) => "sender.channel.dial",
+            Self::NoAnswer { why, .. } => why.code(),
+            Self::Memory(_) => "sender.misuse.memory",
             Self::AllLanesLost { .. } => "sender.channel.all-lanes-lost",
             Self::Vmm { .. } => "sender.vmm.refused",
             Self::Device { .. } => "sender.device.failed",
@@ -306,8 +327,11 @@ impl Fault {
             Self::Incompatible(e) => e.reason(),
             Self::Misuse(e) => e.reason(),
             Self::Channel(_) | Self::Dial(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
+            Self::NoAnswer { why, .. } => why.reason(),
             Self::Vmm { .. } => Reason::VmmRefused,
-            Self::Tracking(_) | Self::Unreported(_) | Self::System { .. } => Reason::Internal,
+            Self::Memory(_) | Self::Tracking(_) | Self::Unreported(_) | Self::System { .. } => {
+                Reason::Internal
+            }
             Self::Refused { reason, .. } | Self::PeerAborted { reason, .. } => *reason,
             Self::Device { .. } | Self::DeviceStuck { .. } | Self::Devices { .. } => {
                 Reason::DeviceRefused
@@ -361,7 +385,7 @@ impl Error {
     /// Whether octets were changed on the way: a checksum is wrong.
     #[must_use]
     pub fn is_damage(&self) -> bool {
-        matches!(&*self.fault, Fault::Malformed(error) if error.reason() == Reason::Corruption)
+        self.fault.is_damage()
     }
 
     /// When it happened.

@@ -133,6 +133,35 @@ fn text_of_a_refusal_is_cut_between_characters_at_its_limit() {
     assert_eq!(Text::<9>::clip("a\u{1b}[2J\nb").as_str(), "a [2J b");
 }
 
+#[test]
+fn a_text_for_the_peer_names_no_local_path() {
+    let told = |text: &str| Text::<256>::clip(text).to_string();
+    for (text, expected) in [
+        (
+            "state file /run/vm7.state: No such file",
+            "state file <path>: No such file",
+        ),
+        (
+            "unix:/run/x.sock, then `/etc/ä b`",
+            "unix:<path>, then `<path> b`",
+        ),
+        (
+            "(/dev/vfio/12) is in use. /x.",
+            "(<path>) is in use. <path>.",
+        ),
+        ("/a:b/c/d.", "<path>."),
+        (
+            "100 MB/s and/or 5 / 3 // TCP/IP",
+            "100 MB/s and/or 5 / 3 // TCP/IP",
+        ),
+        ("/", "/"),
+        ("", ""),
+    ] {
+        assert_eq!(told(text), expected, "{text}");
+    }
+    assert_eq!(Text::<64>::name("/pci/0").as_str(), "/pci/0");
+}
+
 // SPEC: VER-2
 #[test]
 fn newest_common_version_is_chosen() {

@@ -90,7 +90,7 @@ impl Fleet {
                 initial_bytes: if pre_copy { device.initial_bytes } else { 0 },
                 state_bytes: device.state_bytes,
                 chunk_bytes_max: self.chunk,
-                name: Text::clip(&device.name),
+                name: Text::name(&device.name),
             })
         };
         (0..).zip(&self.traits).map(entry).collect()

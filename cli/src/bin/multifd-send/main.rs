@@ -1,27 +1,32 @@
 //! `multifd-send`: runs the built-in guest and moves it to a multifd-receive.
 #[macro_use]
-mod say;
+extern crate multifd_cli;
 
 mod args;
 mod display;
+mod events;
+mod help;
 mod loopback;
 mod machine;
 mod state_file;
 mod summary;
+mod watch;
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use args::{Args, ReportKind, Way};
-use clap::Parser as _;
-use display::Display;
+use args::{Args, Way};
 use machine::Machine;
+use multifd_cli::flags::ReportKind;
+use multifd_cli::units::{Rate, Size};
+use multifd_cli::{signals, start};
 use multifd_guest::{Guest, Tracking};
 use multifd_sender::{Config, Finished, Migration, OutcomeKind, Parts, SpreadDialer};
 use multifd_transport::rdma::RdmaOptions;
+use serde_json::Value;
 use state_file::StateFile;
 use summary::Summary;
 
@@ -33,51 +38,45 @@ const CHECK_MAX: Duration = Duration::from_secs(600);
 const HEARTBEAT_MAX: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        // What can't be written must not end the thread that said it.
-        .log_internal_errors(false)
-        .init();
+    let args: Args = match start::arguments(Summary::not_begun) {
+        Ok(args) => args,
+        Err(status) => return status,
+    };
+    start::log();
     let (migration, guest, way) = match args.checked() {
         Ok(checked) => checked,
-        Err(error) => {
-            err!("multifd-send: {error:#}");
-            return ExitCode::from(2);
-        }
+        Err(error) => return not_begun(&args, start::USAGE, 2, &error),
     };
     if let Some(file) = &args.ask {
         return match state_file::ask_outcome(file, way.options, args.reconnect_deadline) {
             Ok((status, answer)) => {
-                match args.report {
+                match args.output.report() {
                     ReportKind::Json => out!("{answer}"),
                     ReportKind::Text => out!("{}", answer["text"].as_str().unwrap_or_default()),
                 }
                 ExitCode::from(status)
             }
-            Err(error) => {
-                err!("multifd-send: {error:#}");
-                ExitCode::from(2)
-            }
+            Err(error) => not_begun(&args, start::USAGE, 2, &error),
         };
     }
     match run(&args, migration, &guest, way) {
         Ok(summary) => {
-            summary.print(args.report);
+            summary.print(args.output.report());
             ExitCode::from(summary.exit_status())
         }
-        Err(error) => {
-            // Found before anything was moved; a program that reads JSON gets its object all the same.
-            if args.report == ReportKind::Json {
-                out!("{}", Summary::not_begun(&error));
-            }
-            err!("multifd-send: {error:#}");
-            ExitCode::from(1)
-        }
+        Err(error) => not_begun(&args, start::NOT_BEGUN, 1, &error),
     }
+}
+
+/// Found before anything was moved; a program that reads JSON gets its object all the same.
+fn not_begun(args: &Args, code: &str, status: u8, error: &anyhow::Error) -> ExitCode {
+    let text = start::words(error);
+    if args.output.report() == ReportKind::Json {
+        let object: Value = Summary::not_begun(start::fault(code, &text));
+        out!("{object}");
+    }
+    err!("multifd-send: {text}");
+    ExitCode::from(status)
 }
 
 fn run(
@@ -87,7 +86,10 @@ fn run(
     way: Way,
 ) -> anyhow::Result<Summary> {
     // Before anything is started that would have to be taken down.
-    let interrupted = catch_signals()?;
+    let asked = signals::catch(
+        "multifd-send",
+        "cancelling; SIGQUIT (Ctrl-\\) ends this program at once, and the guest with it",
+    )?;
     let receiver = if args.loopback {
         Some(loopback::Receiver::start(args)?)
     } else {
@@ -99,45 +101,26 @@ fn run(
         (None, None) => anyhow::bail!("give --connect ADDRESS, or --loopback"),
     };
     let to = destinations(&control, &data);
-    let tell = |text: String| {
-        if !args.quiet {
-            err!("{text}");
-        }
-    };
     let guest = Arc::new(Guest::create(guest_config).context("the guest can't be made")?);
-    let (kind, config_of_guest) = (guest.kind(), guest.config());
-    tell(format!(
-        "guest: {kind}, {} MiB, {} vCPUs, dirties {:.0} MB/s of a {} MiB working set",
-        config_of_guest.memory_bytes >> 20,
-        config_of_guest.vcpus,
-        config_of_guest.dirty_rate_bytes_per_s as f64 / 1e6,
-        config_of_guest.working_set_bytes >> 20
-    ));
-    tell(format!(
-        "       dirty pages are found by {}",
-        how_found(guest.tracking())
-    ));
-    if let Some(note) = guest.tracking_note() {
-        tell(format!("       (userfaultfd is not used. {note})"));
-    }
-    if kind == multifd_guest::Kind::Process && guest_config.tracking == Tracking::Auto {
-        tell(
-            "       (there is no /dev/kvm: the same work is done by threads on a plain mapping)"
-                .into(),
-        );
-    }
+    introduce(args, &guest, guest_config.tracking);
     guest.run()?;
-    let until = Instant::now() + args.warm_up;
-    while Instant::now() < until && !interrupted.load(Ordering::Relaxed) {
+    let began = Instant::now();
+    while began.elapsed() < args.warm_up && !asked.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_millis(5).min(args.warm_up));
     }
+    let channels = args.channels;
     match &receiver {
-        Some(receiver) => tell(format!(
-            "moving it to process {} on this host, {to}, over {} channels",
-            receiver.id(),
-            args.channels
-        )),
-        None => tell(format!("moving it to {to} over {} channels", args.channels)),
+        Some(receiver) => tell(
+            args,
+            format_args!(
+                "moving it to process {} on this host, {to}, over {channels} channels",
+                receiver.id()
+            ),
+        ),
+        None => tell(
+            args,
+            format_args!("moving it to {to} over {channels} channels"),
+        ),
     }
     let sources = vec![guest.tracking_source()?];
     let mut options = way.options;
@@ -162,7 +145,7 @@ fn run(
         config,
         spawner: None,
     };
-    let finished = watch(args, Migration::start(parts)?, interrupted);
+    let finished = watch::watch(&args.output, Migration::start(parts)?, asked);
     if let Some(file) = state_file.filter(|_| finished.report.outcome != OutcomeKind::Unknown) {
         file.remove();
     }
@@ -175,6 +158,48 @@ fn run(
         })
     });
     Ok(Summary::new(&finished, theirs, alive))
+}
+
+/// A line about what happens, unless the user wants none.
+fn tell(args: &Args, text: std::fmt::Arguments<'_>) {
+    if !args.output.quiet {
+        err!("{text}");
+    }
+}
+
+/// Says what guest it is, and how its dirty pages are found.
+fn introduce(args: &Args, guest: &Guest, wanted: Tracking) {
+    let (kind, config) = (guest.kind(), guest.config());
+    tell(
+        args,
+        format_args!(
+            "guest: {kind}, {}, {} vCPUs, dirties {} of a {} working set",
+            Size(config.memory_bytes),
+            config.vcpus,
+            Rate(config.dirty_rate_bytes_per_s),
+            Size(config.working_set_bytes)
+        ),
+    );
+    tell(
+        args,
+        format_args!(
+            "       dirty pages are found by {}",
+            how_found(guest.tracking())
+        ),
+    );
+    if let Some(note) = guest.tracking_note() {
+        tell(
+            args,
+            format_args!("       (userfaultfd is not used. {note})"),
+        );
+    }
+    if kind == multifd_guest::Kind::Process && wanted == Tracking::Auto {
+        let why = guest.no_kvm().unwrap_or("KVM is not used");
+        tell(
+            args,
+            format_args!("       ({why}: the same work is done by threads on a plain mapping)"),
+        );
+    }
 }
 
 /// Where channels go, for people.
@@ -198,45 +223,6 @@ fn how_found(tracking: Tracking) -> &'static str {
         Tracking::Marks => "the writing threads themselves",
         Tracking::Auto | Tracking::Kvm | Tracking::Process => "the best way there is",
     }
-}
-
-/// Set by the first SIGINT or SIGTERM.
-fn catch_signals() -> anyhow::Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // The second one ends the program at once.
-        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-    }
-    Ok(interrupted)
-}
-
-/// Shows the progress, and cancels when the user wants that.
-fn watch(args: &Args, migration: Migration, interrupted: Arc<AtomicBool>) -> Finished {
-    let handle = migration.handle();
-    let done = Arc::new(AtomicBool::new(false));
-    let ended = Arc::clone(&done);
-    let mut display = Display::new(args.quiet);
-    let watcher = std::thread::Builder::new().spawn(move || {
-        let mut told = false;
-        while !ended.load(Ordering::Relaxed) {
-            if interrupted.load(Ordering::Relaxed) && !told {
-                told = true;
-                handle.cancel();
-            }
-            display.show(handle.progress());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        display.finish();
-    });
-    // The migration needs nobody who watches it.
-    if let Err(error) = &watcher {
-        err!("multifd-send: no progress display, and Ctrl-C does not cancel: {error}");
-    }
-    let finished = migration.wait();
-    done.store(true, Ordering::Relaxed);
-    let _ = watcher.map(std::thread::JoinHandle::join);
-    finished
 }
 
 /// After a migration that did not happen: whether the guest really goes on here, which its heart-beats show.

@@ -4,6 +4,8 @@ use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use multifd_cli::round_end::{Expected, RoundEnd};
+use multifd_cli::units::{Rate, Size, Time};
 use multifd_sender::Snapshot;
 use multifd_sender::forecast::Forecast;
 use multifd_wire::Phase;
@@ -15,6 +17,8 @@ pub(crate) struct Display {
     round: Option<u32>,
     newest: Option<Snapshot>,
     told: Instant,
+    began: Instant,
+    round_end: RoundEnd,
 }
 
 impl Display {
@@ -32,11 +36,15 @@ impl Display {
             round: None,
             newest: None,
             told: Instant::now(),
+            began: Instant::now(),
+            round_end: RoundEnd::default(),
         }
     }
 
     /// Takes note of how far it is.
     pub(crate) fn show(&mut self, now: Snapshot) {
+        self.round_end.note(self.began.elapsed(), (&now).into());
+        let expected = self.round_end.expected();
         if self.round.is_some_and(|round| round != now.round)
             && let Some(before) = &self.newest
         {
@@ -52,8 +60,8 @@ impl Display {
                 .is_none_or(|newest| newest.reconnect.is_none())
         {
             self.line(&format!(
-                "  link lost: dialling again for {:.0} s at most",
-                back.gives_up_in.as_secs_f64()
+                "  link lost: dialling again for {} at most",
+                Time(back.gives_up_in)
             ));
         } else if now.reconnect.is_none()
             && self.newest.as_ref().is_some_and(|n| n.reconnect.is_some())
@@ -64,10 +72,14 @@ impl Display {
             bar.set_prefix(format!("round {}", now.round));
             bar.set_length(now.memory_pages.max(1));
             bar.set_position(now.memory_pages.saturating_sub(now.round_pages_left));
-            bar.set_message(message(&now));
+            bar.set_message(message(&now, expected));
         } else if self.told.elapsed() > Duration::from_secs(2) {
             self.told = Instant::now();
-            self.line(&format!("  round {}: {}", now.round, message(&now)));
+            self.line(&format!(
+                "  round {}: {}",
+                now.round,
+                message(&now, expected)
+            ));
         }
         self.newest = Some(now);
     }
@@ -88,12 +100,12 @@ impl Display {
     }
 }
 
-fn message(now: &Snapshot) -> String {
+fn message(now: &Snapshot, expected: Option<Expected>) -> String {
     if now.devices_awaited > 0 && now.reconnect.is_none() {
         return format!(
             "waiting for the initial bytes of {} devices to be loaded there, guest running here; {} of devices sent",
             now.devices_awaited,
-            mib(now.device_bytes)
+            Size(now.device_bytes)
         );
     }
     if let Some(back) = now.reconnect {
@@ -103,16 +115,23 @@ fn message(now: &Snapshot) -> String {
             "guest running here"
         };
         return format!(
-            "link lost, {guest}; attempt {}, gives up in {:.0} s",
+            "link lost, {guest}; attempt {}, gives up in {}",
             back.attempts,
-            back.gives_up_in.as_secs_f64()
+            Time(back.gives_up_in)
         );
     }
+    let measured = Some(now.bandwidth).filter(|bandwidth| *bandwidth > 0);
+    let rate = measured.or(expected.map(|expected| expected.rate));
+    // Once there is a forecast it says more than the end of one round.
+    let ends = expected
+        .filter(|_| now.forecast.is_none())
+        .map(|expected| format!(", round {} ends in {}", now.round, Time(expected.within)));
     format!(
-        "{} left, {} sent, {}{}",
-        mib(now.round_pages_left * 4096),
-        mib(now.octets_sent),
-        rate(now.bandwidth),
+        "{} left, {} sent, {}{}{}",
+        Size(now.round_pages_left * 4096),
+        Size(now.octets_sent),
+        rate.map_or_else(|| "measuring".into(), |rate| Rate(rate).to_string()),
+        ends.unwrap_or_default(),
         outlook(now.forecast)
     )
 }
@@ -141,12 +160,14 @@ fn round_line(before: &Snapshot, now: &Snapshot) -> String {
             )
         })
         .collect();
+    // The round's own bandwidth is known when the next one has begun.
+    let rate = Some(now.bandwidth).filter(|rate| *rate > 0);
     format!(
-        "  round {}: sent {} in all, {}, then dirty {} ({})",
+        "  round {}: sent {} in all{}, then dirty {} ({})",
         before.round,
-        mib(before.octets_sent),
-        rate(before.bandwidth),
-        mib(now.dirty_pages * 4096),
+        Size(before.octets_sent),
+        rate.map_or_else(String::new, |rate| format!(", {}", Rate(rate))),
+        Size(now.dirty_pages * 4096),
         found.join("; ")
     )
 }
@@ -158,9 +179,9 @@ fn outlook(forecast: Option<Forecast>) -> String {
             within, downtime, ..
         }) => {
             format!(
-                ", switchover in {:.1} s, downtime {} ms",
-                within.as_secs_f64(),
-                downtime.as_millis()
+                ", switchover in {}, downtime {}",
+                Time(within),
+                Time(downtime)
             )
         }
         Some(Forecast::Diverges {
@@ -169,7 +190,7 @@ fn outlook(forecast: Option<Forecast>) -> String {
             downtime,
         }) => {
             let ways = [
-                bandwidth_needed.map(|needed| format!("{}/s", mib(needed))),
+                bandwidth_needed.map(|needed| Rate(needed).to_string()),
                 throttle_percent.map(|percent| format!("{percent} % fewer writes")),
                 Some(format!(
                     "a downtime limit of {} ms",
@@ -181,17 +202,5 @@ fn outlook(forecast: Option<Forecast>) -> String {
                 ways.into_iter().flatten().collect::<Vec<_>>().join(" or ")
             )
         }
-    }
-}
-
-fn mib(octets: u64) -> String {
-    format!("{:.0} MiB", octets as f64 / 1_048_576.0)
-}
-
-fn rate(octets_per_second: u64) -> String {
-    if octets_per_second == 0 {
-        "measuring".into()
-    } else {
-        format!("{}/s", mib(octets_per_second))
     }
 }

@@ -2,7 +2,6 @@
 //!
 //! What needs a receiver is tested in `tests/tests/programs.rs`; that file relies on this one, because cargo builds a
 //! package's programs for its integration tests.
-#![cfg(feature = "cli")]
 
 use std::process::{Command, Output};
 
@@ -43,6 +42,7 @@ const FLAGS: &[&str] = &[
     "--max-rounds",
     "--memory",
     "--pattern",
+    "--progress",
     "--quiet",
     "--rdma-registration",
     "--reconnect-deadline",
@@ -73,7 +73,7 @@ fn help_explains_every_flag_and_every_exit_status() {
         assert!(help.contains(flag), "{flag} is not in:\n{help}");
     }
     // And the other way round: no flag is shown that this list does not know.
-    let (flags, _) = help.split_once("Examples:").expect("examples");
+    let (flags, rest) = help.split_once("Examples:").expect("examples");
     for word in flags
         .split_whitespace()
         .filter(|word| word.starts_with("--"))
@@ -91,7 +91,28 @@ fn help_explains_every_flag_and_every_exit_status() {
             "status {status} is not in:\n{help}"
         );
     }
-    assert!(help.contains("Ctrl-C"), "{help}");
+    assert!(rest.contains("Ctrl-C"), "{help}");
+}
+
+#[test]
+fn short_help_fits_on_two_screens_and_points_to_the_long_one() {
+    let output = run(&["-h"]);
+    assert_eq!(output.status.code(), Some(0));
+    let help = text(&output.stdout);
+    assert!(help.lines().count() <= 80, "{help}");
+    for word in [
+        "--connect",
+        "--loopback",
+        "--downtime-limit",
+        "--help",
+        "Examples:",
+    ] {
+        assert!(help.contains(word), "{word} is not in:\n{help}");
+    }
+    assert!(
+        !help.contains("--seed"),
+        "rare flags are in --help:\n{help}"
+    );
 }
 
 #[test]
@@ -107,6 +128,13 @@ fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
         (&["--loopback", "--channels", "0"], "1 to 256"),
         (&["--loopback", "--channels", "257"], "1 to 256"),
         (&["--loopback", "--bandwidth", "12X"], "64M"),
+        (&["--loopback", "--bandwidth", "100mb/s"], "bits or bytes"),
+        (&["--loopback", "--memory", "100"], "64 MiB"),
+        (
+            &["--loopback", "--warm-up", "18446744073709551615s"],
+            "at most 24h",
+        ),
+        (&["--loopback", "--stall", "2"], "300ms"),
         (
             &["--loopback", "--downtime-limit", "soon"],
             "--downtime-limit",
@@ -131,6 +159,32 @@ fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
             "{arguments:?}: no {advice:?} in {errors}"
         );
         assert!(output.stdout.is_empty(), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn wrong_usage_has_a_report_for_programs_too() {
+    for (arguments, says) in [
+        (&["--report", "json"][..], "required"),
+        (&["--report=json", "--loopback", "--vcpus", "17"], "1 to 16"),
+        (
+            &["--progress", "json", "--loopback", "--memory", "big"],
+            "--memory",
+        ),
+        (
+            &["--ask", "/nowhere/state", "--report", "json"],
+            "/nowhere/state",
+        ),
+    ] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+        assert_eq!(report["outcome"], "failed", "{report}");
+        assert_eq!(report["error"]["code"], "cli.usage", "{report}");
+        let said = report["error"]["text"].as_str().expect("a text");
+        assert!(said.contains(says), "no {says:?} in {said}");
+        assert!(!said.contains('\x1b') && !said.contains("Usage:"), "{said}");
+        assert!(!output.stderr.is_empty(), "people are told as well");
     }
 }
 

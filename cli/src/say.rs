@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 static TOLD: AtomicBool = AtomicBool::new(false);
 
 /// A line on standard output. If it can't be written, that is told on standard error, once.
-pub(crate) fn out(text: Arguments<'_>) {
+pub fn out(text: Arguments<'_>) {
     let mut output = io::stdout().lock();
     let written = writeln!(output, "{text}").and_then(|()| output.flush());
     if let Err(error) = written
@@ -24,18 +24,20 @@ pub(crate) fn out(text: Arguments<'_>) {
 }
 
 /// A line on standard error; whether it can be written changes nothing.
-pub(crate) fn err(text: Arguments<'_>) {
+pub fn err(text: Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
-/// As `println!`, which it replaces here.
+/// As `println!`, which it replaces in the programs.
+#[macro_export]
 macro_rules! out {
     ($($text:tt)*) => {
         $crate::say::out(format_args!($($text)*))
     };
 }
 
-/// As `eprintln!`, which it replaces here.
+/// As `eprintln!`, which it replaces in the programs.
+#[macro_export]
 macro_rules! err {
     ($($text:tt)*) => {
         $crate::say::err(format_args!($($text)*))

@@ -2,7 +2,6 @@
 //!
 //! What needs a sender is tested in `tests/tests/programs.rs`; that file relies on this one, because cargo builds a
 //! package's programs for its integration tests.
-#![cfg(feature = "cli")]
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Output, Stdio};
@@ -39,6 +38,7 @@ const FLAGS: &[&str] = &[
     "--suspend",
     "--hello-deadline",
     "--report",
+    "--progress",
     "--quiet",
     "--help",
     "--version",
@@ -80,6 +80,7 @@ fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
         (&["--lisen", "127.0.0.1:0"], "'--listen'"),
         (&["--listen", "nowhere"], "tcp:HOST:PORT"),
         (&["--run-for", "long"], "--run-for"),
+        (&["--run-for", "18446744073709551615s"], "at most 24h"),
         (&["--max-memory", "12X"], "64M"),
         (&["--listen", "127.0.0.1:0", "--stall", "1ms"], "100ms"),
     ];
@@ -96,6 +97,36 @@ fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
 }
 
 #[test]
+fn flags_stand_under_the_heading_that_they_belong_to() {
+    let help = text(&run(&["--help"]).stdout);
+    let tls = help.split_once("\nTLS:").expect("a heading").1;
+    let tls = tls
+        .split("\n\n")
+        .take_while(|block| block.starts_with(' ') || block.starts_with('\n'))
+        .collect::<Vec<_>>();
+    let tls = tls.join("\n");
+    let tls = tls.split("\nDeadlines:").next().unwrap_or_default();
+    for flag in ["--run-for", "--stall", "--suspend", "--report", "--quiet"] {
+        assert!(!tls.contains(flag), "{flag} is under TLS:\n{help}");
+    }
+    assert!(tls.contains("--tls-key"), "{help}");
+    assert!(text(&run(&["-h"]).stdout).lines().count() <= 50);
+}
+
+#[test]
+fn wrong_usage_has_a_report_for_programs_too() {
+    for arguments in [
+        &["--report", "json", "--run-for", "18446744073709551615s"][..],
+        &["--report=json", "--listen", "tls:127.0.0.1:0"],
+    ] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+        assert_eq!(report["error"]["code"], "cli.usage", "{report}");
+    }
+}
+
+#[test]
 fn an_address_that_is_taken_fails_with_a_report_that_names_it() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback is there");
     let address = taken.local_addr().expect("bound").to_string();
@@ -105,6 +136,8 @@ fn an_address_that_is_taken_fails_with_a_report_that_names_it() {
     assert_eq!(report["outcome"], "failed", "{report}");
     let said = report["error"]["text"].as_str().expect("a text");
     assert!(said.contains(&address), "{said}");
+    let errors = text(&output.stderr);
+    assert_eq!(errors.matches(&address).count(), 1, "said twice: {errors}");
 }
 
 #[test]

@@ -8,9 +8,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use multifd_cli::flags::Transport;
 use multifd_transport::Address;
 
-use crate::args::{Args, Transport};
+use crate::args::Args;
 
 /// A receiver process that was started for this migration. Ended when dropped.
 pub(crate) struct Receiver {

@@ -1,0 +1,79 @@
+//! The final report of `multifd-receive`: for people, and as one JSON object.
+
+use multifd_cli::flags::ReportKind;
+use multifd_cli::units::Size;
+use multifd_receiver::{Finished, OutcomeKind};
+use serde_json::{Value, json};
+
+use crate::check::Check;
+
+/// The object for a reception that was not even begun.
+pub(crate) fn not_begun(error: Value) -> Value {
+    json!({ "outcome": "failed", "guest_check": null, "error": error })
+}
+
+/// See `--help`.
+pub(crate) fn exit_status(outcome: OutcomeKind, check: Option<&Check>) -> u8 {
+    match outcome {
+        OutcomeKind::Running if check.is_none_or(|check| check.passed) => 0,
+        OutcomeKind::Running => 5,
+        OutcomeKind::Failed => 1,
+        OutcomeKind::Stranded => 4,
+    }
+}
+
+pub(crate) fn print(kind: ReportKind, finished: &Finished, check: Option<&Check>) {
+    match kind {
+        ReportKind::Json => out!("{}", object(finished, check)),
+        ReportKind::Text => text(finished, check),
+    }
+}
+
+fn object(finished: &Finished, check: Option<&Check>) -> Value {
+    let mut report = serde_json::to_value(&finished.report).unwrap_or_default();
+    report["guest_check"] = json!(check.map(|check| match check.passed {
+        true => "passed",
+        false => check.text.as_str(),
+    }));
+    report["guest_beats"] = json!(check.map(|check| check.beats));
+    report
+}
+
+fn text(finished: &Finished, check: Option<&Check>) {
+    let r = &finished.report;
+    for damage in &r.damaged {
+        err!(
+            "multifd-receive: damaged on the way, found by its checksum: {} times {} on {}, in phase {}",
+            damage.count,
+            damage.frame,
+            damage.channel.as_deref().unwrap_or("a new connection"),
+            damage.phase
+        );
+    }
+    if let Some(error) = &r.error {
+        let channel = error.channel.as_ref().map(|channel| format!(", {channel}"));
+        err!(
+            "multifd-receive: {} [{}] in phase {}{}",
+            error.text,
+            error.code,
+            error.phase,
+            channel.unwrap_or_default()
+        );
+        return;
+    }
+    let Some(check) = check else {
+        out!("the guest runs here");
+        return;
+    };
+    out!(
+        "the guest runs here: {} of memory in {} rounds, digest {}",
+        Size(r.memory_bytes),
+        r.rounds,
+        r.digest.as_deref().unwrap_or("?")
+    );
+    out!(
+        "guest check: {} ({} heart-beats since it arrived)",
+        check.text,
+        check.beats
+    );
+}

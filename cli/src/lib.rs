@@ -1,0 +1,23 @@
+//! What `multifd-send` and `multifd-receive` share: the flags that both have, units as people write them, words for the user,
+//! signals and the log. The programs are this package's two binaries; the libraries of the two sides know nothing of it.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`flags`] | flags that both programs have: kinds of channel, TLS, stall, output |
+//! | [`units`] | sizes, rates and times: read as people write them, printed in the same spelling |
+//! | [`say`] | lines on standard output and standard error that can't end the program |
+//! | [`signals`] | SIGINT, SIGTERM and SIGHUP ask for a cancellation, however often they come |
+//! | [`start`] | the command line, the log, and the report of a program that did not begin |
+//! | [`round_end`] | when the round under way ends |
+//!
+//! What it must never do: decide anything about a migration. That is the libraries' work.
+
+#![forbid(unsafe_code)]
+
+pub mod flags;
+pub mod round_end;
+#[macro_use]
+pub mod say;
+pub mod signals;
+pub mod start;
+pub mod units;
