@@ -7,7 +7,6 @@ use proptest::prelude::*;
 use super::*;
 use crate::common::ChannelFault;
 use crate::source::config::{WhenDestinationLost, WhenNotConverging};
-use crate::source::forecast::Forecast;
 
 const MS: Duration = Duration::from_millis(1);
 const STALL: Duration = Duration::from_secs(10);
