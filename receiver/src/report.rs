@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use multifd_session::destination::Outcome;
 use multifd_wire::{ChannelRef, Damaged, DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
 
 use crate::driver::LoadedDevice;
 use crate::error::Error;
 use crate::progress::Snapshot;
-use crate::session::Outcome;
 
 /// How it ended, in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::RecvTimeoutError;
 use multifd_receiver as rx;
 use multifd_sender as tx;
-use multifd_transport::{Address, Channel, GuestMemory, Listener, TcpOptions};
+use multifd_transport::{Address, Channel, GuestMemory, Listener, Spawner, TcpOptions};
 use multifd_wire::frame::Device;
 use multifd_wire::{ChannelRef, Layout};
 
@@ -178,7 +178,15 @@ impl Destination {
             config,
             DestinationMachine::default(),
             devices,
+            None,
         )
+    }
+
+    /// One whose threads are started in another way.
+    #[must_use]
+    pub fn with_threads(config: rx::Config, spawner: Box<dyn Spawner>) -> Self {
+        let machine = DestinationMachine::default();
+        Self::whole("127.0.0.1:0", config, machine, Vec::new(), Some(spawner))
     }
 
     /// One that listens somewhere else.
@@ -187,7 +195,7 @@ impl Destination {
     /// If it can't listen.
     #[must_use]
     pub fn at(address: &str, config: rx::Config, machine: DestinationMachine) -> Self {
-        Self::whole(address, config, machine, Vec::new())
+        Self::whole(address, config, machine, Vec::new(), None)
     }
 
     fn whole(
@@ -195,6 +203,7 @@ impl Destination {
         config: rx::Config,
         machine: DestinationMachine,
         devices: Vec<Box<dyn rx::DeviceSink>>,
+        spawner: Option<Box<dyn Spawner>>,
     ) -> Self {
         let address = address.parse().expect("an address");
         let listener = Listener::bind(&address, &TcpOptions::default()).expect("a free address");
@@ -210,7 +219,7 @@ impl Destination {
             vmm,
             listeners: vec![listener],
             config,
-            spawner: None,
+            spawner,
         };
         let reception = rx::Reception::start(parts).expect("threads");
         Self {

@@ -99,5 +99,5 @@ pub use error::{
 pub use listener::Listener;
 pub use memory::{GuestMemory, Span};
 pub use options::{ChannelOptions, connect, connect_with};
-pub use spawn::{Spawner, StdSpawner};
+pub use spawn::{Spawner, StdSpawner, join_within};
 pub use tcp::{KeepAlive, TcpOptions};

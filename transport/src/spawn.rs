@@ -4,6 +4,7 @@
 
 use std::io;
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// Starts the threads of a migration.
 pub trait Spawner: Send + Sync {
@@ -22,5 +23,48 @@ pub struct StdSpawner;
 impl Spawner for StdSpawner {
     fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
         Builder::new().name(name.to_owned()).spawn(body)
+    }
+}
+
+/// Waits for a thread to end, so long at most; gives it back if it does not. A thread may be stuck in a page fault that is never
+/// served, and one that the kernel killed (a seccomp filter does) never counts as ended: to join it would take for ever, or panic.
+///
+/// `meanwhile` is called again and again and should take a millisecond or so: what the thread waits for may have to be done.
+///
+/// # Errors
+/// The thread, if it has not ended by then.
+pub fn join_within(
+    thread: JoinHandle<()>,
+    limit: Duration,
+    mut meanwhile: impl FnMut(),
+) -> Result<(), JoinHandle<()>> {
+    let until = Instant::now() + limit;
+    while !thread.is_finished() {
+        if Instant::now() >= until {
+            return Err(thread);
+        }
+        meanwhile();
+    }
+    // A panic was reported when it happened.
+    let _ = thread.join();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_does_not_end_is_given_back_and_one_that_does_is_joined() {
+        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let nap = || std::thread::sleep(Duration::from_millis(1));
+        let thread = std::thread::spawn(move || {
+            let _ = gone.recv();
+        });
+        let Err(thread) = join_within(thread, Duration::from_millis(5), nap) else {
+            panic!("it waits for us");
+        };
+        drop(go);
+        assert!(join_within(thread, Duration::from_secs(60), nap).is_ok());
     }
 }

@@ -9,8 +9,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use multifd_transport::ReceiveHalf;
-use multifd_wire::frame::{Credit, Device, DeviceChunk, DeviceFlags, DeviceMark};
+use multifd_session::destination::Incomplete;
+use multifd_transport::{ReceiveHalf, join_within};
+use multifd_wire::frame::{Device, DeviceChunk, DeviceFlags, DeviceMark};
 use multifd_wire::limits::BLOB_BYTES_MAX;
 use multifd_wire::{DeviceId, DeviceState, Generation, Header, Misbehaved};
 
@@ -20,7 +21,6 @@ use crate::device::assembler::{Assembler, Came, Item};
 use crate::device::handover::{Body, Handover, Waited};
 use crate::device::{DeviceError, DeviceSink};
 use crate::error::Fault;
-use crate::session::Incomplete;
 
 /// What a loader tells the control thread.
 #[derive(Debug)]
@@ -173,18 +173,9 @@ impl Inventory {
             .for_each(|place| place.memory_moves_on());
     }
 
-    /// How often this device's stream began anew, going by what came.
-    pub(super) fn restarts(&self, device: DeviceId) -> Option<u32> {
-        self.place(device).ok().map(Handover::restarts)
-    }
-
-    /// Up to where the source may send of each device.
-    pub(super) fn credits(&self) -> Vec<Credit> {
-        let credit = |(device, place): (u32, &Arc<Handover>)| Credit {
-            device: DeviceId::new(device),
-            offset_max: place.granted(),
-        };
-        (0..).zip(&self.devices).map(credit).collect()
+    /// How often each device's stream began anew, going by what came.
+    pub(super) fn restarts(&self) -> Vec<u32> {
+        self.devices.iter().map(|place| place.restarts()).collect()
     }
 
     /// Sends the loaders home.
@@ -261,16 +252,23 @@ impl LoaderThread {
         patience: Duration,
         make_room: impl Fn(),
     ) -> Option<Box<dyn DeviceSink>> {
+        let began = Instant::now();
         let sink = loop {
             match self.back.recv_timeout(Duration::from_millis(1)) {
-                Ok(sink) => break Some(sink),
-                Err(RecvTimeoutError::Timeout) if self.stuck(patience).is_some() => return None,
+                Ok(sink) => break sink,
+                // One that is in no call of its device's code was killed, or is stuck in memory.
+                Err(RecvTimeoutError::Timeout)
+                    if self.stuck(patience).is_some()
+                        || self.busy.is_idle() && began.elapsed() >= patience =>
+                {
+                    return None;
+                }
                 Err(RecvTimeoutError::Timeout) => make_room(),
-                Err(RecvTimeoutError::Disconnected) => break None,
+                Err(RecvTimeoutError::Disconnected) => return None,
             }
         };
-        let _ = self.thread.join();
-        sink
+        let _ = join_within(self.thread, patience, make_room);
+        Some(sink)
     }
 }
 
@@ -294,6 +292,10 @@ impl Busy {
             step,
             source,
         })
+    }
+
+    fn is_idle(&self) -> bool {
+        lock(&self.0).is_none()
     }
 
     fn stuck(&self, limit: Duration) -> Option<Fault> {
@@ -334,15 +336,25 @@ pub(super) fn with_all(
         }
     };
     let limit = shared.config.device_deadline();
+    let mut idle_since = Instant::now();
     loop {
         match back.recv_timeout(limit.min(LOOK)) {
             Ok(done) => {
-                let _ = thread.join();
+                let _ = join_within(thread, limit, || {
+                    std::thread::sleep(Duration::from_millis(1))
+                });
                 return done;
             }
             Err(RecvTimeoutError::Timeout) => {
                 if let Some(stuck) = busy.stuck(limit) {
                     return (Err(stuck), Vec::new());
+                }
+                if !busy.is_idle() {
+                    idle_since = Instant::now();
+                } else if idle_since.elapsed() >= limit {
+                    let thread = "the thread that leads the devices".to_owned();
+                    let waited_ms = limit.as_millis();
+                    return (Err(Fault::ThreadStuck { thread, waited_ms }), Vec::new());
                 }
             }
             Err(RecvTimeoutError::Disconnected) => {
@@ -572,27 +584,4 @@ fn to_step(to: DeviceState) -> &'static str {
         DeviceState::RunningP2p => "start, quiescent",
         _ => "start",
     }
-}
-
-/// Refuses a table that is more than this side holds or can serve (SPEC: SETUP-3, DEVICE-3).
-pub(super) fn check_table(table: &[Device], window: u64, bytes_max: u64) -> Result<(), Fault> {
-    let limit = |what, wanted, most| Err(Fault::Limit { what, wanted, most });
-    let wanted = window.saturating_mul(table.len() as u64);
-    if wanted > bytes_max {
-        return limit("octets for all devices' windows", wanted, bytes_max);
-    }
-    if let Some(device) = table.iter().find(|device| device.chunk_bytes_max > window) {
-        let what = "octets of a device's chunk";
-        return limit(what, device.chunk_bytes_max, window);
-    }
-    let without = |device: &&Device| !device.flags.contains(DeviceFlags::P2P);
-    if let Some(device) = table.iter().find(without).filter(|_| table.len() > 1) {
-        return Err(Fault::Devices {
-            text: format!(
-                "{} has no P2P-quiescent state, so it can only be moved alone",
-                device.name
-            ),
-        });
-    }
-    Ok(())
 }

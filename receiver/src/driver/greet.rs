@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use multifd_session::destination::set_up;
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::Outcome;
 use multifd_wire::negotiate::{self, Agreement, Offer};
@@ -33,8 +34,6 @@ pub(super) struct Opened {
     pub(super) rx: Box<dyn ReceiveHalf>,
     pub(super) closer: Closer,
     pub(super) session: SessionId,
-    /// Whether the session may outlive its channels.
-    pub(super) kept: bool,
     pub(super) features: Features,
     pub(super) ticket: Token,
     pub(super) resume_secret: Token,
@@ -268,7 +267,8 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 // It can't be trusted in what it says that the channel is for.
                 shared.counters.note_damage(ChannelRef::None, frame, 1);
             }
-            let offer = shared.desk.offer_for(Intent::Start, Features::DEVICE_STATE);
+            let features = set_up::offered(&shared.config);
+            let offer = shared.desk.offer_for(Intent::Start, features);
             return refuse(
                 shared,
                 &mut *tx,
@@ -287,12 +287,7 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         }
         return refuse(shared, &mut *tx, &mut *rx, &reply);
     }
-    // SPEC: FEAT-5
-    let features = if shared.config.suspend().is_zero() {
-        Features::DEVICE_STATE
-    } else {
-        Features::DEVICE_STATE.union(Features::RESUME)
-    };
+    let features = set_up::offered(&shared.config);
     let reply = negotiate::answer(&hello, &shared.desk.offer_for(hello.intent, features));
     let agreement = match negotiate::accept(&hello, &reply) {
         Ok(agreement) => agreement,
@@ -309,7 +304,6 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 rx,
                 closer,
                 session: hello.session,
-                kept: agreement.features.contains(Features::RESUME),
                 features: agreement.features,
                 ticket,
                 resume_secret,
@@ -342,7 +336,6 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 rx,
                 closer,
                 session: hello.session,
-                kept: true,
                 features: agreement.features,
                 ticket,
                 resume_secret,

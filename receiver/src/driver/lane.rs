@@ -3,8 +3,8 @@
 //! Per page: the kernel's copy into guest memory, and one pass for the checksum while the page is still in the cache.
 //! What it must never do: read past its end mark before the gate opens, or land a run that was not admitted.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
@@ -17,23 +17,22 @@ use multifd_wire::{
 
 use super::device::{DeviceNote, Inventory};
 use super::gate::Gate;
-use super::link::{failed, read_head, skip_body};
-use super::{Note, Shared, thread_cpu};
+use super::link::{failed, read_first, read_table, skip_body};
+use super::{Note, Shared, lock, thread_cpu};
 use crate::device::assembler::Came;
 use crate::error::Fault;
 use crate::landing::Landing;
-use crate::lane::{Lane, Mark};
+use crate::lane::{Begins, Lane, Mark};
 
 /// What a lane's thread works with.
 pub(super) struct LaneThread {
     pub(super) id: LaneId,
     pub(super) incarnation: Incarnation,
-    pub(super) begins: Begins,
+    /// Where it begins to read; `None`: in the round with which all begin.
+    pub(super) begins: Option<Begins>,
     pub(super) shared: Arc<Shared>,
-    pub(super) landing: Arc<Landing>,
+    pub(super) start: Arc<Start>,
     pub(super) gate: Arc<Gate>,
-    /// Where items of devices go; `None` if the feature was not agreed on.
-    pub(super) inventory: Option<Arc<Inventory>>,
     /// Every frame below this number was handled; read by the control thread for acknowledgements.
     pub(super) handled: Arc<AtomicU64>,
     /// Set when nobody wants anything more of this channel, which is closed then.
@@ -41,86 +40,146 @@ pub(super) struct LaneThread {
     pub(super) notes: Sender<Note>,
 }
 
-/// Where a lane's thread begins to read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Begins {
-    /// In this round, which is the first of the session or of its resumption.
-    With(Round),
-    /// In this round, which is under way.
-    Within(Round),
-    /// In this round, when the gate to it opens.
-    Behind(Round),
+/// What lanes work on, once the machine is there.
+#[derive(Clone)]
+pub(super) struct Work {
+    /// The round with which all begin.
+    pub(super) round: Round,
+    pub(super) landing: Arc<Landing>,
+    /// Where items of devices go; `None` if the feature was not agreed on.
+    pub(super) inventory: Option<Arc<Inventory>>,
+}
+
+/// Where lanes that joined during set-up wait for READY.
+#[derive(Default)]
+pub(super) struct Start {
+    work: Mutex<Option<Work>>,
+    changed: Condvar,
+}
+
+impl Start {
+    pub(super) fn begin(&self, work: Work) {
+        *lock(&self.work) = Some(work);
+        self.changed.notify_all();
+    }
+
+    /// Lets lanes that were given up while they wait see it.
+    pub(super) fn nudge(&self) {
+        // Under the lock: a lane has either not looked yet, or waits already.
+        let _work = lock(&self.work);
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, given_up: &AtomicBool) -> Option<Work> {
+        let waits = |work: &mut Option<Work>| work.is_none() && !given_up.load(Ordering::Relaxed);
+        let work = self
+            .changed
+            .wait_while(lock(&self.work), waits)
+            .unwrap_or_else(PoisonError::into_inner);
+        work.clone().filter(|_| !given_up.load(Ordering::Relaxed))
+    }
 }
 
 impl LaneThread {
-    /// Reads until the channel ends or the gate sends it home; says why.
+    /// Reads until the channel ends or is given up; says why.
     pub(super) fn run(self, mut rx: Box<dyn ReceiveHalf>) -> Fault {
-        let lane = match self.begins {
-            Begins::With(round) => Lane::new(round),
-            Begins::Within(round) | Begins::Behind(round) => Lane::rejoined(round),
+        let mut cpu = Duration::ZERO;
+        let fault = match self.read(&mut *rx, &mut cpu) {
+            Ok(()) => failed(ChannelError::ShutDown),
+            Err(fault) => fault,
         };
-        let mut work = Work {
+        let counters = &self.shared.counters;
+        counters.add_cpu(thread_cpu(&mut cpu));
+        counters.note_fault(ChannelRef::Lane(self.id), &fault);
+        // What it carried may come again.
+        if let Some(inventory) = lock(&self.start.work)
+            .as_ref()
+            .and_then(|work| work.inventory.as_ref())
+        {
+            inventory.lane_lost();
+        }
+        fault
+    }
+
+    /// Until it is given up.
+    fn read(&self, rx: &mut dyn ReceiveHalf, cpu: &mut Duration) -> Result<(), Fault> {
+        // A channel that ends before anything is sent on it is noticed now, and not when it is needed.
+        rx.set_stall(Some(self.shared.config.stall()));
+        let mut first = Some(read_first(rx)?);
+        let Some(work) = self.start.wait(&self.given_up) else {
+            return Ok(());
+        };
+        let lane = match self.begins {
+            None => Lane::new(work.round),
+            Some(Begins::Within(round)) => Lane::rejoined(round),
+            Some(Begins::Behind(round)) => {
+                if !self.gate.wait_for(round, &self.given_up) {
+                    return Ok(());
+                }
+                Lane::rejoined(round)
+            }
+        };
+        let mut buffers = Buffers {
             table: Vec::with_capacity(8192),
             runs: Vec::new(),
             bad: Vec::new(),
             lane,
         };
-        let mut cpu = Duration::ZERO;
-        if let Begins::Behind(round) = self.begins
-            && !self.gate.wait_for(round, &self.given_up)
-        {
-            return failed(ChannelError::ShutDown);
-        }
         loop {
-            match self.frame(&mut *rx, &mut work) {
-                Ok(Step::Next) => {}
-                Ok(Step::Fence { last }) => {
-                    self.shared.counters.add_cpu(thread_cpu(&mut cpu));
-                    let round = work.lane.round();
-                    let arrived = Note::LaneArrived {
-                        lane: self.id,
-                        incarnation: self.incarnation,
-                        round,
-                        last,
-                    };
-                    let Some(next) = round.next() else {
-                        return Fault::OutOfTurn {
-                            what: "a round after the last".into(),
-                        };
-                    };
-                    if self.notes.send(arrived).is_err()
-                        || !self.gate.wait_for(next, &self.given_up)
-                    {
-                        return failed(ChannelError::ShutDown);
-                    }
-                    if let Err(error) = work.lane.gate_opened(next) {
-                        return error.into();
-                    }
+            let octets = match first.take() {
+                Some(octets) => octets,
+                None => read_first(rx)?,
+            };
+            if let Step::Fence { last } = self.frame(rx, &octets, &work, &mut buffers)? {
+                self.shared.counters.add_cpu(thread_cpu(cpu));
+                let round = buffers.lane.round();
+                let arrived = Note::LaneArrived {
+                    lane: self.id,
+                    incarnation: self.incarnation,
+                    round,
+                    last,
+                };
+                let Some(next) = round.next() else {
+                    let what = "a round after the last".into();
+                    return Err(Fault::OutOfTurn { what });
+                };
+                if self.notes.send(arrived).is_err() || !self.gate.wait_for(next, &self.given_up) {
+                    return Ok(());
                 }
-                Err(fault) => {
-                    let counters = &self.shared.counters;
-                    counters.add_cpu(thread_cpu(&mut cpu));
-                    counters.note_fault(ChannelRef::Lane(self.id), &fault);
-                    return fault;
-                }
+                buffers.lane.gate_opened(next)?;
             }
         }
     }
 
-    fn frame(&self, rx: &mut dyn ReceiveHalf, work: &mut Work) -> Result<Step, Fault> {
-        rx.set_stall(Some(self.shared.config.stall()));
-        let lane = &mut work.lane;
-        let header = read_head(rx, &mut work.table, ChannelKind::Data, |header| {
-            lane.header(header)
-        })?;
-        let frame = Frame::decode(&header, &work.table)?;
+    fn frame(
+        &self,
+        rx: &mut dyn ReceiveHalf,
+        octets: &[u8; HEADER_BYTES],
+        work: &Work,
+        buffers: &mut Buffers,
+    ) -> Result<Step, Fault> {
+        let lane = &mut buffers.lane;
+        let header = read_table(
+            rx,
+            octets,
+            &mut buffers.table,
+            ChannelKind::Data,
+            |header| lane.header(header),
+        )?;
+        let frame = Frame::decode(&header, &buffers.table)?;
         let mut step = Step::Next;
         let mut complete = None;
         match frame {
             Frame::Pages(pages) => {
-                self.pages(rx, &pages, &header, lane, &mut work.runs, &mut work.bad)?
+                let runs = &mut buffers.runs;
+                lane.pages(pages.round, pages.checksums.len() as u64)?;
+                self.pages(rx, &pages, &header, &work.landing, runs, &mut buffers.bad)?
             }
-            Frame::Zeros(zeros) => self.zeros(&zeros, lane, &mut work.runs)?,
+            Frame::Zeros(zeros) => {
+                let landing = &work.landing;
+                lane.zeros(zeros.round, zeros.page_count(), landing.pages_total())?;
+                self.zeros(&zeros, landing, &mut buffers.runs)?
+            }
             Frame::RoundEnd(mark) => {
                 if lane.round_end(&mark)? == Mark::Fence {
                     step = Step::Fence {
@@ -129,11 +188,11 @@ impl LaneThread {
                 }
             }
             Frame::DeviceChunk(chunk) => {
-                let came = self.devices(header.kind())?.chunk(rx, &chunk, &header)?;
+                let came = work.devices(header.kind())?.chunk(rx, &chunk, &header)?;
                 complete = (came == Came::All).then_some(chunk.device);
             }
             Frame::DeviceMark(mark) => {
-                let came = self.devices(header.kind())?.mark(&mark)?;
+                let came = work.devices(header.kind())?.mark(&mark)?;
                 complete = (came == Came::All).then_some(mark.device);
             }
             Frame::Skipped(_) => skip_body(rx, header.body_bytes()).map_err(failed)?,
@@ -157,37 +216,29 @@ impl LaneThread {
         Ok(step)
     }
 
-    /// SPEC: FEAT-4
-    fn devices(&self, kind: Kind) -> Result<&Inventory, Misbehaved> {
-        self.inventory
-            .as_deref()
-            .ok_or(Misbehaved::Feature { kind })
-    }
-
     fn pages(
         &self,
         rx: &mut dyn ReceiveHalf,
         pages: &Pages<'_>,
         header: &Header,
-        lane: &mut Lane,
+        landing: &Landing,
         runs: &mut Vec<PageRun>,
         bad: &mut Vec<PageRun>,
     ) -> Result<(), Fault> {
-        lane.pages(pages.round, pages.checksums.len() as u64)?;
-        self.landing.admit(pages.runs, runs)?;
-        let memory = self.landing.memory();
+        landing.admit(pages.runs, runs)?;
+        let memory = landing.memory();
         let spans = runs.iter().filter_map(|run| {
             memory
                 .span(run.region().value(), run.offset_bytes(), run.bytes())
                 .ok()
         });
         let spans: Vec<Span<'_>> = spans.collect();
-        self.landing.touch(runs);
+        landing.touch(runs);
         rx.receive_into(&spans)
-            .inspect_err(|_| self.landing.cut_off(runs))
+            .inspect_err(|_| landing.cut_off(runs))
             .map_err(failed)?;
         bad.clear();
-        self.landing.landed(runs, pages.checksums, bad);
+        landing.landed(runs, pages.checksums, bad);
         self.shared
             .counters
             .pages
@@ -211,20 +262,27 @@ impl LaneThread {
     fn zeros(
         &self,
         zeros: &Zeros<'_>,
-        lane: &mut Lane,
+        landing: &Landing,
         runs: &mut Vec<PageRun>,
     ) -> Result<(), Fault> {
-        let pages = zeros.page_count();
-        lane.zeros(zeros.round, pages, self.landing.pages_total())?;
-        self.landing.admit(zeros.runs, runs)?;
+        landing.admit(zeros.runs, runs)?;
         for run in runs.iter() {
-            self.landing.zeros(*run);
+            landing.zeros(*run);
         }
         self.shared
             .counters
             .zero_pages
-            .fetch_add(pages, Ordering::Relaxed);
+            .fetch_add(zeros.page_count(), Ordering::Relaxed);
         Ok(())
+    }
+}
+
+impl Work {
+    /// SPEC: FEAT-4
+    fn devices(&self, kind: Kind) -> Result<&Inventory, Misbehaved> {
+        self.inventory
+            .as_deref()
+            .ok_or(Misbehaved::Feature { kind })
     }
 }
 
@@ -235,7 +293,7 @@ enum Step {
 }
 
 /// Buffers that are reused from frame to frame, and the machine.
-struct Work {
+struct Buffers {
     table: Vec<u8>,
     runs: Vec<PageRun>,
     bad: Vec<PageRun>,

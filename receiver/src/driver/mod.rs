@@ -16,6 +16,7 @@ mod gate;
 mod greet;
 mod lane;
 mod link;
+mod vmm;
 
 pub(crate) use device::LoadedDevice;
 
@@ -59,8 +60,9 @@ pub struct Finished {
     pub report: Report,
     /// Why it failed, if it did.
     pub error: Option<Error>,
-    /// The machine. It runs if, and only if, the report says so.
-    pub vmm: Box<dyn Vmm>,
+    /// The machine. It runs if, and only if, the report says so. `None` if its thread did not come back within
+    /// [`ConfigBuilder::device_deadline`](crate::ConfigBuilder::device_deadline) of the end: it is left alone then.
+    pub vmm: Option<Box<dyn Vmm>>,
     /// Its devices, in the order of the table; one whose own code panicked is missing. They run if the machine does.
     pub devices: Vec<Box<dyn DeviceSink>>,
 }
@@ -198,11 +200,11 @@ enum Note {
     /// `epoch` counts the control channels of this session: what an earlier one said is void.
     Inbound {
         epoch: u32,
-        inbound: link::Inbound,
+        message: link::Message,
     },
     ControlLost {
         epoch: u32,
-        error: Error,
+        fault: Fault,
     },
     LaneArrived {
         lane: multifd_wire::LaneId,
@@ -211,8 +213,7 @@ enum Note {
         last: bool,
     },
     LaneEnded {
-        lane: multifd_wire::LaneId,
-        incarnation: multifd_wire::Incarnation,
+        mark: multifd_wire::frame::LaneMark,
         fault: Fault,
     },
     Damaged {
@@ -221,7 +222,7 @@ enum Note {
         sequence: multifd_wire::Sequence,
         runs: Vec<multifd_wire::PageRun>,
     },
-    Vmm(control::VmmDone),
+    Vmm(vmm::VmmDone),
     Device(device::DeviceNote),
     Cancel,
 }

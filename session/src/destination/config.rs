@@ -188,7 +188,8 @@ impl ConfigBuilder {
     }
 
     /// How long one call of a device's own code may take: a step, a write; 10 ms to 1 hour. One that does not return ends the
-    /// migration without waiting for it. The default is 10 s.
+    /// migration without waiting for it. Any thread that is to end has as long: the VMM's at the end, a data channel's when it was
+    /// closed. The default is 10 s.
     #[must_use]
     pub fn device_deadline(mut self, deadline: Duration) -> Self {
         self.config.device_deadline = deadline;

@@ -24,11 +24,25 @@ pub enum Fault {
     /// Valid octets at the wrong moment, or about things that do not exist.
     #[error("the source broke the protocol: {0}")]
     Misbehaved(#[from] Misbehaved),
-    /// A frame or event came in a state that does not know it.
+    /// The source said something in a state that does not know it.
     #[error("{what} came out of turn")]
     OutOfTurn {
-        /// The event.
+        /// What it said.
         what: String,
+    },
+    /// This program is at fault, and not the source.
+    #[error("an error of this program: {what}; please report it")]
+    Internal {
+        /// What happened that can't.
+        what: String,
+    },
+    /// A thread of this side does not come back: it is stuck in the embedder's code or in guest memory, or was killed.
+    #[error("{thread} did not come back within {waited_ms} ms: it is left alone")]
+    ThreadStuck {
+        /// Which one, and what it was to do.
+        thread: String,
+        /// How long it was waited for, in milliseconds.
+        waited_ms: u128,
     },
     /// We tried to send what the format can't carry.
     #[error("the answer can't be put on the wire: {0}")]
@@ -167,6 +181,8 @@ impl Fault {
             Self::Malformed(e) => e.code(),
             Self::Misbehaved(e) | Self::DeviceMisbehaved { source: e, .. } => e.code(),
             Self::OutOfTurn { .. } => "receiver.misbehaved.out-of-turn",
+            Self::Internal { .. } => "receiver.internal",
+            Self::ThreadStuck { .. } => "receiver.thread-stuck",
             Self::Misuse(e) => e.code(),
             Self::Channel(e) => e.code(),
             Self::AllLanesLost { .. } => "receiver.channel.all-lanes-lost",
@@ -208,7 +224,9 @@ impl Fault {
             // SPEC: RESUME-5
             Self::SetupChanged { .. } => Reason::Misbehaved,
             Self::AskedBeforeCommit => Reason::ChannelsLost,
-            Self::System { .. } => Reason::Internal,
+            Self::System { .. } | Self::Internal { .. } | Self::ThreadStuck { .. } => {
+                Reason::Internal
+            }
         }
     }
 }

@@ -30,6 +30,15 @@ pub enum Mark {
     Past,
 }
 
+/// Where a lane begins to read that joins while rounds are under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begins {
+    /// In this round, which is open (SPEC: ROUND-6).
+    Within(Round),
+    /// In this round, when the gate to it opens.
+    Behind(Round),
+}
+
 impl Lane {
     /// A lane that has received nothing and may receive frames of `round`.
     #[must_use]

@@ -1,259 +1,64 @@
-//! The control plane at the destination, as a machine without I/O: events and the time in, effects out.
+//! The control plane at the destination, as a machine without I/O: frames, events and the time in, effects out.
 //!
 //! ```text
-//!  Setup ──tables, machine, lanes──► Rounds(k) ──every living lane at the fence──► Rounds(k+1)
-//!                                       │ fence of a round with the guest paused
+//!  Setup ──tables, machine, lanes──► Rounds(k) ──every living lane at its end──► Rounds(k+1)
+//!                                       │ a round with the guest paused
 //!                                       ▼
 //!                                    Fenced(k) ──FINAL(k), digests equal──► Loading ──► Prepared ──COMMIT──► Owning ──► Over
 //!                                       └── SWITCHOVER(k+1): pages are missing, the gate opens once more
 //! ```
-//! The rules it keeps: the gate to a round opens only when every living lane stands at the fence (SPEC: ROUND-3); only a
-//! [`Ready`] leads to PREPARED; only COMMIT on top of it gives [`Ownership`] (SPEC: COMMIT-1). In every state before, the
-//! guest can't run here. Which event is legal in which state is the one table in [`Session::handle`].
+//! Each concern has a machine of its own, which this one owns and asks: [`set_up`](super::set_up) the order of the tables,
+//! `lanes` the life of each data channel, `rounds` the gate between rounds, `devices`, `commit` the way to the guest, `deadlines`,
+//! `remembered` what is left to say after the end. What is legal in which state is in two tables: [`Session::frame`] for what the
+//! source says, [`Session::handle`] for what happens here. A frame out of place is the source's fault; an event out of place is
+//! ours ([`Fault::Internal`]), and is never reported to the source as its misbehaviour.
 
+mod end;
+mod lanes;
 mod resume;
+mod rounds;
+mod time;
 
 pub use resume::DAMAGES_MAX;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use multifd_wire::frame::OutcomeState;
-use multifd_wire::{ChannelRef, DeviceId, Digest, LaneId, Misbehaved, Phase, Reason, Round};
+use multifd_wire::frame::{Final, KeepAlive};
+use multifd_wire::{
+    ChannelKind, ChannelRef, Digest, Features, Frame, Incarnation, Kind, LaneId, Layout,
+    Misbehaved, PageRun, Phase, Role, Round,
+};
 
-use crate::destination::config::Config;
-use crate::destination::error::{Error, Fault};
-
-/// A device of whose stream items are missing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Incomplete {
-    /// Its number.
-    pub device: DeviceId,
-    /// Its name.
-    pub name: String,
-    /// The lowest index that is missing.
-    pub index: u64,
-}
-
-impl From<Incomplete> for Fault {
-    fn from(incomplete: Incomplete) -> Self {
-        Self::DeviceMisbehaved {
-            device: incomplete.name,
-            source: Misbehaved::DeviceStream {
-                device: incomplete.device.value(),
-                index: incomplete.index,
-                rule: "DEVSTREAM-7, it did not come before the end of the last round",
-            },
-        }
-    }
-}
-
-/// What happened.
-#[derive(Debug)]
-pub enum Event {
-    /// All tables are here and the VMM is to build this machine; the source will open this many lanes.
-    SetupEnd {
-        /// Data channels.
-        lanes: u32,
-    },
-    /// The VMM built the machine.
-    MachineReady,
-    /// A lane said hello and was let in.
-    LaneJoined {
-        /// Which.
-        lane: LaneId,
-    },
-    /// A lane stands at the fence of a round.
-    LaneArrived {
-        /// Which.
-        lane: LaneId,
-        /// Of which round.
-        round: Round,
-        /// The mark said that the guest is paused in this round.
-        last: bool,
-    },
-    /// A lane's thread has ended; nothing of it will land any more.
-    LaneEnded {
-        /// Which.
-        lane: LaneId,
-    },
-    /// Answer to [`Effect::CloseRound`]: what is in memory at the fence.
-    Closed {
-        /// The digest over all pages as landed.
-        digest: Digest,
-        /// Pages that are damaged.
-        damaged: u64,
-        /// A device of whose stream items are missing.
-        incomplete: Option<Incomplete>,
-    },
-    /// SWITCHOVER: the guest is paused and this round is begun.
-    Switchover {
-        /// The round.
-        round: Round,
-    },
-    /// FINAL.
-    Final {
-        /// The last round.
-        round: Round,
-        /// Blobs of VM state that belong to it.
-        states: u32,
-        /// The digest over all pages as last sent.
-        digest: Digest,
-    },
-    /// The VMM loaded the VM state.
-    Loaded,
-    /// Every device has loaded everything and stands still.
-    DevicesLoaded,
-    /// A device's stream begins anew: what it had loaded is void.
-    DeviceRestarted,
-    /// COMMIT.
-    Commit {
-        /// The digest that the source commits to.
-        digest: Digest,
-    },
-    /// The VMM runs the guest.
-    Resumed,
-    /// The channels are lost: the link failed, or nothing was heard for too long. What was said on them is worth nothing now.
-    Lost(Error),
-    /// The source opened a new control channel for this session, and showed its secret.
-    Resuming,
-    /// The source asks how the session ended, and showed its secret.
-    Asked,
-    /// Something failed: a channel, the VMM, the source said no.
-    Failed(Error),
-    /// Only the time has gone on.
-    Tick,
-}
-
-/// What the driver must do.
-#[derive(Debug)]
-pub enum Effect {
-    /// Let the VMM build the machine.
-    Prepare,
-    /// Close every channel; memory and what is known of it stay.
-    Suspend,
-    /// Send LANDED, and give back every page that is damaged.
-    SendLanded,
-    /// Answer the question.
-    Answer(OutcomeState),
-    /// Send READY.
-    SendReady,
-    /// Every living lane stands at the fence: acknowledge all, send ROUND_CLOSED, answer with [`Event::Closed`].
-    CloseRound {
-        /// The round.
-        round: Round,
-    },
-    /// Let the lanes go on into this round.
-    OpenGate {
-        /// The round.
-        round: Round,
-    },
-    /// Let the VMM load this many blobs of VM state.
-    Load {
-        /// How many.
-        states: u32,
-    },
-    /// Send PREPARED.
-    SendPrepared {
-        /// The digest that both sides have.
-        digest: Digest,
-    },
-    /// Let the VMM run the guest.
-    Resume(Ownership),
-    /// Send RUNNING.
-    SendRunning,
-    /// Tell the source why it ends.
-    Abort {
-        /// The code.
-        reason: Reason,
-        /// The phase in which it ended.
-        phase: Phase,
-        /// The channel that it is about.
-        channel: ChannelRef,
-        /// The text.
-        text: String,
-    },
-    /// Take the machine down: the guest is the source's.
-    Discard,
-    /// It is over.
-    Finish(Outcome),
-}
-
-/// How it ended.
-#[derive(Debug)]
-pub enum Outcome {
-    /// The guest runs here.
-    Running,
-    /// The guest is the source's.
-    Failed(Error),
-    /// The source gave the guest away, and it could not be run here: it is loaded and paused.
-    Stranded(Error),
-}
-
-/// Proof that this side has everything: the last round closed, nothing damaged, digests equal, the state and every device
-/// loaded.
-#[derive(Debug)]
-#[must_use = "without it the guest can't be taken over"]
-pub struct Ready {
-    digest: Digest,
-}
-
-/// Proof that the guest belongs to this side: everything is here, verified and loaded, and the source has committed.
-///
-/// Only the session can make it, from a [`Ready`], on COMMIT: its field is private to this module.
-#[derive(Debug)]
-#[must_use = "the guest runs nowhere until the VMM is shown this"]
-pub struct Ownership {
-    _ready: Ready,
-}
+use super::blobs::Assembler;
+use super::commit::{Loading, Loads, Ready};
+use super::config::Config;
+use super::deadlines::Deadlines;
+use super::devices::Devices;
+use super::error::{Error, Fault};
+use super::event::{Effect, Event, Secrets};
+use super::lanes::Lanes;
+use super::remembered::Remembered;
+use super::rounds::{Fence, Rounds};
+use super::set_up::SetUp;
+use crate::common::Encoder;
 
 #[derive(Debug)]
 enum State {
-    Setup(Setup),
+    Setup,
     Rounds,
-    /// At the fence of a round with the guest paused, the gate closed.
-    Fenced {
-        round: Round,
-        digest: Digest,
-        damaged: u64,
-        incomplete: Option<Incomplete>,
-        /// Since when FINAL is here and pages are missing: the source has to begin a further round.
-        short_since: Option<Duration>,
-    },
-    Loading {
-        digest: Digest,
-        /// The VM state is loaded.
-        loaded: bool,
-    },
+    /// Every lane is at the end of a round with the guest paused, the gate shut.
+    Fenced(Fence),
+    Loading(Loading),
     Prepared(Ready),
     /// Without channels, until this time.
     Suspended {
         until: Duration,
     },
-    Owning,
+    Owning {
+        since: Duration,
+    },
     Over,
-}
-
-#[derive(Debug, Default)]
-struct Setup {
-    lanes: Option<u32>,
-    machine: bool,
-    /// It is made again, over new channels.
-    resumed: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Final {
-    round: Round,
-    states: u32,
-    digest: Digest,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    Expected,
-    InRound,
-    AtFence { last: bool },
-    Ended,
 }
 
 /// The machine of one migration at the destination.
@@ -261,72 +66,57 @@ enum Fate {
 pub struct Session {
     config: Config,
     state: State,
-    round: Round,
-    lanes: Vec<Fate>,
-    /// The first and the newest SWITCHOVER, and FINAL; they may come before the lanes reach the fence.
-    paused_from: Option<Round>,
-    switchover: Option<Round>,
-    verdict: Option<Final>,
-    closing: bool,
-    /// A lane died: what it lost may be missing when FINAL comes, without anybody's fault.
-    lane_lost: bool,
-    /// Since when no lane lives although one is needed: the source is dialling (SPEC: LANE-6).
-    alone_since: Option<Duration>,
     /// Whether it outlives its channels.
     kept: bool,
-    /// How often the control channel was lost by wrong checksums.
-    damages: u32,
-    /// The VMM has built the machine.
-    machine: bool,
     /// READY was sent once: on the way back one lane is enough (SPEC: RESUME-14).
     begun: bool,
-    /// There are devices.
-    devices: bool,
-    /// Every device has everything; also true when there are none.
-    devices_loaded: bool,
-    began: Duration,
-    heard: Duration,
-    /// When something last went on: pages landed, a decision came. Signs of life are none.
-    progress: Duration,
+    /// The set-up is made again, over new channels.
+    resumed: bool,
+    set_up: SetUp,
+    lanes: Lanes,
+    /// Lanes that were faster than the SETUP_END that announces them.
+    early: BTreeMap<LaneId, Incarnation>,
+    rounds: Rounds,
+    devices: Devices,
+    states: Assembler,
+    loads: Loads,
+    deadlines: Deadlines,
+    /// The sending direction of the control channel.
+    control: Encoder,
+    secrets: Option<Secrets>,
+    /// What is damaged when a session comes back, until it was said.
+    damaged: Vec<PageRun>,
+    /// How often the control channel was lost by wrong checksums.
+    damages: u32,
+    remembered: Remembered,
 }
 
-/// Where a lane that joins now has to begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Entry {
-    /// It waits for READY, like all lanes.
-    Setup,
-    /// In the round that is open (SPEC: ROUND-6).
-    Round(Round),
-    /// Behind the fence that is shut: in this round, once the gate opens.
-    BehindFence(Round),
-    /// Nowhere: no lane is needed any more, or this one still lives or never was.
-    Refused,
-}
+type Done = Result<(), Fault>;
 
 impl Session {
-    /// A session whose hello was accepted at `now`.
+    /// A session whose hello was accepted at `now`, with these features.
     #[must_use]
-    pub fn new(config: Config, now: Duration) -> Self {
+    pub fn new(config: Config, features: Features, now: Duration) -> Self {
         Self {
-            config,
-            state: State::Setup(Setup::default()),
-            round: Round::new(0),
-            lanes: Vec::new(),
-            paused_from: None,
-            switchover: None,
-            verdict: None,
-            closing: false,
-            lane_lost: false,
-            alone_since: None,
-            kept: false,
-            damages: 0,
-            machine: false,
+            state: State::Setup,
+            // SPEC: FEAT-5
+            kept: features.contains(Features::RESUME) && !config.suspend().is_zero(),
             begun: false,
-            devices: false,
-            devices_loaded: true,
-            began: now,
-            heard: now,
-            progress: now,
+            resumed: false,
+            set_up: SetUp::new(&config),
+            lanes: Lanes::default(),
+            early: BTreeMap::new(),
+            rounds: Rounds::new(),
+            devices: Devices::new(features, config.device_window_bytes()),
+            states: Assembler::new(Kind::VmState, config.blob_bytes_max()),
+            loads: Loads::default(),
+            deadlines: Deadlines::new(now),
+            control: Encoder::default(),
+            secrets: None,
+            damaged: Vec::new(),
+            damages: 0,
+            remembered: Remembered::default(),
+            config,
         }
     }
 
@@ -334,10 +124,10 @@ impl Session {
     #[must_use]
     pub fn phase(&self) -> Phase {
         match self.state {
-            State::Setup(_) => Phase::Setup,
-            State::Rounds if self.switchover.is_none() => Phase::Rounds,
-            State::Rounds | State::Fenced { .. } | State::Loading { .. } => Phase::Switchover,
-            State::Prepared(_) | State::Owning => Phase::Commit,
+            State::Setup => Phase::Setup,
+            State::Rounds if !self.rounds.is_switching() => Phase::Rounds,
+            State::Rounds | State::Fenced(_) | State::Loading(_) => Phase::Switchover,
+            State::Prepared(_) | State::Owning { .. } => Phase::Commit,
             State::Suspended { .. } => Phase::Suspended,
             State::Over => Phase::Done,
         }
@@ -346,571 +136,315 @@ impl Session {
     /// The round that is open.
     #[must_use]
     pub fn round(&self) -> Round {
-        self.round
+        self.rounds.round()
     }
 
-    /// Whether the source has given the guest to this side.
+    /// Lanes that live.
     #[must_use]
-    pub fn is_owner(&self) -> bool {
-        matches!(self.state, State::Owning)
+    pub fn lanes_alive(&self) -> u32 {
+        self.lanes.alive()
     }
 
-    /// There are devices: without [`Event::DevicesLoaded`] there is no [`Ready`].
-    pub fn expect_devices(&mut self) {
-        (self.devices, self.devices_loaded) = (true, false);
-    }
-
-    /// The source was heard on the control channel.
-    pub fn heard(&mut self, now: Duration) {
-        self.heard = now;
-    }
-
-    /// Pages landed, or a decision of the source came.
-    pub fn progressed(&mut self, now: Duration) {
-        self.progress = now;
-    }
-
-    /// Whether this lane was lost, or has not come back after a resume.
+    /// The guest's memory, once it was described.
     #[must_use]
-    pub fn is_lost(&self, lane: LaneId) -> bool {
-        self.lanes.get(lane.value() as usize) == Some(&Fate::Ended)
+    pub fn layout(&self) -> Option<&Layout> {
+        self.set_up.layout()
     }
 
-    /// Where a lane that was lost has to begin if it joins again now.
+    /// How many devices come with the guest, and how many of them have loaded everything.
     #[must_use]
-    pub fn entry(&self, lane: LaneId) -> Entry {
-        let lost = self.is_lost(lane);
-        match &self.state {
-            State::Setup(_) => Entry::Setup,
-            State::Rounds if lost && !self.closing => Entry::Round(self.round),
-            State::Fenced { round, .. } if lost => {
-                round.next().map_or(Entry::Refused, Entry::BehindFence)
-            }
-            _ => Entry::Refused,
-        }
+    pub fn devices(&self) -> (usize, usize) {
+        let table = self.devices.table().unwrap_or_default();
+        (table.len(), self.devices.loaded_count())
+    }
+
+    /// Until when the source may still ask how it ended; `None` once it knows, or as long as it has not ended (SPEC: ASK-4).
+    #[must_use]
+    pub fn remembers_until(&self) -> Option<Duration> {
+        self.remembered.until(self.config.suspend())
+    }
+
+    /// The digest that both sides agreed on, once they have.
+    #[must_use]
+    pub fn digest(&self) -> Option<Digest> {
+        self.remembered.digest()
+    }
+
+    /// Whether the source asked how it ended, and was told finally.
+    #[must_use]
+    pub fn was_answered(&self) -> bool {
+        self.remembered.was_answered()
     }
 
     /// When [`Event::Tick`] is due at the latest.
     #[must_use]
     pub fn next_deadline(&self) -> Duration {
-        self.deadline().0
+        let (deadline, _) = self.deadline();
+        if self.is_connected() {
+            deadline.min(self.deadlines.next_word())
+        } else {
+            deadline
+        }
     }
 
-    /// The one table: what each event means in each state.
+    fn is_connected(&self) -> bool {
+        !matches!(self.state, State::Suspended { .. } | State::Over)
+    }
+
+    // ── what the source says ─────────────────────────────────────────────────────────────────────────────────────────
+
+    /// A frame came on the control channel that there is, with this body.
+    #[must_use]
+    pub fn frame(&mut self, frame: &Frame<'_>, body: &[u8], now: Duration) -> Vec<Effect> {
+        let mut out = Vec::new();
+        if !matches!(self.state, State::Suspended { .. })
+            && let Err(fault) = self.take(frame, body, now, &mut out)
+        {
+            let error = Error::new(self.phase(), fault).at(ChannelRef::Control);
+            self.fail(error, now, &mut out);
+        }
+        out
+    }
+
+    /// The table of frames: what each means in each state.
+    fn take(
+        &mut self,
+        frame: &Frame<'_>,
+        body: &[u8],
+        now: Duration,
+        out: &mut Vec<Effect>,
+    ) -> Done {
+        let (kind, phase) = (frame.kind(), self.phase());
+        let (from, on) = (Role::Source, ChannelKind::Control);
+        if !kind.may_travel(from, on) {
+            return Err(Misbehaved::Direction { kind, from, on }.into());
+        }
+        self.deadlines.heard = now;
+        if !matches!(frame, Frame::KeepAlive(_) | Frame::Skipped(_)) {
+            self.deadlines.progress = now;
+        }
+        match (&mut self.state, frame) {
+            (_, Frame::KeepAlive(alive)) => self.keep_alive(*alive, now, out),
+            (State::Over, _) | (_, Frame::Skipped(_)) => Ok(()),
+            (_, Frame::Abort(abort)) => Err(Fault::PeerAborted {
+                reason: abort.reason,
+                text: abort.text.to_owned(),
+            }),
+            (State::Setup, Frame::Config(config)) => self.set_up.config(config.blob, body),
+            (State::Setup, Frame::Regions(regions)) => self.set_up.regions(regions, &self.config),
+            (State::Setup, Frame::Devices(table)) => {
+                self.set_up.devices(table, &mut self.devices, &self.config)
+            }
+            (State::Setup, Frame::SetupEnd(end)) => {
+                let plan = self.set_up.end(end, &self.devices, &self.config, now)?;
+                self.set_up_ended(plan, end.lanes, now, out)
+            }
+            (_, Frame::LaneDown(down)) => self.lane_down(*down, now, out),
+            // SPEC: PREP-2. Both sides agree on the content already.
+            (State::Loading(_) | State::Prepared(_), Frame::Switchover(_) | Frame::Final(_)) => {
+                Ok(())
+            }
+            (State::Rounds | State::Fenced(_), Frame::Switchover(switchover)) => {
+                self.switchover(switchover.final_round, now, out)
+            }
+            (State::Rounds | State::Fenced(_) | State::Loading(_), Frame::VmState(state))
+                if phase == Phase::Switchover =>
+            {
+                self.states.part(state.blob, body)
+            }
+            (_, Frame::Final(last)) => self.last(*last, now, out),
+            (State::Prepared(_), Frame::Commit(commit)) => self.commit(commit.digest, now, out),
+            (
+                _,
+                Frame::Config(_)
+                | Frame::Regions(_)
+                | Frame::Devices(_)
+                | Frame::SetupEnd(_)
+                | Frame::VmState(_),
+            ) => Err(Misbehaved::Phase { kind, phase }.into()),
+            _ => Err(out_of_turn(kind.name())),
+        }
+    }
+
+    fn keep_alive(&mut self, alive: KeepAlive, now: Duration, out: &mut Vec<Effect>) -> Done {
+        self.remembered.echo(alive.echo_us);
+        if alive.echo_us != 0 || !self.is_connected() {
+            return Ok(());
+        }
+        let answer = KeepAlive {
+            stamp_us: stamp(now),
+            echo_us: alive.stamp_us,
+        };
+        self.send(answer, out)
+    }
+
+    fn switchover(&mut self, round: Round, now: Duration, out: &mut Vec<Effect>) -> Done {
+        let fence = match &self.state {
+            State::Fenced(fence) => Some(fence),
+            _ => None,
+        };
+        if !self.rounds.may_follow(round, fence) {
+            return Err(out_of_turn(format!("SWITCHOVER of round {round}")));
+        }
+        self.rounds.switchover(round);
+        self.conclude(now, out)
+    }
+
+    fn last(&mut self, last: Final, now: Duration, out: &mut Vec<Effect>) -> Done {
+        // SPEC: FINAL-5
+        let pages = self
+            .set_up
+            .layout()
+            .map_or(0, |layout| layout.pages_total().value());
+        if last.memory_pages != pages {
+            return Err(Misbehaved::Amount {
+                field: "final.memory_pages",
+                expected: pages,
+                found: last.memory_pages,
+            }
+            .into());
+        }
+        let in_rounds = matches!(self.state, State::Rounds | State::Fenced(_));
+        if !in_rounds || !self.rounds.may_be_final(&last) {
+            return Err(out_of_turn(format!("FINAL of round {}", last.final_round)));
+        }
+        self.rounds.last(last, now);
+        self.conclude(now, out)
+    }
+
+    fn commit(&mut self, digest: Digest, now: Duration, out: &mut Vec<Effect>) -> Done {
+        match std::mem::replace(&mut self.state, State::Owning { since: now }) {
+            State::Prepared(ready) => match ready.commit(digest) {
+                Ok(proof) => {
+                    out.push(Effect::Resume(proof));
+                    Ok(())
+                }
+                Err((ready, fault)) => {
+                    self.state = State::Prepared(ready);
+                    Err(fault)
+                }
+            },
+            other => {
+                self.state = other;
+                Err(out_of_turn("COMMIT"))
+            }
+        }
+    }
+
+    // ── what happens here ────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// Something happened beside the frames of the control channel.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
-        let follows = matches!(&event, Event::Switchover { round } if self.may_follow(*round));
-        let may_be_resumed = self.may_be_resumed();
-        let admits =
-            matches!(&event, Event::LaneJoined { lane } if self.entry(*lane) != Entry::Refused);
+        let mut out = Vec::new();
+        if let Err(fault) = self.happened(event, now, &mut out) {
+            let error = Error::new(self.phase(), fault);
+            self.fail(error, now, &mut out);
+        }
+        out
+    }
+
+    /// The table of events: what each means in each state.
+    fn happened(&mut self, event: Event, now: Duration, out: &mut Vec<Effect>) -> Done {
         match (&mut self.state, event) {
-            (State::Over, _) => Vec::new(),
-            // The guest is ours: no loss changes that any more.
-            (State::Owning, Event::Lost(_)) => Vec::new(),
-            (_, Event::Lost(error)) => self.lost(error, now),
-            (_, Event::Resuming) if may_be_resumed => self.resuming(now),
-            (_, Event::Asked) => self.asked(),
-            (_, Event::Failed(error)) => self.fail(error),
-            (_, Event::Tick) => self.tick(now),
-            (State::Setup(setup), Event::SetupEnd { lanes }) if setup.lanes.is_none() => {
-                setup.lanes = Some(lanes);
-                // SPEC: RESUME-14
-                let fate = if self.begun {
-                    Fate::Ended
-                } else {
-                    Fate::Expected
-                };
-                self.lanes = vec![fate; lanes as usize];
-                vec![Effect::Prepare]
+            (_, Event::Asked) => self.asked(now, out),
+            (_, Event::Answered(state)) => {
+                self.remembered.answered(state);
+                Ok(())
             }
-            (State::Setup(setup), Event::MachineReady) => {
-                setup.machine = true;
-                self.machine = true;
-                self.begin()
-            }
-            // The VMM was at it when the channels were lost (SPEC: RESUME-13).
-            (State::Suspended { .. }, Event::MachineReady) if !self.machine => {
-                self.machine = true;
-                Vec::new()
-            }
-            (State::Setup(_), Event::LaneJoined { lane }) => self.joined(lane),
-            // SPEC: LANE-5
-            (State::Rounds | State::Fenced { .. }, Event::LaneJoined { lane }) if admits => {
-                self.rejoined(lane);
-                Vec::new()
-            }
-            (State::Rounds, Event::LaneArrived { lane, round, last }) => {
-                self.arrived(lane, round, last)
-            }
-            // Loaders go on with what they have while the channels are lost; what is void then begins anew before the next fence.
+            (_, Event::Resuming(secrets)) => self.resuming(secrets, now, out),
             (
-                State::Suspended { .. } | State::Setup(Setup { resumed: true, .. }),
-                Event::DevicesLoaded | Event::DeviceRestarted,
-            ) => Vec::new(),
-            // It had read its mark whole when the channels were lost; the round is opened again (SPEC: RESUME-2, RESUME-7).
-            (State::Suspended { .. }, Event::LaneArrived { .. }) => Vec::new(),
-            (_, Event::LaneEnded { lane }) => self.ended(lane, now),
-            (
-                State::Rounds,
-                Event::Closed {
-                    digest,
-                    damaged,
-                    incomplete,
+                _,
+                Event::LaneJoined {
+                    lane,
+                    incarnation,
+                    ticket,
                 },
-            ) if self.closing => self.closed(digest, damaged, incomplete, now),
-            (State::Rounds | State::Fenced { .. }, Event::Switchover { round }) if follows => {
-                self.paused_from.get_or_insert(round);
-                self.switchover = Some(round);
-                self.verdict = None;
-                self.conclude(now)
+            ) => self.lane_joined(lane, incarnation, ticket, now, out),
+            (State::Over, _) => Ok(()),
+            (_, Event::Opened(secrets)) => self.opened(secrets, now, out),
+            (_, Event::ControlLost(fault)) => self.control_lost(fault, now, out),
+            (_, Event::LanesSettled { marks, damaged }) => self.settled(&marks, damaged, now, out),
+            (_, Event::Failed(fault)) => Err(fault),
+            // The guest is this side's: there is no way back, and the end is near.
+            (State::Owning { .. }, Event::Cancel) => Ok(()),
+            (_, Event::Cancel) => Err(Fault::Cancelled),
+            (_, Event::Tick(counts)) => self.tick(counts, now, out),
+            (State::Setup | State::Suspended { .. }, Event::MachineReady) => {
+                if !self.set_up.machine_ready() {
+                    return Err(internal("a machine that was not asked for"));
+                }
+                self.begin(now, out)
             }
-            // SPEC: FINAL-1
+            (_, Event::LaneUnheard { lane, incarnation }) => {
+                self.lane_unheard(lane, incarnation, now, out)
+            }
             (
-                State::Rounds | State::Fenced { .. },
-                Event::Final {
+                _,
+                Event::LaneArrived {
+                    lane,
+                    incarnation,
                     round,
-                    states,
-                    digest,
+                    last,
                 },
-            ) if self.switchover == Some(round) => {
-                self.verdict = Some(Final {
-                    round,
-                    states,
-                    digest,
-                });
-                self.conclude(now)
-            }
-            // A lane of the source died after everything had landed here; both sides agree on the content already.
+            ) => self.lane_arrived(lane, incarnation, round, last, now, out),
+            (_, Event::LaneEnded { mark, fault }) => self.lane_ended(mark, fault, now, out),
             (
-                State::Loading { .. } | State::Prepared(_),
-                Event::Switchover { .. } | Event::Final { .. },
-            ) => Vec::new(),
-            (State::Loading { loaded, .. }, Event::Loaded) if !*loaded => {
-                *loaded = true;
-                self.prepared()
+                _,
+                Event::Damaged {
+                    lane,
+                    incarnation,
+                    sequence,
+                    runs,
+                },
+            ) => self.give_back(lane, incarnation, sequence, &runs, out),
+            (_, Event::Handled(marks)) => self.acknowledge(&marks, out),
+            (State::Rounds, Event::Closed(closed)) if self.rounds.is_closing() => {
+                self.closed(closed, now, out)
             }
-            (
-                State::Rounds | State::Fenced { .. } | State::Loading { .. },
-                Event::DevicesLoaded,
-            ) if !self.devices_loaded => {
-                self.devices_loaded = true;
-                self.prepared()
-            }
-            (
-                State::Rounds | State::Fenced { .. } | State::Loading { .. },
-                Event::DeviceRestarted,
-            ) => {
-                self.devices_loaded = false;
-                Vec::new()
-            }
-            (State::Prepared(ready), Event::Commit { digest }) => {
-                let ours = ready.digest;
-                if digest != ours {
-                    return self.fail(Error::new(
-                        Phase::Commit,
-                        Fault::DigestMismatch {
-                            ours: ours.value(),
-                            theirs: digest.value(),
-                        },
-                    ));
+            // The channels were lost while it was being counted.
+            (State::Suspended { .. }, Event::Closed(_)) => Ok(()),
+            (_, Event::Loaded(result)) => {
+                // What belongs to a switchover that is void counts no more, whatever came of it.
+                if !self.loads.done() {
+                    return Ok(());
                 }
-                match std::mem::replace(&mut self.state, State::Owning) {
-                    State::Prepared(ready) => vec![Effect::Resume(Ownership { _ready: ready })],
-                    _ => unreachable!("matched above"),
+                result?;
+                match &mut self.state {
+                    State::Loading(loading) if !loading.is_loaded() => loading.loaded(),
+                    _ => return Err(internal("a VM state that was not asked for")),
                 }
+                self.prepared(now, out)
             }
-            (State::Owning, Event::Resumed) => {
-                self.state = State::Over;
-                vec![Effect::SendRunning, Effect::Finish(Outcome::Running)]
+            (_, Event::Device(event)) => self.device(event, now, out),
+            (State::Owning { since }, Event::Resumed(counts)) => {
+                let took = now.saturating_sub(*since);
+                self.running(took, counts, now, out)
             }
-            (_, event) => {
-                let what = format!("{event:?}");
-                self.fail(Error::new(self.phase(), Fault::OutOfTurn { what }))
-            }
+            (_, event) => Err(internal(format!("{event:?}"))),
         }
     }
+}
 
-    /// Ready, once state and devices are loaded over memory that is verified (SPEC: PREP-1).
-    fn prepared(&mut self) -> Vec<Effect> {
-        let State::Loading {
-            digest,
-            loaded: true,
-        } = self.state
-        else {
-            return Vec::new();
-        };
-        if !self.devices_loaded {
-            return Vec::new();
-        }
-        self.state = State::Prepared(Ready { digest });
-        vec![Effect::SendPrepared { digest }]
-    }
+/// Microseconds of the session's own clock, as stamps have them: never 0 (SPEC: ALIVE-1).
+fn stamp(now: Duration) -> u64 {
+    micros(now).max(1)
+}
 
-    fn begin(&mut self) -> Vec<Effect> {
-        let State::Setup(Setup {
-            lanes: Some(_),
-            machine: true,
-            resumed,
-        }) = self.state
-        else {
-            return Vec::new();
-        };
-        if self.lanes.contains(&Fate::Expected) || !self.lanes.contains(&Fate::InRound) {
-            return Vec::new();
-        }
-        self.state = State::Rounds;
-        self.begun = true;
-        if resumed {
-            // SPEC: RESUME-6
-            vec![Effect::SendReady, Effect::SendLanded]
-        } else {
-            vec![Effect::SendReady]
-        }
-    }
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
 
-    fn joined(&mut self, lane: LaneId) -> Vec<Effect> {
-        match self.lanes.get_mut(lane.value() as usize) {
-            // In a first set-up no lane has ended: that would have been its end.
-            Some(fate @ (Fate::Expected | Fate::Ended)) => {
-                *fate = Fate::InRound;
-                self.begin()
-            }
-            _ => self.fail(Error::new(
-                Phase::Setup,
-                Fault::OutOfTurn {
-                    what: format!("lane {lane}"),
-                },
-            )),
-        }
-    }
+/// The source said something that can't be now.
+fn out_of_turn(what: impl Into<String>) -> Fault {
+    let what = what.into();
+    Fault::OutOfTurn { what }
+}
 
-    /// A lane that was lost is back: the fence waits for it again, as it does for every living lane.
-    fn rejoined(&mut self, lane: LaneId) {
-        let fate = match self.state {
-            State::Fenced { .. } => Fate::AtFence { last: true },
-            _ => Fate::InRound,
-        };
-        if let Some(slot) = self.lanes.get_mut(lane.value() as usize) {
-            *slot = fate;
-        }
-        self.alone_since = None;
-    }
-
-    fn arrived(&mut self, lane: LaneId, round: Round, last: bool) -> Vec<Effect> {
-        match self.lanes.get_mut(lane.value() as usize) {
-            Some(fate @ Fate::InRound) if round == self.round => {
-                *fate = Fate::AtFence { last };
-                self.check_fence()
-            }
-            _ => self.fail(Error::new(
-                self.phase(),
-                Fault::OutOfTurn {
-                    what: format!("lane {lane} at the fence of round {round}"),
-                },
-            )),
-        }
-    }
-
-    fn ended(&mut self, lane: LaneId, now: Duration) -> Vec<Effect> {
-        let Some(fate) = self.lanes.get_mut(lane.value() as usize) else {
-            return Vec::new();
-        };
-        if *fate == Fate::Ended {
-            return Vec::new();
-        }
-        *fate = Fate::Ended;
-        self.lane_lost = true;
-        let nobody = self.lanes.iter().all(|fate| *fate == Fate::Ended);
-        match self.state {
-            // The first set-up is made with all lanes, or again from the start.
-            State::Setup(Setup { resumed: true, .. }) => {
-                let last = format!("lane {lane} closed");
-                self.lost(Error::new(Phase::Setup, Fault::AllLanesLost { last }), now)
-            }
-            // Without channels there are no lanes.
-            State::Suspended { .. } => Vec::new(),
-            // Once the memory is verified no lane is needed any more.
-            State::Loading { .. } | State::Prepared(_) | State::Owning | State::Over => Vec::new(),
-            State::Rounds | State::Fenced { .. } if nobody && !self.config.suspend.is_zero() => {
-                // SPEC: LANE-6
-                self.alone_since = Some(now);
-                Vec::new()
-            }
-            _ if nobody => self.fail(Error::new(
-                self.phase(),
-                Fault::AllLanesLost {
-                    last: format!("lane {lane} closed"),
-                },
-            )),
-            State::Setup(_) => self.fail(Error::new(
-                Phase::Setup,
-                Fault::AllLanesLost {
-                    last: format!("lane {lane} closed during set-up"),
-                },
-            )),
-            State::Rounds => self.check_fence(),
-            State::Fenced { .. } => Vec::new(),
-        }
-    }
-
-    /// SPEC: ROUND-3
-    fn check_fence(&mut self) -> Vec<Effect> {
-        let waiting = self
-            .lanes
-            .iter()
-            .any(|fate| matches!(fate, Fate::Expected | Fate::InRound));
-        // A round that no living lane has ended is not over: the source will dial one, and end the round on it.
-        let nobody = self.lanes.iter().all(|fate| *fate == Fate::Ended);
-        if waiting || nobody || self.closing {
-            return Vec::new();
-        }
-        self.closing = true;
-        vec![Effect::CloseRound { round: self.round }]
-    }
-
-    fn closed(
-        &mut self,
-        digest: Digest,
-        damaged: u64,
-        incomplete: Option<Incomplete>,
-        now: Duration,
-    ) -> Vec<Effect> {
-        self.closing = false;
-        let marks: Vec<bool> = self
-            .lanes
-            .iter()
-            .filter_map(|fate| {
-                if let Fate::AtFence { last } = fate {
-                    Some(*last)
-                } else {
-                    None
-                }
-            })
-            .collect();
-        if marks.windows(2).any(|pair| pair[0] != pair[1]) {
-            return self.fail(Error::new(
-                self.phase(),
-                Fault::OutOfTurn {
-                    what: "lanes that disagree whether the round is the last".into(),
-                },
-            ));
-        }
-        let paused = marks.first() == Some(&true);
-        // The guest is paused in every round from the first SWITCHOVER's on, and in none before (SPEC: SWITCH-1, SWITCH-2).
-        if self
-            .paused_from
-            .is_some_and(|from| paused != (self.round >= from))
-        {
-            return self.fail(Error::new(
-                self.phase(),
-                Fault::OutOfTurn {
-                    what: format!(
-                        "an end mark of round {} that contradicts SWITCHOVER",
-                        self.round
-                    ),
-                },
-            ));
-        }
-        if !paused {
-            return self.open_gate();
-        }
-        self.state = State::Fenced {
-            round: self.round,
-            digest,
-            damaged,
-            incomplete,
-            short_since: None,
-        };
-        self.conclude(now)
-    }
-
-    /// Whether a SWITCHOVER may name this round now: the first names the round that is open or a later one, each further one
-    /// the next (SPEC: SWITCH-1, SWITCH-2).
-    fn may_follow(&self, round: Round) -> bool {
-        match (self.switchover, &self.state) {
-            (Some(newest), _) => newest.next() == Some(round),
-            (None, State::Fenced { round: fenced, .. }) => *fenced == round,
-            (None, _) => round >= self.round,
-        }
-    }
-
-    /// With the guest paused the gate stays closed until the source says which it is: FINAL of this round, or a further one.
-    fn conclude(&mut self, now: Duration) -> Vec<Effect> {
-        let State::Fenced {
-            round,
-            digest,
-            damaged,
-            ref incomplete,
-            ref mut short_since,
-        } = self.state
-        else {
-            return Vec::new();
-        };
-        // Several rounds may have been announced while this one was still being read.
-        if self.switchover > Some(round) {
-            self.state = State::Rounds;
-            return self.open_gate();
-        }
-        let Some(verdict) = self.verdict.filter(|verdict| verdict.round == round) else {
-            return Vec::new();
-        };
-        let whole = verdict.digest == digest && damaged == 0;
-        if whole && incomplete.is_none() {
-            self.state = State::Loading {
-                digest,
-                loaded: false,
-            };
-            return vec![Effect::Load {
-                states: verdict.states,
-            }];
-        }
-        if damaged > 0 || self.lane_lost {
-            // The source knows from ROUND_CLOSED, or from our LANE_DOWN, and begins a further round (SPEC: FINAL-4).
-            short_since.get_or_insert(now);
-            return Vec::new();
-        }
-        if let Some(incomplete) = incomplete.clone().filter(|_| whole) {
-            return self.fail(Error::new(Phase::Switchover, Fault::from(incomplete)));
-        }
-        let fault = Fault::DigestMismatch {
-            ours: digest.value(),
-            theirs: verdict.digest.value(),
-        };
-        self.fail(Error::new(Phase::Switchover, fault))
-    }
-
-    fn open_gate(&mut self) -> Vec<Effect> {
-        let Some(next) = self.round.next() else {
-            return self.fail(Error::new(
-                self.phase(),
-                Fault::OutOfTurn {
-                    what: "a round after the last round number".into(),
-                },
-            ));
-        };
-        self.round = next;
-        for fate in &mut self.lanes {
-            if matches!(fate, Fate::AtFence { .. }) {
-                *fate = Fate::InRound;
-            }
-        }
-        vec![Effect::OpenGate { round: next }]
-    }
-
-    fn deadline(&self) -> (Duration, &'static str) {
-        let silence = (
-            self.heard + self.config.stall,
-            "a sign of life from the source",
-        );
-        let setup = (
-            self.began + self.config.setup_deadline,
-            "the source to finish set-up",
-        );
-        let idle = (
-            self.progress + self.config.progress_deadline,
-            "the source to go on; it only says that it lives",
-        );
-        if let Some(since) = self.alone_since
-            && matches!(self.state, State::Rounds | State::Fenced { .. })
-        {
-            let alone = (
-                since + self.config.suspend,
-                "the source to open a data channel again",
-            );
-            return if alone.0 < silence.0 { alone } else { silence };
-        }
-        match self.state {
-            State::Setup(_) if setup.0 < silence.0 => setup,
-            State::Fenced {
-                short_since: Some(since),
-                ..
-            } if since + self.config.stall < silence.0 => (
-                since + self.config.stall,
-                "the source to send what is missing",
-            ),
-            // The guest is ours: no silence of the source changes that any more.
-            State::Owning => (Duration::MAX, ""),
-            State::Suspended { until } => (until, "the source to come back"),
-            State::Rounds | State::Fenced { .. } | State::Prepared(_) if idle.0 < silence.0 => idle,
-            _ => silence,
-        }
-    }
-
-    fn tick(&mut self, now: Duration) -> Vec<Effect> {
-        let (deadline, what) = self.deadline();
-        if now < deadline {
-            return Vec::new();
-        }
-        if let Some(since) = self.alone_since
-            && now >= since + self.config.suspend
-            && now < self.heard + self.config.stall
-        {
-            let last = format!("none was opened again within {:?}", self.config.suspend);
-            return self.fail(Error::new(self.phase(), Fault::AllLanesLost { last }));
-        }
-        if let (
-            State::Fenced {
-                digest,
-                damaged: 0,
-                incomplete,
-                short_since: Some(_),
-                ..
-            },
-            Some(verdict),
-        ) = (&self.state, self.verdict)
-            && now < self.heard + self.config.stall
-        {
-            let device = incomplete.clone().filter(|_| verdict.digest == *digest);
-            let fault = device.map_or_else(
-                || Fault::DigestMismatch {
-                    ours: digest.value(),
-                    theirs: verdict.digest.value(),
-                },
-                Fault::from,
-            );
-            return self.fail(Error::new(Phase::Switchover, fault));
-        }
-        let error = Error::new(self.phase(), Fault::Timeout { what });
-        let silent = now >= self.heard + self.config.stall;
-        let in_resume = matches!(self.state, State::Setup(Setup { resumed: true, .. }));
-        if (silent || in_resume) && !matches!(self.state, State::Suspended { .. }) {
-            return self.lost(error, now);
-        }
-        self.fail(error)
-    }
-
-    fn fail(&mut self, error: Error) -> Vec<Effect> {
-        let mut effects = Vec::new();
-        // An ABORT is not answered (SPEC: ABORT-2).
-        if !matches!(error.fault(), Fault::PeerAborted { .. }) {
-            effects.push(Effect::Abort {
-                reason: error.reason(),
-                phase: error.phase(),
-                channel: error.channel(),
-                text: error.fault().to_string(),
-            });
-        }
-        match std::mem::replace(&mut self.state, State::Over) {
-            State::Owning
-                if matches!(
-                    error.fault(),
-                    Fault::Vmm { .. } | Fault::Device { .. } | Fault::DeviceStuck { .. }
-                ) =>
-            {
-                effects.push(Effect::Finish(Outcome::Stranded(error)));
-            }
-            // The source can vanish now: the guest is ours and starts all the same.
-            State::Owning => {
-                self.state = State::Owning;
-                effects.clear();
-            }
-            _ => {
-                effects.push(Effect::Discard);
-                effects.push(Effect::Finish(Outcome::Failed(error)));
-            }
-        }
-        effects
-    }
+/// Something happened here that can't: the fault is ours.
+fn internal(what: impl Into<String>) -> Fault {
+    let what = what.into();
+    Fault::Internal { what }
 }
 
 #[cfg(test)]

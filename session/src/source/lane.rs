@@ -50,7 +50,6 @@ pub struct Lane {
     reached: Round,
     ledger: VecDeque<Entry>,
     unacked_octets: u64,
-    acked_octets: u64,
 }
 
 /// The round that the lane is in, and what it carried of it.
@@ -86,7 +85,6 @@ impl Lane {
             reached: Round::new(0),
             ledger: VecDeque::new(),
             unacked_octets: 0,
-            acked_octets: 0,
         }
     }
 
@@ -112,12 +110,6 @@ impl Lane {
     #[must_use]
     pub fn unacked_octets(&self) -> u64 {
         self.unacked_octets
-    }
-
-    /// Octets that were acknowledged since the channel was opened.
-    #[must_use]
-    pub fn acked_octets(&self) -> u64 {
-        self.acked_octets
     }
 
     /// How many frames were acknowledged.
@@ -237,7 +229,6 @@ impl Lane {
         }
         self.acked = frames;
         self.unacked_octets -= settled.octets;
-        self.acked_octets += settled.octets;
         Ok(settled)
     }
 

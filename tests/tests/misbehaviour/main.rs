@@ -15,3 +15,4 @@ mod rounds_received;
 mod rounds_sent;
 mod setup_received;
 mod setup_sent;
+mod threads;

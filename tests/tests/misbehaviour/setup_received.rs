@@ -117,7 +117,7 @@ fn set_up_frames_out_of_order_are_refused() {
             s.send_tables(1);
             s.send_config();
         }),
-        case("SETUP_END twice", AMOUNT, MISBEHAVED, |s| {
+        case("SETUP_END twice", OUT_OF_TURN, MISBEHAVED, |s| {
             s.send_tables(1);
             s.control.send(s.setup_end(1));
         }),

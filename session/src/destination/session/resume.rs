@@ -7,15 +7,22 @@
 //!                                                 └──────────────────────┘
 //!  anything before COMMIT ──asked──► "not committed", over: discarded      Owning ──asked──► "committed"
 //! ```
-//! The rule it keeps: once "not committed" was said there is no state from which the guest could be run (SPEC: ASK-3).
+//! The rules it keeps: LANDED is said only when no lane of the old channels can land anything any more; and once "not committed" was
+//! said there is no state from which the guest could be run (SPEC: ASK-3).
 
 use std::time::Duration;
 
-use multifd_wire::frame::OutcomeState;
-use multifd_wire::{ChannelRef, Phase, Reason};
+use multifd_wire::frame::{
+    Credits, GiveBack, GiveBackReason, Grant, Landed, LaneMark, OutcomeState, RawLaneMark, RawRun,
+};
+use multifd_wire::limits::{PAGES_PER_FRAME_MAX, RUNS_PER_GIVE_BACK_MAX};
+use multifd_wire::{ChannelRef, Kind, PageRun, Reason, Sequence};
 
-use super::{Effect, Outcome, Session, Setup, State};
+use super::{Done, Session, State};
+use crate::common::Encoder;
+use crate::destination::blobs::Assembler;
 use crate::destination::error::{Error, Fault};
+use crate::destination::event::{Effect, Secrets};
 
 /// A control channel on which checksums are wrong more often than this is no accident, and the migration is given up.
 pub const DAMAGES_MAX: u32 = 16;
@@ -27,90 +34,200 @@ impl Session {
         self.damages
     }
 
-    /// The source may come back when its channels are lost: the feature was agreed on (SPEC: FEAT-5).
-    pub fn keep(&mut self) {
-        self.kept = !self.config.suspend.is_zero();
+    /// Whether a source that shows the secret may resume the session now.
+    fn may_be_resumed(&self) -> bool {
+        self.kept && !matches!(self.state, State::Owning { .. } | State::Over)
     }
 
-    /// Whether a source that shows the secret may resume the session now.
-    #[must_use]
-    pub fn may_be_resumed(&self) -> bool {
-        self.kept && !matches!(&self.state, State::Owning | State::Over)
+    /// A control channel is open: it begins with GRANT (SPEC: SETUP-1).
+    pub(super) fn opened(
+        &mut self,
+        secrets: Secrets,
+        now: Duration,
+        out: &mut Vec<Effect>,
+    ) -> Done {
+        self.control = Encoder::default();
+        self.secrets = Some(secrets);
+        self.deadlines.opened(&self.config, now);
+        // SPEC: GRANT-3
+        let kept = if self.kept {
+            self.config.suspend()
+        } else {
+            Duration::ZERO
+        };
+        self.send(
+            Grant {
+                ticket: secrets.ticket,
+                resume_secret: secrets.resume,
+                lanes_max: self.config.lanes_max(),
+                suspend_ms: u32::try_from(kept.as_millis()).unwrap_or(u32::MAX),
+                device_window_bytes: self.config.device_window_bytes(),
+            },
+            out,
+        )
+    }
+
+    /// The control channel failed, or what came on it can't be read. One whose link failed may be replaced.
+    pub(super) fn control_lost(
+        &mut self,
+        fault: Fault,
+        now: Duration,
+        out: &mut Vec<Effect>,
+    ) -> Done {
+        let error = Error::new(self.phase(), fault).at(ChannelRef::Control);
+        match self.state {
+            // The guest is ours: no loss changes that any more.
+            State::Owning { .. } => {}
+            _ if error.loses_control() => self.lost(error, now, out),
+            _ => self.fail(error, now, out),
+        }
+        Ok(())
     }
 
     /// The channels are lost, or worth nothing.
-    pub(super) fn lost(&mut self, error: Error, now: Duration) -> Vec<Effect> {
+    pub(super) fn lost(&mut self, error: Error, now: Duration, out: &mut Vec<Effect>) {
         // SPEC: ERR-2
         self.damages += u32::from(error.is_damage());
         match &self.state {
-            State::Suspended { .. } | State::Over => Vec::new(),
-            _ if self.damages > DAMAGES_MAX => self.fail(error),
-            _ if self.may_be_resumed() => self.suspend(now),
-            _ => self.fail(error),
+            State::Suspended { .. } | State::Over => {}
+            _ if self.damages <= DAMAGES_MAX && self.may_be_resumed() => self.suspend(now, out),
+            _ => self.fail(error, now, out),
         }
     }
 
-    fn suspend(&mut self, now: Duration) -> Vec<Effect> {
-        // With the gate shut the open round is the next one (SPEC: RESUME-7); also when the channel was lost in the middle of saying
-        // so, since the source may have read it.
+    fn suspend(&mut self, now: Duration, out: &mut Vec<Effect>) {
+        // With the gate shut the open round is the next one (SPEC: RESUME-7).
         let shut = matches!(
             self.state,
-            State::Fenced { .. } | State::Loading { .. } | State::Prepared(_)
+            State::Fenced(_) | State::Loading(_) | State::Prepared(_)
         );
-        if (shut || self.closing)
-            && let Some(next) = self.round.next()
-        {
-            self.round = next;
-        }
         self.state = State::Suspended {
-            until: now + self.config.suspend,
+            until: now + self.config.suspend(),
         };
+        self.rounds.suspend(shut);
         self.lanes.clear();
-        // SPEC: RESUME-8
-        (self.paused_from, self.switchover, self.verdict) = (None, None, None);
-        // A device that had everything begins anew, since the source's runs again.
-        self.devices_loaded = !self.devices;
-        (self.closing, self.alone_since) = (false, None);
-        self.lane_lost = true;
-        vec![Effect::Suspend]
+        self.early.clear();
+        self.devices.suspend();
+        self.loads.void();
+        self.damaged.clear();
+        (self.secrets, self.deadlines.alone_since) = (None, None);
+        out.push(Effect::Suspend);
     }
 
     /// A right resume proves that the old channels are dead (SPEC: RESUME-4).
-    pub(super) fn resuming(&mut self, now: Duration) -> Vec<Effect> {
-        let mut effects = Vec::new();
-        if !matches!(self.state, State::Suspended { .. }) {
-            effects = self.suspend(now);
+    pub(super) fn resuming(
+        &mut self,
+        secrets: Secrets,
+        now: Duration,
+        out: &mut Vec<Effect>,
+    ) -> Done {
+        if !self.may_be_resumed() {
+            let (reason, text) = match self.state {
+                State::Over => (Reason::ShuttingDown, "the migration is over: ask"),
+                _ => (Reason::WrongSession, "this migration can't be resumed now"),
+            };
+            out.push(Effect::RefuseResume { reason, text });
+            return Ok(());
         }
-        (self.began, self.heard, self.progress) = (now, now, now);
-        self.state = State::Setup(Setup {
-            lanes: None,
-            machine: self.machine,
-            resumed: true,
-        });
-        effects
+        if !matches!(self.state, State::Suspended { .. }) {
+            self.suspend(now, out);
+        }
+        self.secrets = Some(secrets);
+        out.push(Effect::SettleLanes);
+        Ok(())
     }
 
-    pub(super) fn asked(&mut self) -> Vec<Effect> {
-        match self.state {
-            State::Owning => vec![Effect::Answer(OutcomeState::CommittedNotRunning)],
-            // What came of it is the driver's to remember.
-            State::Over => Vec::new(),
-            _ => {
-                let error = Error::new(self.phase(), Fault::AskedBeforeCommit);
-                self.state = State::Over;
-                vec![
-                    Effect::Answer(OutcomeState::NotCommitted),
-                    // For a control channel that may still be open.
-                    Effect::Abort {
-                        reason: Reason::ChannelsLost,
-                        phase: Phase::Done,
-                        channel: ChannelRef::None,
-                        text: error.fault().to_string(),
-                    },
-                    Effect::Discard,
-                    Effect::Finish(Outcome::Failed(error)),
-                ]
-            }
+    /// No lane of the old channels can land anything any more: the set-up is made again.
+    pub(super) fn settled(
+        &mut self,
+        marks: &[LaneMark],
+        damaged: Vec<PageRun>,
+        now: Duration,
+        out: &mut Vec<Effect>,
+    ) -> Done {
+        let (State::Suspended { .. }, Some(secrets)) = (&self.state, self.secrets) else {
+            return Err(super::internal("lanes that were not to be settled"));
+        };
+        self.lanes.settle(marks);
+        self.damaged = damaged;
+        self.state = State::Setup;
+        self.resumed = true;
+        self.set_up.again(&self.config);
+        self.states = Assembler::new(Kind::VmState, self.config.blob_bytes_max());
+        out.push(Effect::AcceptResume);
+        self.opened(secrets, now, out)
+    }
+
+    /// SPEC: RESUME-6
+    pub(super) fn landed(&mut self, out: &mut Vec<Effect>) -> Done {
+        self.give_back_damaged(out)?;
+        let marks: Vec<RawLaneMark> = self.lanes.landed().map(RawLaneMark::from).collect();
+        self.send(
+            Landed {
+                rounds_closed: self.rounds.round().value(),
+                lanes: &marks,
+            },
+            out,
+        )?;
+        // Where nothing landed, nothing was said (SPEC: RESUME-12).
+        if marks.is_empty() {
+            return Ok(());
         }
+        let (credits, acks) = self.devices.repeat();
+        if !credits.is_empty() {
+            self.send(Credits { credits: &credits }, out)?;
+        }
+        acks.into_iter().try_for_each(|ack| self.send(ack, out))
+    }
+
+    /// What was said of damaged pages on the old channel may be lost. The source has to know of them before it acts on LANDED, which
+    /// covers their frames (SPEC: RESUME-10).
+    fn give_back_damaged(&mut self, out: &mut Vec<Effect>) -> Done {
+        let damaged = std::mem::take(&mut self.damaged);
+        // Any frame that LANDED covers will do.
+        let Some(mark) = self.lanes.landed().next() else {
+            return Ok(());
+        };
+        let mut rest = damaged.as_slice();
+        while !rest.is_empty() {
+            let (mut runs, mut pages) = (Vec::new(), 0);
+            while let Some((run, more)) = rest.split_first()
+                && runs.len() < RUNS_PER_GIVE_BACK_MAX
+                && pages + run.pages() <= PAGES_PER_FRAME_MAX
+            {
+                pages += run.pages();
+                runs.push(RawRun::from(*run));
+                rest = more;
+            }
+            if runs.is_empty() {
+                return Err(super::internal("a damaged run that no frame can hold"));
+            }
+            self.send(
+                GiveBack {
+                    lane: mark.lane,
+                    incarnation: mark.incarnation,
+                    sequence: Sequence::new(mark.frames.saturating_sub(1)),
+                    reason: GiveBackReason::Checksum,
+                    runs: &runs,
+                },
+                out,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The source asks how it stands.
+    pub(super) fn asked(&mut self, now: Duration, out: &mut Vec<Effect>) -> Done {
+        let state = match self.state {
+            State::Over => self.remembered.state(),
+            State::Owning { .. } => Some(OutcomeState::CommittedNotRunning),
+            _ => Some(OutcomeState::NotCommitted),
+        };
+        out.extend(state.map(Effect::Answer));
+        if !matches!(self.state, State::Over | State::Owning { .. }) {
+            let error = Error::new(self.phase(), Fault::AskedBeforeCommit);
+            self.fail(error, now, out);
+        }
+        Ok(())
     }
 }

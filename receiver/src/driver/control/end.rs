@@ -1,0 +1,114 @@
+//! The end of a reception: the source reads why, may still ask, and every thread is waited for, as long as it may take.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use multifd_session::destination::{Outcome, Session};
+use multifd_transport::join_within;
+
+use super::{CLOSE_MAX, Control, Finished, Note, ms, thread_cpu};
+use crate::report::Report;
+
+impl Control {
+    pub(super) fn wind_up(mut self, outcome: Outcome) -> Finished {
+        self.timeline.total_ms = ms(self.now());
+        self.timeline.control_damaged = self.session.as_ref().map_or(0, Session::damages);
+        let digest = self.session.as_ref().and_then(Session::digest);
+        self.timeline.digest = digest.map(|digest| digest.value());
+        // The control channel first: if the lanes went first, the source would see lost lanes before it read why.
+        if let Some(sender) = &mut self.link.sender {
+            let _ = sender.half().finish();
+        }
+        self.close_control();
+        self.answer_questions();
+        let threads = self.lanes.end();
+        self.detached.extend(threads);
+        self.later.clear();
+        self.join_all();
+        let devices = self.devices_home();
+        // Dropping it stops the accept thread and closes the listeners.
+        self.acceptor = None;
+        let limit = self.shared.config.device_deadline();
+        let vmm = self.vmm.take().and_then(|vmm| {
+            vmm.home(limit, || {
+                let _ = self.inbox.try_recv();
+            })
+        });
+        if vmm.is_none() {
+            tracing::error!("the machine is not given back: the VMM's thread does not return");
+        }
+        self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
+        self.timeline.devices_left = std::mem::take(&mut self.devices.left);
+        let mut report = Report::new(&self.timeline, &outcome, &self.shared.counters.snapshot());
+        let damaged = self.shared.counters.damaged();
+        report.damaged = damaged.iter().map(Into::into).collect();
+        let error = match outcome {
+            Outcome::Running => None,
+            Outcome::Failed(error) | Outcome::Stranded(error) => Some(error),
+        };
+        // Unread messages live until the last sender is dropped, and every handle has one: a channel in them would stay open, and guest
+        // memory mapped.
+        self.inbox.try_iter().for_each(drop);
+        Finished {
+            report,
+            error,
+            vmm,
+            devices,
+        }
+    }
+
+    /// Waits a moment for the source to close, so that what it was told is not destroyed by our own close.
+    fn close_control(&mut self) {
+        let until = Instant::now() + CLOSE_MAX;
+        while self.link.reader.is_some() && !self.link.lost && Instant::now() < until {
+            match self.inbox.recv_deadline(until) {
+                Ok(note) => self.note(note),
+                Err(_) => break,
+            }
+        }
+        if let Some(closer) = &self.link.closer {
+            closer.shutdown();
+        }
+        self.detached.extend(self.link.reader.take());
+    }
+
+    /// The source may still have to ask how it went.
+    fn answer_questions(&mut self) {
+        while let Some(until) = self.session.as_ref().and_then(Session::remembers_until) {
+            let left = until.saturating_sub(self.now());
+            let note = match self.later.pop_front() {
+                Some(note) => Ok(note),
+                None => self.inbox.recv_timeout(left),
+            };
+            match note {
+                Ok(Note::Cancel) | Err(_) => break,
+                Ok(note) => self.note(note),
+            }
+            if self.shared.cancelled.load(Ordering::Relaxed) || left.is_zero() {
+                break;
+            }
+        }
+        // An answer is on its way while a greeter lives; if this process ended now it would be lost.
+        let until = Instant::now() + self.shared.config.hello_deadline();
+        let answered = self.session.as_ref().is_some_and(Session::was_answered);
+        let busy = || self.shared.greeters.load(Ordering::Acquire) > 0;
+        while answered && busy() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Threads of channels that are closed end by themselves; notes are read meanwhile so that none blocks on them.
+    fn join_all(&mut self) {
+        let until = Instant::now() + self.shared.config.device_deadline();
+        for thread in std::mem::take(&mut self.detached) {
+            let left = until.saturating_duration_since(Instant::now());
+            let joined = join_within(thread, left, || {
+                let _ = self.inbox.recv_timeout(Duration::from_millis(1));
+            });
+            if let Err(thread) = joined {
+                let thread = thread.thread().name().unwrap_or("a thread").to_owned();
+                tracing::error!(%thread, "a thread does not end: it is left alone");
+            }
+        }
+    }
+}
