@@ -19,7 +19,7 @@ pub mod report;
 pub mod vfio;
 pub mod vmm;
 
-pub use multifd_session::source::{config, error, forecast, lane, pacer, session};
+pub use multifd_session::source::{config, error, forecast, lane, pacer, session, speed};
 
 pub use config::{
     Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost,

@@ -1,4 +1,4 @@
-//! How far a migration is, for anybody to read at any time without a lock, also after it failed.
+//! How far a migration is, for anybody to read at any time, also after it failed. Nothing that moves bytes waits for a reader.
 //!
 //! The migration's threads only ever store; readers only ever load. Each number is true on its own; two numbers of one
 //! [`Snapshot`] may be some microseconds apart.
@@ -11,7 +11,7 @@ use multifd_tracking::{Figures, Source};
 use multifd_wire::{ChannelRef, DamageList, Damaged, Phase};
 
 use crate::error::Fault;
-use crate::forecast::Forecast;
+use crate::forecast::{Forecast, Outlook};
 
 /// The live counters. Shared by all threads of a migration.
 #[derive(Debug, Default)]
@@ -44,12 +44,7 @@ pub(crate) struct Counters {
     /// Octets a second over all lanes in the newest round that was long enough to measure.
     pub(crate) bandwidth: AtomicU64,
     cpu_ns: AtomicU64,
-    forecast_kind: AtomicU32,
-    forecast_downtime_us: AtomicU64,
-    forecast_within_ms: AtomicU64,
-    forecast_rounds: AtomicU32,
-    forecast_bandwidth: AtomicU64,
-    forecast_throttle: AtomicU32,
+    outlook: Mutex<Option<Outlook>>,
     sources: Box<[LiveSource]>,
 }
 
@@ -138,41 +133,12 @@ impl Counters {
             .fetch_add(u64::try_from(spent.as_nanos()).unwrap_or(0), Relaxed);
     }
 
-    pub(crate) fn set_forecast(&self, forecast: Forecast) {
-        let (kind, downtime) = match forecast {
-            Forecast::Converges {
-                rounds,
-                within,
-                downtime,
-            } => {
-                self.forecast_rounds.store(rounds, Relaxed);
-                self.forecast_within_ms.store(
-                    u64::try_from(within.as_millis()).unwrap_or(u64::MAX),
-                    Relaxed,
-                );
-                (1, downtime)
-            }
-            Forecast::Diverges {
-                downtime,
-                bandwidth_needed,
-                throttle_percent,
-            } => {
-                self.forecast_bandwidth
-                    .store(bandwidth_needed.unwrap_or(0), Relaxed);
-                self.forecast_throttle
-                    .store(throttle_percent.map_or(0, u32::from), Relaxed);
-                (2, downtime)
-            }
-        };
-        self.forecast_downtime_us.store(
-            u64::try_from(downtime.as_micros()).unwrap_or(u64::MAX),
-            Relaxed,
-        );
-        self.forecast_kind.store(kind, Relaxed);
+    pub(crate) fn set_outlook(&self, outlook: Outlook) {
+        *self.outlook.lock().unwrap_or_else(PoisonError::into_inner) = Some(outlook);
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
-        let downtime = Duration::from_micros(self.forecast_downtime_us.load(Relaxed));
+        let outlook = *self.outlook.lock().unwrap_or_else(PoisonError::into_inner);
         Snapshot {
             phase: Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello),
             round: self.round.load(Relaxed),
@@ -203,22 +169,8 @@ impl Counters {
                     figures: live.figures.load(),
                 })
                 .collect(),
-            forecast: match self.forecast_kind.load(Relaxed) {
-                1 => Some(Forecast::Converges {
-                    rounds: self.forecast_rounds.load(Relaxed),
-                    within: Duration::from_millis(self.forecast_within_ms.load(Relaxed)),
-                    downtime,
-                }),
-                2 => Some(Forecast::Diverges {
-                    downtime,
-                    bandwidth_needed: Some(self.forecast_bandwidth.load(Relaxed))
-                        .filter(|needed| *needed > 0),
-                    throttle_percent: u8::try_from(self.forecast_throttle.load(Relaxed))
-                        .ok()
-                        .filter(|percent| *percent > 0),
-                }),
-                _ => None,
-            },
+            forecast: outlook.map(|outlook| outlook.forecast),
+            outlook,
         }
     }
 }
@@ -280,6 +232,8 @@ pub struct Snapshot {
     pub cpu: Duration,
     /// Each source of dirty pages, in the order in which they were handed over.
     pub sources: Vec<SourceProgress>,
-    /// From the end of round 0; from round 1 on the guest's working set is known as well.
+    /// From a moment after the first round began; the guest's working set is known better with each.
     pub forecast: Option<Forecast>,
+    /// The same with when it was made, when the migration will be over, and how sure that is.
+    pub outlook: Option<Outlook>,
 }

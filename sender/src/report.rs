@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::forecast::{Forecast, Interval, Outlook};
 use crate::progress::Snapshot;
 use crate::session::Outcome;
 
@@ -41,6 +42,8 @@ pub struct Report {
     pub downtime: Option<Downtime>,
     /// The downtime that was predicted when the switchover was decided.
     pub predicted_downtime_ms: Option<f64>,
+    /// What was forecast, and when: soon after the first round began, at the end of each round, and at the switchover.
+    pub forecasts: Vec<ForecastReport>,
     /// Number of rounds, the last one included.
     pub rounds: usize,
     /// Each round.
@@ -219,6 +222,68 @@ pub struct RoundReport {
     pub dirty_after: Option<u64>,
 }
 
+/// What was forecast at one moment, in milliseconds since the migration began.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct ForecastReport {
+    /// When.
+    pub at_ms: f64,
+    /// When it would be over: to be held against `total_ms`. Null if it did not look as if it would converge.
+    pub end_ms: Option<IntervalReport>,
+    /// The downtime: to be held against `downtime_ms`. Of one that does not converge, the best that waiting would give.
+    pub downtime_ms: IntervalReport,
+    /// What would make it converge, if it did not look as if it would.
+    pub diverges: Option<AdviceReport>,
+}
+
+/// A figure that was not known exactly, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct IntervalReport {
+    /// If all went well.
+    pub low: f64,
+    /// As measured.
+    pub likely: f64,
+    /// If it went badly; null if it would not have converged then.
+    pub high: Option<f64>,
+}
+
+/// What would make a migration converge: each by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct AdviceReport {
+    /// A link with this many bytes a second; null if none would.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// A guest of whose writes this share, in percent, is held back; null if that would not do.
+    pub throttle_percent: Option<u8>,
+    /// A downtime limit of so many milliseconds.
+    pub downtime_limit_ms: f64,
+}
+
+impl From<&Outlook> for ForecastReport {
+    fn from(outlook: &Outlook) -> Self {
+        let interval = |interval: Interval| IntervalReport {
+            low: ms(interval.low),
+            likely: ms(interval.likely),
+            high: interval.high.map(ms),
+        };
+        Self {
+            at_ms: ms(outlook.at),
+            end_ms: outlook.end.map(interval),
+            downtime_ms: interval(outlook.downtime),
+            diverges: match outlook.forecast {
+                Forecast::Converges { .. } => None,
+                Forecast::Diverges {
+                    downtime,
+                    bandwidth_needed,
+                    throttle_percent,
+                } => Some(AdviceReport {
+                    bandwidth_bytes_per_s: bandwidth_needed,
+                    throttle_percent,
+                    downtime_limit_ms: ms(downtime).ceil(),
+                }),
+            },
+        }
+    }
+}
+
 /// One source of dirty pages.
 #[derive(Debug, Clone, Serialize)]
 pub struct SourceReport {
@@ -303,10 +368,14 @@ impl From<&Error> for ErrorReport {
     }
 }
 
+/// Forecasts that the report keeps.
+const FORECASTS_MAX: usize = 256;
+
 /// Notes down when things happened. Kept by the control thread.
 #[derive(Debug, Default)]
 pub(crate) struct Timeline {
     began: Option<Instant>,
+    forecasts: Vec<ForecastReport>,
     rounds_began: Option<Duration>,
     rounds_ended: Option<Duration>,
     last_closed: Option<Duration>,
@@ -360,6 +429,15 @@ impl Timeline {
             self.longest_pause = self.longest_pause.max(before.elapsed());
             *before = Instant::now();
         }
+    }
+
+    /// What the session said of the end. A migration that waits for long says it again and again: the newest replaces the one
+    /// before then.
+    pub(crate) fn forecast(&mut self, outlook: Outlook) {
+        if self.forecasts.len() >= FORECASTS_MAX {
+            self.forecasts.pop();
+        }
+        self.forecasts.push(ForecastReport::from(&outlook));
     }
 
     pub(crate) fn round_opened(&mut self, round: Round, pages: u64, now: Duration) {
@@ -571,6 +649,7 @@ impl Report {
             downtime: timeline.downtime(&devices),
             predicted_downtime_ms: timeline.predicted.map(ms),
             rounds: timeline.rounds.len(),
+            forecasts: timeline.forecasts.clone(),
             round_list: timeline.rounds.iter().map(|(report, _)| *report).collect(),
             channels: config.channels(),
             channels_lost: timeline.lanes_lost,

@@ -31,11 +31,12 @@ use super::lane::LaneCommand;
 use super::link::{ControlSender, Inbound, failed};
 use super::redial::{Attempt, Purpose, Redial, lane_life};
 use super::work::{RoundWork, tracked};
-use super::{Dial, Finished, LaneState, Note, Shared, lock, scan, thread_cpu};
+use super::{Dial, Finished, LaneState, Loads, Note, Shared, lock, scan, thread_cpu};
 use crate::config::DirtyScan;
 use crate::error::{Error, Fault};
 use crate::report::{Report, Timeline};
-use crate::session::{Effect, Event, Outcome, Session};
+use crate::session::{Counted, Effect, Event, Outcome, Session};
+use crate::speed::LaneCount;
 use crate::vmm::{Blob, Vmm, VmmError};
 
 /// How long the end of a migration waits for the destination to close the control channel, so that a farewell is read.
@@ -93,6 +94,7 @@ struct Spawned {
 struct Open {
     work: Arc<RoundWork>,
     round: Round,
+    pages: u64,
     last: bool,
     told: bool,
     octets_before: u64,
@@ -370,9 +372,13 @@ impl Control {
                 self.open_round(round, last);
                 Ok(None)
             }
-            Effect::Collect { last } => self.collect(last).map(Some),
-            Effect::Forecast(forecast) => {
-                self.shared.counters.set_forecast(forecast);
+            Effect::Collect { last } => {
+                self.count();
+                self.collect(last).map(Some)
+            }
+            Effect::Forecast(outlook) => {
+                self.shared.counters.set_outlook(outlook);
+                self.timeline.forecast(outlook);
                 Ok(None)
             }
             Effect::AwaitDevices => {
@@ -630,6 +636,7 @@ impl Control {
             last,
             told: false,
             octets_before,
+            pages,
         });
     }
 
@@ -888,10 +895,13 @@ impl Control {
                 self.destination_ready = Some(ready);
                 self.begin_rounds()?;
             }
-            Inbound::Acks(marks) => marks
-                .iter()
-                .try_for_each(|mark| self.acked(mark))
-                .map_err(|m| fail(phase, m))?,
+            Inbound::Acks(marks) => {
+                marks
+                    .iter()
+                    .try_for_each(|mark| self.acked(mark))
+                    .map_err(|m| fail(phase, m))?;
+                self.count();
+            }
             Inbound::GiveBack {
                 lane,
                 incarnation,
@@ -1297,6 +1307,34 @@ impl Control {
                 .bandwidth
                 .store(bandwidth as u64, Relaxed);
         }
+    }
+
+    /// Tells the session how far the round and each lane is, and the lanes how fast each of them is.
+    fn count(&mut self) {
+        let counters = &self.shared.counters;
+        let lane_count = |slot: &Slot| {
+            let state = lock(&slot.state.lane);
+            state.as_ref().map(|lane| LaneCount {
+                lane: lane.id(),
+                incarnation: lane.incarnation(),
+                acked_bytes: lane.acked_octets(),
+                unacked_bytes: lane.unacked_octets(),
+            })
+        };
+        let alive = self.lanes.iter().filter(|slot| slot.life == Life::Alive);
+        let lanes: Vec<LaneCount> = alive.filter_map(lane_count).collect();
+        let mut round = Counted {
+            unacked_bytes: lanes.iter().map(|lane| lane.unacked_bytes).sum(),
+            ..Counted::default()
+        };
+        if let Some(open) = &self.open {
+            round.pages = open.pages;
+            round.pages_left = counters.round_pages_left.load(Relaxed);
+            round.sent_bytes = counters.octets_sent.load(Relaxed) - open.octets_before;
+        }
+        self.drive(Event::Counted { round, lanes });
+        let (lanes, all) = self.session.speeds().known().unzip();
+        *lock(&self.shared.loads) = Loads { lanes, all };
     }
 
     fn slot(&mut self, lane: LaneId) -> Option<&mut Slot> {

@@ -22,6 +22,7 @@ use super::work::{RoundWork, Sorted, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
 use crate::device::stream::Head;
 use crate::error::Fault;
+use crate::speed::should_take;
 
 /// Frames a lane may have sent and not acknowledged. At 256 KiB a frame this is 1 GiB, far more than sockets hold: it
 /// bounds the ledger against a receiver that reads but never acknowledges.
@@ -38,6 +39,9 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// How long a lane waits for others to take the round's pages before it looks how they do.
 const STAND: Duration = Duration::from_millis(5);
+
+/// How long a slow lane leaves the pages to faster ones at most.
+const REFUSES_MAX: Duration = Duration::from_millis(500);
 
 /// The table of a chunk, and of a mark.
 const ITEM_TABLE_BYTES: usize = 32;
@@ -144,6 +148,7 @@ impl<'s> Feeder<'s> {
         let shared = self.shared;
         let mut seat = None;
         let mut ahead = 0;
+        let mut refused_since = None;
         loop {
             self.shared.check_stop()?;
             self.items(last, &mut ahead)?;
@@ -159,7 +164,16 @@ impl<'s> Feeder<'s> {
                 self.shared.crew.look(Instant::now());
                 continue;
             }
-            let left = work.take(&mut unsent.extent);
+            let Some(pages) = self.share(work, &mut refused_since) else {
+                // The others will be done with all of it before this lane would be with one frame more.
+                (seat, ahead) = (None, 0);
+                self.check_stop()?;
+                if work.wait_until_taken(STAND) {
+                    break;
+                }
+                continue;
+            };
+            let left = work.take(&mut unsent.extent, pages);
             self.shared.counters.round_pages_left.store(left, Relaxed);
             if unsent.extent.is_empty() {
                 break;
@@ -191,6 +205,32 @@ impl<'s> Feeder<'s> {
         self.head.clear();
         Frame::from(mark).encode(sequence, Body::None, &mut self.head)?;
         self.tx.send(&self.head, &[]).map_err(failed)
+    }
+
+    /// How many pages this lane should take at once of what is left; `None` while it had better take none.
+    fn share(&self, work: &RoundWork, refused_since: &mut Option<Instant>) -> Option<u64> {
+        let on_its_way = lock(&self.state.lane)
+            .as_ref()
+            .map_or(0, crate::lane::Lane::unacked_octets);
+        let loads = lock(&self.shared.loads);
+        let whole = work.extent_pages();
+        let Some(own) = loads.own(self.state.id, on_its_way) else {
+            return Some(whole);
+        };
+        let left = (work.left() * PAGE_BYTES_U64) as f64;
+        let fits = |pages: u64| {
+            let bytes = (pages * PAGE_BYTES_U64) as f64;
+            should_take(&own, loads.all(), left, bytes)
+        };
+        let sizes = [whole, self.shared.config.body_pages().min(whole)];
+        let fitting = sizes.into_iter().find(|pages| fits(*pages));
+        if fitting.is_some() {
+            *refused_since = None;
+            return fitting;
+        }
+        // Speeds may be old news: a lane that stands still may have been fast.
+        let since = refused_since.get_or_insert_with(Instant::now);
+        (since.elapsed() > REFUSES_MAX).then_some(sizes[1])
     }
 
     /// Items of devices, between two extents of pages: with the guest paused all that are there, otherwise until devices are

@@ -42,6 +42,7 @@ use crate::error::{Error, Fault};
 use crate::pacer::Pacer;
 use crate::progress::{Counters, Snapshot};
 use crate::report::Report;
+use crate::speed::LaneLoad;
 use crate::vmm::Vmm;
 use crew::Crew;
 
@@ -153,6 +154,7 @@ impl Migration {
             counters,
             pacer: Pacer::new(parts.config.bandwidth()),
             crew: Crew::new(parts.config.channels(), parts.config.lanes_at_work()),
+            loads: Mutex::default(),
             began: Instant::now(),
             stop: AtomicBool::new(false),
             depot: Arc::new(device::Depot::new()),
@@ -223,6 +225,7 @@ struct Shared {
     counters: Arc<Counters>,
     pacer: Pacer,
     crew: Crew,
+    loads: Mutex<Loads>,
     began: Instant,
     stop: AtomicBool,
     depot: Arc<device::Depot>,
@@ -240,6 +243,31 @@ impl Shared {
 
     fn now(&self) -> Duration {
         self.began.elapsed()
+    }
+}
+
+/// How fast each lane is and what it had on its way when the destination last acknowledged something: what the lanes share a
+/// round by.
+#[derive(Debug, Default)]
+struct Loads {
+    lanes: Vec<LaneId>,
+    all: Vec<LaneLoad>,
+}
+
+impl Loads {
+    /// All lanes whose speed is known.
+    fn all(&self) -> &[LaneLoad] {
+        &self.all
+    }
+
+    /// One lane's, with what it has on its way right now; `None` while its speed is not known.
+    fn own(&self, lane: LaneId, on_its_way: u64) -> Option<LaneLoad> {
+        let place = self.lanes.iter().position(|known| *known == lane)?;
+        let load = self.all.get(place)?;
+        Some(LaneLoad {
+            on_its_way: on_its_way as f64,
+            ..*load
+        })
     }
 }
 

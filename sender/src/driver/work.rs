@@ -34,10 +34,20 @@ impl RoundWork {
         }
     }
 
-    /// Takes an extent of pages into `extent`; none are left if it stays empty. Returns how many are left.
-    pub(super) fn take(&self, extent: &mut Vec<Run>) -> u64 {
+    /// The pages that a lane takes at a time, if nothing speaks against it.
+    pub(super) fn extent_pages(&self) -> u64 {
+        self.extent_pages
+    }
+
+    /// Pages that nobody has taken.
+    pub(super) fn left(&self) -> u64 {
+        lock(&self.round).remaining()
+    }
+
+    /// Takes up to so many pages into `extent`; none are left if it stays empty. Returns how many are left.
+    pub(super) fn take(&self, extent: &mut Vec<Run>, pages_max: u64) -> u64 {
         let mut round = lock(&self.round);
-        let mut wanted = self.extent_pages;
+        let mut wanted = pages_max.min(self.extent_pages);
         while wanted > 0
             && let Some(run) = round.next_run(wanted)
         {
@@ -234,7 +244,7 @@ mod tests {
         }
         let work = RoundWork::new(set.take_round(), EXTENT_PAGES);
         let mut extent = Vec::new();
-        assert_eq!(work.take(&mut extent), 256);
+        assert_eq!(work.take(&mut extent, EXTENT_PAGES), 256);
         assert_eq!(extent.len(), 256);
     }
 
@@ -247,7 +257,7 @@ mod tests {
         for steps in 0..=6 {
             let work = RoundWork::new(set.take_round(), 64);
             let mut unsent = Unsent::new(set.clone());
-            work.take(&mut unsent.extent);
+            work.take(&mut unsent.extent, EXTENT_PAGES);
             for step in 0..steps {
                 unsent.sort_first(if step % 2 == 0 {
                     Sorted::Content
@@ -271,7 +281,7 @@ mod tests {
         set.mark_all();
         let work = RoundWork::new(set.take_round(), EXTENT_PAGES);
         let mut unsent = Unsent::new(set.clone());
-        work.take(&mut unsent.extent);
+        work.take(&mut unsent.extent, EXTENT_PAGES);
         unsent.extent.clear();
         unsent.pages.push(0, 5);
         unsent.zeros.push(0, 6);

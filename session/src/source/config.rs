@@ -12,10 +12,11 @@ const LANES_MAX: u32 = limits::LANES_MAX as u32;
 /// What to do when the guest dirties memory faster than it can be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WhenNotConverging {
-    /// Give up after the last allowed round; the guest goes on running at the source, and the error says what would help.
+    /// Give up after the last allowed round, or after a few that are clearly in vain; the guest goes on running at the source,
+    /// and the error says what would help.
     #[default]
     Fail,
-    /// Switch over after the last allowed round, whatever the downtime.
+    /// Switch over then, whatever the downtime.
     Switch,
 }
 

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use multifd_wire::PAGE_BYTES;
 
+use crate::source::speed::{LaneLoad, seconds_for};
+
 /// What one stretch of time showed: how many different pages the guest wrote in it.
 #[derive(Debug, Clone, Copy)]
 pub struct Observation {
@@ -55,6 +57,15 @@ impl Writer {
         })
     }
 
+    /// The same guest, with this share of its writes held back.
+    #[must_use]
+    pub fn held_back(&self, share: f64) -> Self {
+        Self {
+            writes_per_second: self.writes_per_second * (1.0 - share),
+            ..*self
+        }
+    }
+
     /// Different pages written in `seconds`.
     #[must_use]
     pub fn unique(&self, seconds: f64) -> f64 {
@@ -63,13 +74,17 @@ impl Writer {
 }
 
 /// What the link and the machine can do, and what is asked.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Conditions {
-    /// Measured octets a second over all lanes.
+    /// Measured bytes a second over all lanes.
     pub bandwidth: f64,
-    /// Octets on their way that have to arrive before anything sent later does.
+    /// Each lane whose speed is known; none of them is needed for an answer.
+    pub lanes: Vec<LaneLoad>,
+    /// Bytes of pages on their way that have to arrive before anything sent later does. They can be waited for.
     pub in_flight: f64,
-    /// The part of the downtime that does not depend on dirty pages: pause, state, commit round trip.
+    /// Bytes that the devices will give once they stand still. They are there whenever it is.
+    pub stop_bytes: f64,
+    /// The part of the downtime that does not depend on bytes: pause, state, commit round trip.
     pub fixed: Duration,
     /// The user's downtime limit.
     pub limit: Duration,
@@ -79,10 +94,43 @@ impl Conditions {
     /// Downtime if the switchover began with this many pages still to send.
     #[must_use]
     pub fn downtime(&self, pages: f64) -> Duration {
-        let seconds = (self.in_flight + pages * PAGE_BYTES as f64) / self.bandwidth.max(1.0);
-        self.fixed + Duration::from_secs_f64(seconds.clamp(0.0, 1e9))
+        let bytes = pages * PAGE_BYTES as f64 + self.stop_bytes;
+        let together = (self.in_flight + bytes) / self.bandwidth.max(1.0);
+        // The pause waits for the slowest lane, however fast the others are.
+        let seconds = seconds_for(&self.lanes, bytes).map_or(together, |each| each.max(together));
+        self.fixed + Duration::from_secs_f64(seconds.clamp(0.0, SECONDS_MAX))
+    }
+
+    /// The same, once everything that is on its way has arrived.
+    #[must_use]
+    pub fn drained(&self) -> Self {
+        let free = |lane: &LaneLoad| LaneLoad {
+            on_its_way: 0.0,
+            ..*lane
+        };
+        Self {
+            lanes: self.lanes.iter().map(free).collect(),
+            in_flight: 0.0,
+            ..self.clone()
+        }
+    }
+
+    /// The same over a link that is so many times as fast.
+    fn times_as_fast(&self, factor: f64) -> Self {
+        let faster = |lane: &LaneLoad| LaneLoad {
+            speed: lane.speed * factor,
+            ..*lane
+        };
+        Self {
+            bandwidth: self.bandwidth * factor,
+            lanes: self.lanes.iter().map(faster).collect(),
+            ..self.clone()
+        }
     }
 }
+
+/// Longer than any migration: a bound for what is turned into a [`Duration`].
+const SECONDS_MAX: f64 = 1e9;
 
 /// The forecast, made anew after each round.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -112,38 +160,24 @@ const ROUNDS_LOOKED_AHEAD: u32 = 10_000;
 
 /// Follows the model from `pages` dirty now until it fits or stops shrinking.
 #[must_use]
-pub fn forecast(writer: &Writer, pages: u64, conditions: &Conditions) -> Forecast {
-    match look_ahead(writer, pages as f64, conditions) {
+pub fn forecast(writer: &Writer, pages: f64, conditions: &Conditions) -> Forecast {
+    match look_ahead(writer, pages, conditions) {
         Ok((rounds, within, downtime)) => Forecast::Converges {
             rounds,
             within,
             downtime,
         },
         Err(downtime) => {
-            let converges_at = |bandwidth: f64| {
-                look_ahead(
-                    writer,
-                    pages as f64,
-                    &Conditions {
-                        bandwidth,
-                        ..*conditions
-                    },
-                )
-                .is_ok()
-            };
-            let converges_with = |share: f64| {
-                let slower = Writer {
-                    writes_per_second: writer.writes_per_second * (1.0 - share),
-                    ..*writer
-                };
-                look_ahead(&slower, pages as f64, conditions).is_ok()
-            };
-            let most = conditions.bandwidth.max(1.0) * 1e6;
-            let needed = || bisect(conditions.bandwidth, most, converges_at).ceil() as u64;
+            let converges_at =
+                |factor: f64| look_ahead(writer, pages, &conditions.times_as_fast(factor)).is_ok();
+            let converges_with =
+                |share: f64| look_ahead(&writer.held_back(share), pages, conditions).is_ok();
+            let bandwidth = conditions.bandwidth.max(1.0);
+            let needed = || (bisect(1.0, 1e6, converges_at) * bandwidth).ceil() as u64;
             let throttle = || (bisect(0.0, 1.0, converges_with) * 100.0).ceil() as u8;
             Forecast::Diverges {
                 downtime,
-                bandwidth_needed: converges_at(most).then(needed),
+                bandwidth_needed: converges_at(1e6).then(needed),
                 throttle_percent: converges_with(1.0).then(throttle),
             }
         }
@@ -156,21 +190,124 @@ fn look_ahead(
     pages: f64,
     conditions: &Conditions,
 ) -> Result<(u32, Duration, Duration), Duration> {
-    let (mut left, mut seconds) = (pages, 0.0_f64);
+    let downtime = conditions.downtime(pages);
+    if downtime <= conditions.limit {
+        return Ok((0, Duration::ZERO, downtime));
+    }
+    // What is on its way now has arrived by the end of the next round, or is waited for: it is in no later pause.
+    let drained = conditions.drained();
+    let mut seconds = downtime
+        .saturating_sub(drained.downtime(pages))
+        .as_secs_f64();
+    let mut left = pages;
     for round in 0..ROUNDS_LOOKED_AHEAD {
-        let downtime = conditions.downtime(left);
+        let downtime = drained.downtime(left);
         if downtime <= conditions.limit {
-            return Ok((round, Duration::from_secs_f64(seconds.min(1e9)), downtime));
+            return Ok((round, seconds_long(seconds), downtime));
         }
         let lasts = left * PAGE_BYTES as f64 / conditions.bandwidth.max(1.0);
         let next = writer.unique(lasts);
         seconds += lasts;
         if next >= left * 0.999 {
-            return Err(conditions.downtime(next));
+            return Err(drained.downtime(next));
         }
         left = next;
     }
-    Err(conditions.downtime(left))
+    Err(drained.downtime(left))
+}
+
+fn seconds_long(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds.clamp(0.0, SECONDS_MAX))
+}
+
+/// A figure that is not known exactly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interval {
+    /// If all goes well.
+    pub low: Duration,
+    /// As measured.
+    pub likely: Duration,
+    /// If it goes badly; `None` if it would not converge then.
+    pub high: Option<Duration>,
+}
+
+/// What is known at one moment of when and how it will end.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outlook {
+    /// When this was said, since the migration began.
+    pub at: Duration,
+    /// The likely case, with what would help if it does not converge.
+    pub forecast: Forecast,
+    /// When it will be over, since the migration began; `None` if it does not converge.
+    pub end: Option<Interval>,
+    /// The downtime; of a migration that does not converge, the best that waiting can give.
+    pub downtime: Interval,
+}
+
+/// The round that is under way.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct UnderWay {
+    /// How long it has lasted.
+    pub lasted: f64,
+    /// How long it will still take.
+    pub rest: f64,
+}
+
+/// The part by which speeds and rates may be off that were measured for `seconds`: windows of a tenth of a second scatter, and
+/// the guest changes its mind.
+#[must_use]
+pub fn uncertainty(seconds: f64) -> f64 {
+    0.06 + 0.3 / (1.0 + seconds / 0.5)
+}
+
+/// What will become of it, seen `at` a moment at which `pages` were dirty, with rates that may be off by the part `off`.
+#[must_use]
+pub fn outlook(
+    at: Duration,
+    writer: &Writer,
+    pages: u64,
+    conditions: &Conditions,
+    under_way: UnderWay,
+    off: f64,
+) -> Outlook {
+    let case = |speed: f64, writes: f64| {
+        let writer = Writer {
+            writes_per_second: writer.writes_per_second * writes,
+            ..*writer
+        };
+        let rest = under_way.rest / speed;
+        // What is dirty now has been written since the round began; by its end there will be more.
+        let by_then = if under_way.rest > 0.0 {
+            (pages as f64).max(writer.unique(under_way.lasted + rest))
+        } else {
+            pages as f64
+        };
+        let conditions = conditions.times_as_fast(speed);
+        let forecast = forecast(&writer, by_then, &conditions);
+        let (downtime, end) = match forecast {
+            Forecast::Converges {
+                within, downtime, ..
+            } => (downtime, Some(at + seconds_long(rest) + within + downtime)),
+            Forecast::Diverges { downtime, .. } => (downtime, None),
+        };
+        (forecast, downtime, end)
+    };
+    let (forecast, downtime, end) = case(1.0, 1.0);
+    let (_, least_downtime, soonest) = case(1.0 + off, 1.0 - off);
+    let (_, most_downtime, latest) = case(1.0 / (1.0 + off), 1.0 + off);
+    // A further round may leave less than the likely case has: the three are put in order.
+    let ordered = |low: Duration, likely: Duration, high: Option<Duration>| Interval {
+        low: low.min(likely),
+        likely,
+        high: high.map(|high| high.max(likely)),
+    };
+    let known = latest.is_some() || end.is_none();
+    Outlook {
+        at,
+        forecast,
+        end: end.map(|end| ordered(soonest.unwrap_or(end), end, latest)),
+        downtime: ordered(least_downtime, downtime, known.then_some(most_downtime)),
+    }
 }
 
 /// The smallest value in `least..=most` at which a rising yes/no question says yes (or `most`).
@@ -261,11 +398,13 @@ mod tests {
             };
             let conditions = Conditions {
                 bandwidth: mib_s * MIB,
+                lanes: Vec::new(),
                 in_flight: 0.0,
+                stop_bytes: 0.0,
                 fixed: Duration::from_millis(5),
                 limit,
             };
-            let got = forecast(&writer, 262_144, &conditions);
+            let got = forecast(&writer, 262_144.0, &conditions);
             assert_eq!(
                 matches!(got, Forecast::Converges { .. }),
                 want,
@@ -282,7 +421,9 @@ mod tests {
         };
         let conditions = Conditions {
             bandwidth: 500.0 * MIB,
+            lanes: Vec::new(),
             in_flight: 0.0,
+            stop_bytes: 0.0,
             fixed: Duration::from_millis(5),
             limit: Duration::from_millis(300),
         };
@@ -290,7 +431,7 @@ mod tests {
             bandwidth_needed,
             throttle_percent,
             downtime,
-        } = forecast(&writer, 262_144, &conditions)
+        } = forecast(&writer, 262_144.0, &conditions)
         else {
             panic!("must diverge")
         };
@@ -300,10 +441,10 @@ mod tests {
         let at = |share: f64| {
             forecast(
                 &writer,
-                262_144,
+                262_144.0,
                 &Conditions {
                     bandwidth: bandwidth_needed as f64 * share,
-                    ..conditions
+                    ..conditions.clone()
                 },
             )
         };
@@ -314,13 +455,13 @@ mod tests {
             ..writer
         };
         assert!(matches!(
-            forecast(&held(f64::from(throttle_percent)), 262_144, &conditions),
+            forecast(&held(f64::from(throttle_percent)), 262_144.0, &conditions),
             Forecast::Converges { .. }
         ));
         assert!(matches!(
             forecast(
                 &held(f64::from(throttle_percent) - 2.0),
-                262_144,
+                262_144.0,
                 &conditions
             ),
             Forecast::Diverges { .. }
@@ -335,11 +476,13 @@ mod tests {
         };
         let conditions = Conditions {
             bandwidth: 500.0 * MIB,
+            lanes: Vec::new(),
             in_flight: 0.0,
+            stop_bytes: 0.0,
             fixed: Duration::from_millis(400),
             limit: Duration::from_millis(300),
         };
-        let got = forecast(&writer, 262_144, &conditions);
+        let got = forecast(&writer, 262_144.0, &conditions);
         assert!(
             matches!(
                 got,
@@ -361,7 +504,9 @@ mod tests {
         };
         let conditions = Conditions {
             bandwidth: 1000.0 * MIB,
+            lanes: Vec::new(),
             in_flight: 0.0,
+            stop_bytes: 0.0,
             fixed: Duration::ZERO,
             limit: Duration::from_millis(20),
         };
@@ -370,7 +515,7 @@ mod tests {
             rounds,
             within,
             downtime,
-        } = forecast(&writer, 262_144, &conditions)
+        } = forecast(&writer, 262_144.0, &conditions)
         else {
             panic!()
         };
@@ -379,5 +524,83 @@ mod tests {
             (within.as_secs_f64() - 1.126).abs() < 0.01 && downtime < Duration::from_millis(11),
             "{within:?} {downtime:?}"
         );
+    }
+
+    fn on_a_slow_link() -> (Writer, Conditions) {
+        let writer = Writer {
+            writes_per_second: 24_000.0,
+            set_pages: 16_384.0,
+        };
+        let conditions = Conditions {
+            bandwidth: 12e6,
+            lanes: Vec::new(),
+            in_flight: 6e6,
+            stop_bytes: 0.0,
+            fixed: Duration::from_millis(5),
+            limit: Duration::from_millis(300),
+        };
+        (writer, conditions)
+    }
+
+    /// Half a second is on its way on a slow link. It is so once, not in every pause to come.
+    #[test]
+    fn what_is_on_its_way_now_does_not_hide_that_a_throttle_would_help() {
+        let (writer, conditions) = on_a_slow_link();
+        let got = forecast(&writer, 16_384.0, &conditions);
+        let Forecast::Diverges {
+            throttle_percent: Some(percent),
+            ..
+        } = got
+        else {
+            panic!("{got:?}")
+        };
+        let held = writer.held_back(f64::from(percent) / 100.0);
+        assert!(matches!(
+            forecast(&held, 16_384.0, &conditions),
+            Forecast::Converges { .. }
+        ));
+    }
+
+    #[test]
+    fn a_slow_lane_counts_with_what_it_has_on_its_way() {
+        let (_, conditions) = on_a_slow_link();
+        let lane = |speed: f64, on_its_way: f64| LaneLoad { speed, on_its_way };
+        let uneven = Conditions {
+            bandwidth: 52e6,
+            lanes: vec![lane(50e6, 0.0), lane(2e6, 1e6)],
+            in_flight: 1e6,
+            ..conditions
+        };
+        assert_eq!(uneven.downtime(0.0), Duration::from_millis(505));
+        assert_eq!(uneven.drained().downtime(0.0), Duration::from_millis(5));
+    }
+
+    #[test]
+    fn an_outlook_is_in_order_and_narrows_with_what_was_measured() {
+        let writer = Writer {
+            writes_per_second: 10_000.0,
+            set_pages: 100_000.0,
+        };
+        let (_, conditions) = on_a_slow_link();
+        let conditions = Conditions {
+            bandwidth: 200e6,
+            ..conditions
+        };
+        let under_way = UnderWay {
+            lasted: 1.0,
+            rest: 4.0,
+        };
+        let at = Duration::from_secs(1);
+        let width = |off: f64| {
+            let seen = outlook(at, &writer, 9_000, &conditions, under_way, off);
+            let end = seen.end.unwrap();
+            assert!(
+                end.low <= end.likely && end.likely <= end.high.unwrap(),
+                "{seen:?}"
+            );
+            assert!(end.likely > Duration::from_secs(5), "{seen:?}");
+            end.high.unwrap() - end.low
+        };
+        assert!(width(uncertainty(10.0)) < width(uncertainty(1.0)));
     }
 }

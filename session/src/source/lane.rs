@@ -50,6 +50,7 @@ pub struct Lane {
     reached: Round,
     ledger: VecDeque<Entry>,
     unacked_octets: u64,
+    acked_octets: u64,
 }
 
 /// The round that the lane is in, and what it carried of it.
@@ -85,6 +86,7 @@ impl Lane {
             reached: Round::new(0),
             ledger: VecDeque::new(),
             unacked_octets: 0,
+            acked_octets: 0,
         }
     }
 
@@ -110,6 +112,12 @@ impl Lane {
     #[must_use]
     pub fn unacked_octets(&self) -> u64 {
         self.unacked_octets
+    }
+
+    /// Octets that were acknowledged since the channel was opened.
+    #[must_use]
+    pub fn acked_octets(&self) -> u64 {
+        self.acked_octets
     }
 
     /// How many frames were acknowledged.
@@ -229,6 +237,7 @@ impl Lane {
         }
         self.acked = frames;
         self.unacked_octets -= settled.octets;
+        self.acked_octets += settled.octets;
         Ok(settled)
     }
 

@@ -6,6 +6,7 @@ pub mod forecast;
 pub mod lane;
 pub mod pacer;
 pub mod session;
+pub mod speed;
 pub mod stream;
 
 pub use config::{

@@ -15,47 +15,27 @@
 //! legal in which state is the one table in [`Session::handle`]; `the_table_of_states_and_events` prints it.
 
 mod resume;
+mod rounds;
 
 use std::time::Duration;
 
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Phase, Reason, Round};
 
-use crate::source::config::{Config, WhenAckLate, WhenNotConverging};
+use crate::source::config::{Config, WhenAckLate};
 use crate::source::error::{Error, Fault};
-use crate::source::forecast::{Conditions, Forecast, Observation, Writer, forecast};
+use crate::source::forecast::{Observation, Outlook};
+use crate::source::speed::{LaneCount, Speeds};
 
 pub use resume::{DAMAGES_MAX, SUSPENSIONS_MAX};
+pub use rounds::Counted;
 
 /// Damaged or lost pages are sent again in a further last round; more than this many and the link can't be trusted.
 pub const REPAIR_ROUNDS_MAX: u32 = 16;
 
-/// A round is worth while below the limit only if it halves what is left, and only this often.
-const POLISH_ROUNDS_MAX: u32 = 4;
-
-/// Pause, state and commit as long as nothing of them was measured: the round trip counts three times beside this.
-const FIXED_GUESS: Duration = Duration::from_millis(4);
-
-/// How often our destination acknowledges. One that does it less often (SPEC: ACK-2 allows 100 ms) makes the prediction too high,
-/// never too low.
-const ACK_LAG: Duration = Duration::from_millis(20);
-
-/// What is on its way may take this many times as long as the measured bandwidth says, and the longest silence beside, before
-/// the destination is given up.
-const DRAIN_PATIENCE: u32 = 2;
-
 /// A lane may turn out to be dead while its round is waited for: it is given up after one stall, and what the destination has
 /// of it is known after three more at the latest.
 const DEAD_LANE_STALLS: u32 = 4;
-
-/// While devices are waited for, what is dirty is looked at this often, and sent if it no longer fits the downtime limit.
-const WAIT_ROUND: Duration = Duration::from_millis(200);
-
-/// A round with fewer octets than this says too little about the bandwidth: most of them may be in buffers.
-const MEASURABLE_OCTETS: u64 = 4 << 20;
-
-/// A smaller round that takes longer than this says that the bandwidth is no more than what it had.
-const CRAWL: Duration = Duration::from_millis(200);
 
 /// What happened.
 #[derive(Debug)]
@@ -70,6 +50,13 @@ pub enum Event {
         octets: u64,
         /// Octets that were handed to channels and are not acknowledged yet.
         unacked_octets: u64,
+    },
+    /// How far the round is and what each lane has acknowledged. Nothing follows from it at once.
+    Counted {
+        /// The round.
+        round: Counted,
+        /// The lanes that live.
+        lanes: Vec<LaneCount>,
     },
     /// The sources were collected into the dirty set, which now has this many pages.
     Collected {
@@ -157,7 +144,7 @@ pub enum Effect {
         last: bool,
     },
     /// Tell progress readers.
-    Forecast(Forecast),
+    Forecast(Outlook),
     /// Pause the guest.
     Pause,
     /// Nothing but acknowledgements of devices is missing: tell the user, and answer with [`Event::Devices`] when that changes.
@@ -352,6 +339,15 @@ pub struct Session {
     progress: Duration,
     paused_at: Option<Duration>,
     observed: Vec<Observation>,
+    /// When the first round began.
+    sending_since: Duration,
+    /// How far the present round is, and when to ask the sources inside it.
+    counted: Counted,
+    look_due: Duration,
+    /// What each lane's acknowledgements say.
+    speeds: Speeds,
+    /// While the rounds say that no number of them will do.
+    diverging: Option<rounds::Diverging>,
     bandwidth: Option<f64>,
     /// What the newest round had, if it was a small one that took long.
     crawl: Option<f64>,
@@ -399,6 +395,11 @@ impl Session {
             progress: now,
             paused_at: None,
             observed: Vec::new(),
+            sending_since: now,
+            counted: Counted::default(),
+            look_due: now,
+            speeds: Speeds::default(),
+            diverging: None,
             bandwidth: None,
             crawl: None,
             round_trip: None,
@@ -457,7 +458,14 @@ impl Session {
     #[must_use]
     pub fn bandwidth(&self) -> Option<f64> {
         let crawl = self.crawl.unwrap_or(f64::INFINITY);
-        self.bandwidth.map(|measured| measured.min(crawl))
+        let measured = self.bandwidth.or(self.speeds.total());
+        measured.map(|measured| measured.min(crawl))
+    }
+
+    /// How fast each lane is and what it has on its way, as of the newest acknowledgement.
+    #[must_use]
+    pub fn speeds(&self) -> &Speeds {
+        &self.speeds
     }
 
     /// The shortest round trip that was seen.
@@ -510,16 +518,27 @@ impl Session {
     #[must_use]
     pub fn next_deadline(&self) -> Duration {
         let deadline = self.deadline().0;
-        if let State::Waiting { again, .. } = self.state {
-            return deadline.min(again);
+        match self.state {
+            State::Waiting { again, .. } => deadline.min(again),
+            State::Sending { .. } => deadline.min(self.look_due),
+            _ => deadline,
         }
-        deadline
     }
 
     /// The one table: what each event means in each state.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
-        if !matches!(event, Event::Tick | Event::RoundTrip(_) | Event::Devices(_)) {
+        // A look inside a round is no progress of the migration's.
+        let looked = matches!(
+            (self.state, &event),
+            (State::Sending { .. }, Event::Collected { .. })
+        );
+        if !looked
+            && !matches!(
+                event,
+                Event::Tick | Event::RoundTrip(_) | Event::Devices(_) | Event::Counted { .. }
+            )
+        {
             self.progress = now;
         }
         if let Event::Closed { round, .. } = event {
@@ -545,6 +564,10 @@ impl Session {
             (State::Committed { .. }, Event::Cancel) => Vec::new(),
             (_, Event::Cancel) => self.fail(Error::new(self.phase(), Fault::Cancelled)),
             (_, Event::Tick) => self.tick(now),
+            (_, Event::Counted { round, lanes }) => {
+                self.counted(round, &lanes, now);
+                Vec::new()
+            }
             (_, Event::RoundTrip(time)) => {
                 self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
                 Vec::new()
@@ -562,6 +585,7 @@ impl Session {
             }
             (State::Setup { granted: true }, Event::Ready) => {
                 self.unready = false;
+                self.sending_since = now;
                 self.open(Round::new(0), now)
             }
             (
@@ -579,6 +603,9 @@ impl Session {
                     encoded: now,
                 };
                 vec![Effect::Collect { last: false }]
+            }
+            (State::Sending { since, .. }, Event::Collected { pages }) => {
+                self.look(pages, since, now)
             }
             (
                 State::Deciding {
@@ -796,218 +823,6 @@ impl Session {
         ]
     }
 
-    fn open(&mut self, round: Round, now: Duration) -> Vec<Effect> {
-        self.state = State::Sending { round, since: now };
-        vec![Effect::OpenRound { round, last: false }]
-    }
-
-    fn measure(&mut self, octets: u64, over: Duration) {
-        self.crawl = None;
-        if octets == 0 || over == Duration::ZERO {
-            return;
-        }
-        let rate = octets as f64 / over.as_secs_f64();
-        if octets >= MEASURABLE_OCTETS || self.bandwidth.is_none() {
-            self.bandwidth = Some(rate);
-        } else if over >= CRAWL {
-            self.crawl = Some(rate);
-        }
-    }
-
-    /// After live round `round`.
-    fn conditions(&self, round: Round) -> Conditions {
-        // Without any measurement (a guest of zero pages only) what is left costs next to nothing.
-        let bandwidth = self.bandwidth().unwrap_or(1e9);
-        // Acknowledgements lag by up to their period: what was sent in that time is not all on its way still.
-        let lag = ACK_LAG.as_secs_f64() * bandwidth;
-        let landed = self.closed >= Some(round);
-        let unacked_octets = if landed { 0 } else { self.unacked_octets };
-        let (stop_octets, work) = self.device_share();
-        // Reading and loading go on while the state travels: only what the slower of them takes longer than the way counts.
-        let arrives = Duration::try_from_secs_f64(stop_octets / bandwidth).unwrap_or(Duration::MAX);
-        Conditions {
-            bandwidth,
-            in_flight: (unacked_octets as f64 - lag).max(0.0) + stop_octets,
-            fixed: FIXED_GUESS
-                + self.round_trip.unwrap_or_default() * 3
-                + work.saturating_sub(arrives),
-            limit: self.config.downtime_limit,
-        }
-    }
-
-    /// Octets that devices would still give, and the time that reading or loading them would take, whichever is longer.
-    fn device_share(&self) -> (f64, Duration) {
-        self.devices
-            .as_ref()
-            .map_or((0.0, Duration::ZERO), |devices| {
-                let work = devices.load.max(devices.read);
-                (devices.stop_bytes as f64, work)
-            })
-    }
-
-    /// The decision after a live round that began at `since`: go on, wait, switch over, or give up.
-    fn decide(&mut self, round: Round, pages: u64, since: Duration, now: Duration) -> Vec<Effect> {
-        let conditions = self.conditions(round);
-        let writer = Writer::fit(&self.observed, self.memory_pages);
-        let mut effects = Vec::new();
-        let outlook = writer.map(|w| forecast(&w, pages, &conditions));
-        effects.extend(outlook.map(Effect::Forecast));
-        let predicted = conditions.downtime(pages as f64);
-        let counted = (round.value() + 1).saturating_sub(self.rounds_waited);
-        let used_up = counted >= self.config.rounds_max;
-        let fits = predicted <= conditions.limit;
-        let drained = Conditions {
-            in_flight: self.device_share().0,
-            ..conditions
-        };
-        if !fits && drained.downtime(pages as f64) <= conditions.limit {
-            let on_its_way = conditions.downtime(0.0);
-            self.state = State::Draining {
-                round,
-                since,
-                until: now + self.config.stall + on_its_way * DRAIN_PATIENCE,
-            };
-            return effects;
-        }
-        if fits && !used_up && self.worth_polishing(writer.as_ref(), pages, &conditions) {
-            self.polished += 1;
-        } else if fits || (used_up && self.config.when_not_converging == WhenNotConverging::Switch)
-        {
-            if self.acks_missing() && !self.acks_waived(now) {
-                effects.extend(self.wait_for_devices(round, since, now));
-                return effects;
-            }
-            return self.switch_over(round, predicted, now, effects);
-        } else if used_up {
-            let error = Error::new(
-                Phase::Rounds,
-                Fault::not_converging(round.value() + 1, predicted, conditions.limit, outlook),
-            );
-            effects.extend(self.fail(error));
-            return effects;
-        }
-        match round.next() {
-            Some(next) => {
-                let unacked = self.acks_missing() && !self.acks_waived(now);
-                // The devices' part alone is above the limit. Rounds bring neither that nor the acknowledgements any nearer, and would
-                // follow one another without end, most of them empty.
-                let idle = self.devices.is_some() && conditions.downtime(0.0) > conditions.limit;
-                let waits = unacked && (idle || self.waiting_since.is_some());
-                if (waits || idle) && now < self.round_waited_at + WAIT_ROUND {
-                    if waits {
-                        effects.extend(self.wait_for_devices(round, since, now));
-                    } else {
-                        let again = now + WAIT_ROUND;
-                        self.state = State::Waiting {
-                            round,
-                            since,
-                            again,
-                        };
-                    }
-                    return effects;
-                }
-                if waits || idle {
-                    self.round_waited_at = now;
-                    // While initial bytes are under way there is something to wait for.
-                    self.rounds_waited += u32::from(waits);
-                }
-                effects.extend(self.open(next, now));
-            }
-            None => effects.extend(self.fail(Error::new(
-                Phase::Rounds,
-                Fault::not_converging(round.value(), predicted, conditions.limit, outlook),
-            ))),
-        }
-        effects
-    }
-
-    fn acks_missing(&self) -> bool {
-        self.devices
-            .as_ref()
-            .is_some_and(|devices| !devices.unacked.is_empty())
-    }
-
-    fn ack_deadline(&self) -> Option<Duration> {
-        Some(self.waiting_since? + self.config.ack_deadline?)
-    }
-
-    /// The guest runs on until the devices' initial bytes are loaded, or until the user's patience is at its end.
-    fn wait_for_devices(&mut self, round: Round, since: Duration, now: Duration) -> Vec<Effect> {
-        let began = *self.waiting_since.get_or_insert(now);
-        let deadline = self.ack_deadline();
-        if deadline.is_some_and(|deadline| now >= deadline)
-            && self.config.when_ack_late == WhenAckLate::Fail
-        {
-            let unacked = self.devices.as_ref().map(|devices| &devices.unacked);
-            let fault = Fault::AckDeadline {
-                devices: unacked.map_or_else(String::new, |names| names.join(", ")),
-                waited_ms: now.saturating_sub(began).as_millis(),
-            };
-            return self.fail(Error::new(Phase::Rounds, fault));
-        }
-        let again = (now + WAIT_ROUND).min(deadline.unwrap_or(Duration::MAX));
-        self.state = State::Waiting {
-            round,
-            since,
-            again,
-        };
-        vec![Effect::AwaitDevices]
-    }
-
-    /// While waiting for devices: back to the decision.
-    fn look_again(&mut self, now: Duration) -> Vec<Effect> {
-        let State::Waiting { round, since, .. } = self.state else {
-            return Vec::new();
-        };
-        self.progress = now;
-        self.state = State::Deciding {
-            round,
-            since,
-            encoded: now,
-        };
-        vec![Effect::Collect { last: false }]
-    }
-
-    /// Below the limit a further live round is made as long as it is short and halves the downtime: it costs the guest nothing.
-    fn worth_polishing(
-        &self,
-        writer: Option<&Writer>,
-        pages: u64,
-        conditions: &Conditions,
-    ) -> bool {
-        let lasts = conditions
-            .downtime(pages as f64)
-            .saturating_sub(conditions.fixed);
-        let Some(writer) = writer else { return false };
-        let next = writer.unique(lasts.as_secs_f64());
-        self.polished < POLISH_ROUNDS_MAX
-            && lasts > Duration::from_millis(2)
-            && next < pages as f64 / 2.0
-    }
-
-    fn switch_over(
-        &mut self,
-        round: Round,
-        predicted: Duration,
-        now: Duration,
-        mut effects: Vec<Effect>,
-    ) -> Vec<Effect> {
-        let Some(next) = round.next() else {
-            effects.extend(self.fail(Error::new(
-                Phase::Rounds,
-                Fault::OutOfTurn {
-                    what: "a switchover after the last round number".into(),
-                },
-            )));
-            return effects;
-        };
-        self.predicted = Some(predicted);
-        self.state = State::Pausing { round: next };
-        self.paused_at = Some(now);
-        effects.push(Effect::Pause);
-        effects
-    }
-
     /// The next instant at which waiting any longer is an error, and which one.
     fn deadline(&self) -> (Duration, &'static str) {
         let silence = (
@@ -1052,10 +867,14 @@ impl Session {
     fn tick(&mut self, now: Duration) -> Vec<Effect> {
         let (deadline, what) = self.deadline();
         if now < deadline {
-            if matches!(self.state, State::Waiting { again, .. } if now >= again) {
-                return self.look_again(now);
-            }
-            return Vec::new();
+            return match self.state {
+                State::Waiting { again, .. } if now >= again => self.look_again(now),
+                State::Sending { .. } if now >= self.look_due => {
+                    self.look_due = Duration::MAX;
+                    vec![Effect::Collect { last: false }]
+                }
+                _ => Vec::new(),
+            };
         }
         match self.state {
             State::Suspended { .. } | State::Asking { .. } => {
