@@ -27,6 +27,9 @@ fn text(octets: &[u8]) -> String {
 
 /// Every flag that the documentation names. A flag that is new joins this list.
 const FLAGS: &[&str] = &[
+    "--bridge",
+    "--bridge-buffer",
+    "--bridge-outage",
     "--listen",
     "--transport",
     "--tls-ca",

@@ -19,6 +19,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("multifd-tracking", &[]),
     // The protocol knows the format and nothing that does I/O.
     ("multifd-session", &["multifd-wire"]),
+    ("multifd-bridge", &["multifd-wire", "multifd-transport"]),
     (
         "multifd-guest",
         &["multifd-tracking", "multifd-transport", "multifd-wire"],
@@ -47,6 +48,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     (
         "multifd-cli",
         &[
+            "multifd-bridge",
             "multifd-wire",
             "multifd-transport",
             "multifd-guest",
@@ -69,7 +71,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
 ];
 
 /// Crates in which the compiler forbids `unsafe` for good: no file of theirs can allow it again.
-const WITHOUT_UNSAFE: &[&str] = &["wire", "session", "sender", "receiver", "cli"];
+const WITHOUT_UNSAFE: &[&str] = &["wire", "bridge", "session", "sender", "receiver", "cli"];
 
 /// Crates whose files may allow `unsafe`, one by one and with a reason.
 const WITH_UNSAFE: &[&str] = &["transport", "tracking", "guest"];

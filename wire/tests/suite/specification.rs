@@ -94,6 +94,7 @@ fn each_rule_that_the_code_and_the_vectors_cite_is_defined() {
         "wire",
         "transport",
         "tracking",
+        "bridge",
         "sender",
         "receiver",
         "guest",

@@ -35,6 +35,9 @@ pub(crate) struct Args {
     pub(crate) transport: Transport,
 
     #[command(flatten)]
+    pub(crate) bridge: multifd_bridge::cli::ReceiveArgs,
+
+    #[command(flatten)]
     pub(crate) tls: TlsFiles,
 
     #[command(flatten)]

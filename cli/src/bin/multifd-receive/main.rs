@@ -34,6 +34,12 @@ fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(error) => return not_begun(&args, start::USAGE, 2, &error),
     };
+    if args.bridge.bridge.is_some() {
+        return match bridge(&args, &places) {
+            Ok(status) => ExitCode::from(status),
+            Err(error) => not_begun(&args, start::NOT_BEGUN, 1, &error),
+        };
+    }
     match run(&args, config, &places) {
         Ok(code) => ExitCode::from(code),
         Err(error) => not_begun(&args, start::NOT_BEGUN, 1, &error),
@@ -48,6 +54,20 @@ fn not_begun(args: &Args, code: &str, status: u8, error: &anyhow::Error) -> Exit
     }
     err!("multifd-receive: {text}");
     ExitCode::from(status)
+}
+
+/// Carries another monitor's migration instead of the built-in guest's.
+fn bridge(args: &Args, places: &(Vec<Address>, ChannelOptions)) -> anyhow::Result<u8> {
+    use multifd_bridge::cli::{Print, receive};
+    let stop = signals::catch(
+        "multifd-receive",
+        "ending as soon as it is known where the guest is; SIGQUIT (Ctrl-\\) ends this program at once",
+    )?;
+    let print = match args.output.report() {
+        ReportKind::Json => Print::Json,
+        ReportKind::Text => Print::Text,
+    };
+    Ok(receive(&args.bridge, places, &stop, print))
 }
 
 fn run(

@@ -110,6 +110,9 @@ pub(crate) struct Args {
     pub(crate) rdma_registration: Registration,
 
     #[command(flatten)]
+    pub(crate) bridge: multifd_bridge::cli::SendArgs,
+
+    #[command(flatten)]
     pub(crate) tls: TlsFiles,
 
     /// The name that the destination's certificate must be for. Default: the host that is dialled
@@ -327,7 +330,7 @@ impl Args {
     }
 
     /// Where channels go, as far as it is known before a receiver of our own is started.
-    fn way(&self) -> anyhow::Result<Way> {
+    pub(crate) fn way(&self) -> anyhow::Result<Way> {
         let kind = match &self.transport[..] {
             [first] => first.kind(),
             [first, ..] if self.loopback => first.kind(),

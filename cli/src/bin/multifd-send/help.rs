@@ -32,6 +32,16 @@ Examples:
     multifd-send --connect dest:4444 --reconnect-deadline 10min
   is there a writer of guest memory that tells nobody? (here there is one)
     multifd-send --loopback --debug-dirty-scan --guest-device dma-unreported
+  an unmodified QEMU (QMP; capability return-path on both sides), over encrypted channels:
+    dest QMP:  migrate-incoming {\"uri\": \"unix:/run/vm/in.sock\"}      (started with -incoming defer)
+    multifd-receive --bridge unix:/run/vm/in.sock --listen tls:0.0.0.0:4444 --tls-ca ca.pem --tls-cert dest.pem --tls-key dest.key
+    multifd-send --bridge unix:/run/vm/out.sock --connect tls:dest:4444 --tls-ca ca.pem --tls-cert src.pem --tls-key src.key
+    source QMP:  migrate {\"uri\": \"unix:/run/vm/out.sock\"}
+  the same by libvirt:
+    virsh migrate --live --p2p VM qemu+tls://dest/system --migrateuri unix:///run/vm/out.sock
+  Cloud Hypervisor:
+    ch-remote --api-socket dest.sock receive-migration unix:/run/vm/in.sock
+    ch-remote --api-socket source.sock send-migration unix:/run/vm/out.sock
   for programs, at the end or all along:
     multifd-send --loopback --report json | jq .downtime_ms
     multifd-send --loopback --progress json | jq -c 'select(.event == \"round\")'

@@ -3,6 +3,7 @@
 extern crate multifd_cli;
 
 mod args;
+mod bridge;
 mod display;
 mod events;
 mod help;
@@ -43,6 +44,12 @@ fn main() -> ExitCode {
         Err(status) => return status,
     };
     start::log();
+    if args.bridge.bridge.is_some() {
+        return match bridge::run(&args) {
+            Ok(status) => ExitCode::from(status),
+            Err(error) => not_begun(&args, start::USAGE, 2, &error),
+        };
+    }
     let (migration, guest, way) = match args.checked() {
         Ok(checked) => checked,
         Err(error) => return not_begun(&args, start::USAGE, 2, &error),
