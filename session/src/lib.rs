@@ -16,4 +16,6 @@
 
 pub mod common;
 pub mod destination;
+#[cfg(any(test, feature = "exercise"))]
+pub mod exercise;
 pub mod source;

@@ -1,0 +1,75 @@
+//! What tests and fuzz targets share: a body per role that drives its session with a sequence of frames and events, made of any bytes.
+//!
+//! Only behind the feature `exercise`, and never part of a product: these bodies panic when the crate breaks a promise. A sequence is
+//! structured, so that a fuzzer gets past the set-up: what happens on this side is what a driver could tell, in the order in which it could.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+mod destination;
+
+pub use destination::destination;
+
+/// Reads a script, one byte after another.
+struct Script<'a>(std::slice::Iter<'a, u8>);
+
+impl Script<'_> {
+    fn next(&mut self) -> Option<u8> {
+        self.0.next().copied()
+    }
+
+    /// A number below `most`; 0 once the script is over.
+    fn below(&mut self, most: u32) -> u32 {
+        u32::from(self.next().unwrap_or(0)) % most.max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// Scripts that get far, and what a fuzzer found, with how each ends.
+    macro_rules! corpus {
+        ($($name:literal: $end:expr;)*) => {
+            &[$(($name, include_bytes!(concat!("../../../fuzz/corpus/destination/", $name)), $end),)*]
+        };
+    }
+
+    const CORPUS: &[(&str, &[u8], Option<&str>)] = corpus! {
+        "asked": Some("failed");
+        "devices": Some("running");
+        "lane-lost-and-migrated": Some("running");
+        "lane-lost-in-set-up": None;
+        "migrated": Some("running");
+        "resumed-and-migrated": Some("running");
+        "resumed-before-ready": None;
+        "silent": Some("failed");
+    };
+
+    #[test]
+    fn each_script_of_the_corpus_keeps_the_promises_and_ends_as_it_did() {
+        for (name, script, end) in CORPUS {
+            assert_eq!(super::destination::run(script), *end, "{name}");
+        }
+    }
+
+    proptest::proptest! {
+        /// Any script at all.
+        #[test]
+        fn no_script_makes_the_destination_break_a_promise(
+            script in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
+        ) {
+            super::destination(&script);
+        }
+
+        /// Scripts that begin with a set-up, or with a switchover.
+        #[test]
+        fn no_script_after_a_set_up_makes_the_destination_break_a_promise(
+            far in proptest::prelude::any::<bool>(),
+            script in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
+        ) {
+            let mut all = super::destination::SET_UP.to_vec();
+            if far {
+                all.extend(super::destination::SWITCHOVER);
+            }
+            all.extend(script);
+            super::destination(&all);
+        }
+    }
+}
