@@ -38,8 +38,8 @@ impl From<&Snapshot> for Moved {
     fn from(now: &Snapshot) -> Self {
         Self {
             round: now.round,
-            sent: now.octets_sent,
-            acked: now.octets_acked,
+            sent: now.sent_bytes,
+            acked: now.acked_bytes,
             pages_left: now.round_pages_left,
             link_lost: now.reconnect.is_some(),
         }

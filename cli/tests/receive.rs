@@ -113,7 +113,9 @@ fn flags_stand_under_the_heading_that_they_belong_to() {
         assert!(!tls.contains(flag), "{flag} is under TLS:\n{help}");
     }
     assert!(tls.contains("--tls-key"), "{help}");
-    assert!(text(&run(&["-h"]).stdout).lines().count() <= 50);
+    let short = text(&run(&["-h"]).stdout);
+    assert!(short.lines().count() <= 50, "{short}");
+    assert!(short.starts_with("Wait for a guest"), "{short}");
 }
 
 #[test]

@@ -16,6 +16,8 @@ mod model;
 #[cfg(test)]
 mod shuttled;
 
+use std::any::Any;
+
 use multifd_wire::DeviceState;
 use multifd_wire::frame::DeviceFlags;
 
@@ -31,7 +33,7 @@ mod sync {
 ///
 /// Before the rounds and after the commit the calls come from the VMM's thread; in between from one thread of the device's own,
 /// its loader, one at a time. What it is given comes from the peer: untrusted until the device has checked it.
-pub trait DeviceSink: Send {
+pub trait DeviceSink: Any + Send {
     /// Its name: that of the source's device.
     fn name(&self) -> &str;
 

@@ -27,7 +27,7 @@ pub use multifd_session::destination::{config, error, lane, session};
 
 pub use config::{Config, ConfigBuilder, ConfigError};
 pub use device::{DeviceError, DeviceSink};
-pub use driver::{Finished, Handle, OfferError, Parts, Reception};
+pub use driver::{Finished, Handle, OfferError, Parts, Reception, StartError};
 pub use error::{Error, Fault};
 pub use progress::Snapshot;
 pub use report::{DamageReport, OutcomeKind, Report};

@@ -3,6 +3,8 @@
 //! The rule this file keeps: the guest runs here only with a [`Ownership`], which the session makes from a
 //! `Ready` (last round closed, digests equal, state loaded) and a COMMIT (SPEC: COMMIT-1).
 
+use std::any::Any;
+
 use multifd_transport::GuestMemory;
 use multifd_wire::Layout;
 use multifd_wire::frame::Device;
@@ -16,7 +18,7 @@ use crate::device::DeviceSink;
 ///
 /// All calls come from one thread of their own, one at a time, so they may take their time: the source is told meanwhile that
 /// this side lives.
-pub trait Vmm: Send {
+pub trait Vmm: Any + Send {
     /// Builds the machine, not running, and returns its memory: the regions of `layout`, in its order, all zero. Memory that is
     /// not all zero makes the migration fail at the digest, never silently.
     ///

@@ -14,6 +14,8 @@
 #[cfg(feature = "model")]
 mod model;
 
+use std::any::Any;
+
 use bytes::Bytes;
 use multifd_wire::DeviceState;
 use multifd_wire::frame::DeviceFlags;
@@ -61,7 +63,7 @@ pub enum Read {
 ///
 /// All calls come from one thread of the device's own, its reader, one at a time; devices do not wait for one another
 /// there. A call may block as long as the device needs, but the migration can neither go on nor give up meanwhile.
-pub trait DeviceSource: Send {
+pub trait DeviceSource: Any + Send {
     /// What it is. Always the same.
     fn traits(&self) -> DeviceTraits;
 

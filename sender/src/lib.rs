@@ -26,7 +26,9 @@ pub use config::{
     WhenNotConverging,
 };
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
-pub use driver::{AskTicket, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer, ask};
+pub use driver::{
+    AskTicket, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer, StartError, ask,
+};
 pub use error::{Error, Fault};
 pub use progress::{Snapshot, SourceProgress};
 pub use report::{DamageReport, OutcomeKind, Report};

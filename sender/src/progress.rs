@@ -25,18 +25,18 @@ pub(crate) struct Counters {
     pub(crate) round_pages_left: AtomicU64,
     /// Pages found dirty by the collection after the newest finished round.
     pub(crate) dirty_pages: AtomicU64,
-    pub(crate) pages_sent: AtomicU64,
-    pub(crate) zero_pages_sent: AtomicU64,
+    pub(crate) content_pages: AtomicU64,
+    pub(crate) zero_pages: AtomicU64,
     /// Octets of heads and bodies handed to data channels.
-    pub(crate) octets_sent: AtomicU64,
-    pub(crate) octets_acked: AtomicU64,
+    pub(crate) sent_bytes: AtomicU64,
+    pub(crate) acked_bytes: AtomicU64,
     /// Octets of devices' streams handed to data channels.
     pub(crate) device_bytes: AtomicU64,
     /// Devices whose acknowledgement is all that the switchover waits for.
     pub(crate) devices_awaited: AtomicU32,
     pub(crate) pages_given_back: AtomicU64,
     /// Octets of frames that were lost with their channel.
-    pub(crate) octets_lost: AtomicU64,
+    pub(crate) sent_again_bytes: AtomicU64,
     /// Attempts to reach the destination again since the channels were lost; 0 while they are open.
     pub(crate) attempts: AtomicU32,
     /// Until when it is tried, in milliseconds; counts down.
@@ -146,14 +146,14 @@ impl Counters {
             memory_pages: self.memory_pages.load(Relaxed),
             round_pages_left: self.round_pages_left.load(Relaxed),
             dirty_pages: self.dirty_pages.load(Relaxed),
-            pages_sent: self.pages_sent.load(Relaxed),
-            zero_pages_sent: self.zero_pages_sent.load(Relaxed),
-            octets_sent: self.octets_sent.load(Relaxed),
-            octets_acked: self.octets_acked.load(Relaxed),
+            content_pages: self.content_pages.load(Relaxed),
+            zero_pages: self.zero_pages.load(Relaxed),
+            sent_bytes: self.sent_bytes.load(Relaxed),
+            acked_bytes: self.acked_bytes.load(Relaxed),
             device_bytes: self.device_bytes.load(Relaxed),
             devices_awaited: self.devices_awaited.load(Relaxed),
             pages_given_back: self.pages_given_back.load(Relaxed),
-            octets_lost: self.octets_lost.load(Relaxed),
+            sent_again_bytes: self.sent_again_bytes.load(Relaxed),
             reconnect: Some(Reconnect {
                 attempts: self.attempts.load(Relaxed),
                 gives_up_in: Duration::from_millis(self.gives_up_in_ms.load(Relaxed)),
@@ -209,13 +209,13 @@ pub struct Snapshot {
     /// Pages found dirty when the newest finished round ended.
     pub dirty_pages: u64,
     /// Pages sent with their content, every version counted.
-    pub pages_sent: u64,
+    pub content_pages: u64,
     /// Pages sent as "all zero", every version counted.
-    pub zero_pages_sent: u64,
+    pub zero_pages: u64,
     /// Octets of heads and bodies handed to data channels.
-    pub octets_sent: u64,
+    pub sent_bytes: u64,
     /// Octets of those that the destination has acknowledged.
-    pub octets_acked: u64,
+    pub acked_bytes: u64,
     /// Octets of devices' state handed to data channels, initial bytes and what changed included.
     pub device_bytes: u64,
     /// Devices whose initial bytes are still to be loaded at the destination, and are all that the switchover waits for.
@@ -223,7 +223,7 @@ pub struct Snapshot {
     /// Pages that came back into the dirty set: lost with a lane, or damaged on the way.
     pub pages_given_back: u64,
     /// Octets of frames that were lost with their channel, so that their pages are sent again.
-    pub octets_lost: u64,
+    pub sent_again_bytes: u64,
     /// While the link is lost: how it stands with coming back.
     pub reconnect: Option<Reconnect>,
     /// Measured octets a second over all lanes; 0 before the first measurement.

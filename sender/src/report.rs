@@ -402,7 +402,7 @@ pub(crate) struct Timeline {
     /// When something was acknowledged last, while the rounds go on.
     taken: Option<Instant>,
     longest_pause: Duration,
-    broken_off: Duration,
+    broken_off_pause: Duration,
     asked: u32,
     committed: bool,
     destination_load: Duration,
@@ -565,7 +565,7 @@ impl Timeline {
             self.suspended_since = Some(Instant::now());
         }
         if let (Some(since), Some(again)) = (self.pausing, self.running_again) {
-            self.broken_off += again.saturating_duration_since(since);
+            self.broken_off_pause += again.saturating_duration_since(since);
             (self.pausing, self.running_again) = (None, None);
         }
     }
@@ -634,7 +634,7 @@ impl Report {
         };
         let ended = timeline.ended.unwrap_or_else(Instant::now);
         let total = timeline.began.map_or(Duration::ZERO, |began| ended - began);
-        let moved = (end.pages_sent + end.zero_pages_sent) * PAGE_BYTES_U64;
+        let moved = (end.content_pages + end.zero_pages) * PAGE_BYTES_U64;
         let moving = timeline
             .last_closed
             .max(timeline.rounds_ended)
@@ -655,16 +655,16 @@ impl Report {
             channels_lost: timeline.lanes_lost,
             channels_reopened: timeline.lanes_reopened,
             memory_bytes: end.memory_pages * PAGE_BYTES_U64,
-            sent_bytes: end.octets_sent,
-            zero_bytes: end.zero_pages_sent * PAGE_BYTES_U64,
-            content_bytes: end.pages_sent * PAGE_BYTES_U64,
+            sent_bytes: end.sent_bytes,
+            zero_bytes: end.zero_pages * PAGE_BYTES_U64,
+            content_bytes: end.content_pages * PAGE_BYTES_U64,
             suspensions: timeline.suspensions,
             control_damaged: timeline.control_damaged,
             suspended_ms: ms(timeline.suspended),
             longest_pause_ms: ms(timeline.longest_pause),
-            broken_off_pause_ms: ms(timeline.broken_off),
+            broken_off_pause_ms: ms(timeline.broken_off_pause),
             asked: timeline.asked,
-            sent_again_bytes: end.octets_lost,
+            sent_again_bytes: end.sent_again_bytes,
             pages_given_back: end.pages_given_back,
             goodput_mib_s: mib_s(moved, moving),
             cpu_sender_s: end.cpu.as_secs_f64(),

@@ -3,6 +3,8 @@
 //! The rule this file keeps: after the commit was sent the source can't run the guest, because the only way to
 //! [`Vmm::resume`] is a [`Reclaimed`], and the session makes none once it is committed (SPEC: COMMIT-3).
 
+use std::any::Any;
+
 use crate::device::DeviceSource;
 use crate::driver::AskTicket;
 
@@ -13,7 +15,7 @@ pub use multifd_session::source::Reclaimed;
 ///
 /// All calls come from the migration's control thread, one at a time. Guest memory and dirty tracking are handed over
 /// apart from this ([`crate::Migration`]), since they are used from other threads.
-pub trait Vmm: Send {
+pub trait Vmm: Any + Send {
     /// The configuration that the destination needs to build the same machine. Called once, first, with the guest running.
     ///
     /// # Errors

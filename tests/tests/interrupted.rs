@@ -113,23 +113,23 @@ fn run(
         let (mut acked, mut since, mut pause) = (0, Instant::now(), Duration::ZERO);
         while !ended.load(Ordering::Relaxed) {
             let now = watched.progress();
-            if now.octets_acked != acked || !matches!(now.phase, Phase::Rounds) {
-                (acked, since) = (now.octets_acked, Instant::now());
+            if now.acked_bytes != acked || !matches!(now.phase, Phase::Rounds) {
+                (acked, since) = (now.acked_bytes, Instant::now());
             }
             pause = pause.max(since.elapsed());
             std::thread::sleep(Duration::from_millis(2));
         }
         pause
     });
-    while handle.progress().octets_sent < bytes / 2 {
+    while handle.progress().sent_bytes < bytes / 2 {
         std::thread::sleep(Duration::from_millis(1));
     }
     let written = writes();
     let up = disturb(&links, &handle);
     let written = writes() - written;
     let back = up.map(|up| {
-        let before = handle.progress().octets_acked;
-        while handle.progress().octets_acked == before {
+        let before = handle.progress().acked_bytes;
+        while handle.progress().acked_bytes == before {
             assert!(up.elapsed() < 10 * GRACE, "it does not go on");
             std::thread::sleep(Duration::from_millis(1));
         }

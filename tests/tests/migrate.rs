@@ -243,7 +243,7 @@ fn a_cancelled_migration_leaves_the_guest_running_at_the_source_only() {
     })
     .unwrap();
     let handle = migration.handle();
-    while handle.progress().octets_sent < 4 << 20 {
+    while handle.progress().sent_bytes < 4 << 20 {
         std::thread::sleep(Duration::from_millis(5));
     }
     let (began, host) = (Instant::now(), Host::watch());

@@ -111,7 +111,7 @@ fn attempt(
     .expect("a migration");
     let handle = migration.handle();
     if end.is_some() {
-        while handle.progress().octets_sent < BYTES / 4 {
+        while handle.progress().sent_bytes < BYTES / 4 {
             std::thread::sleep(Duration::from_millis(1));
         }
     }

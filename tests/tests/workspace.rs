@@ -46,6 +46,16 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "multifd",
+        &[
+            "multifd-wire",
+            "multifd-transport",
+            "multifd-tracking",
+            "multifd-sender",
+            "multifd-receiver",
+        ],
+    ),
+    (
         "multifd-cli",
         &[
             "multifd-bridge",
@@ -71,7 +81,9 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
 ];
 
 /// Crates in which the compiler forbids `unsafe` for good: no file of theirs can allow it again.
-const WITHOUT_UNSAFE: &[&str] = &["wire", "bridge", "session", "sender", "receiver", "cli"];
+const WITHOUT_UNSAFE: &[&str] = &[
+    "wire", "bridge", "session", "sender", "receiver", "multifd", "cli",
+];
 
 /// Crates whose files may allow `unsafe`, one by one and with a reason.
 const WITH_UNSAFE: &[&str] = &["transport", "tracking", "guest"];

@@ -7,6 +7,7 @@
 //! The order that loses nothing: start every source, then [`DirtySet::mark_all`], then take round 0. A write before
 //! `start` is covered by round 0, a write after it is reported.
 
+use std::any::Any;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -92,7 +93,7 @@ impl std::ops::Sub for Figures {
 ///
 /// All calls come from one thread at a time. No page may get lost: what a source was told by the kernel it merges
 /// into the set, or keeps and merges at the next collection, or marks a superset of.
-pub trait Source: Send {
+pub trait Source: Any + Send {
     /// A short name for reports, such as `kvm-ring`.
     fn name(&self) -> &str;
 

@@ -145,7 +145,7 @@ fn take(region: u32, bitmap: &AtomicBitmap) -> Collected {
     collected
 }
 
-impl<B: Bitmaps> Source for AtomicBitmaps<B> {
+impl<B: Bitmaps + 'static> Source for AtomicBitmaps<B> {
     fn name(&self) -> &str {
         "vm-memory"
     }

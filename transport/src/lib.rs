@@ -72,6 +72,7 @@ mod address;
 mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod ended;
 mod error;
 mod in_memory;
 mod listener;
@@ -93,11 +94,12 @@ pub use address::{
     Address, AddressError, AddressKind, HOST_BYTES_MAX, HostPort, UNIX_PATH_BYTES_MAX,
 };
 pub use channel::{Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf};
+pub use ended::{EndGuard, Ended, ended};
 pub use error::{
     ChannelError, ConnectAttempt, ConnectError, EstablishError, ListenError, Unavailable,
 };
 pub use listener::Listener;
 pub use memory::{GuestMemory, Span};
 pub use options::{ChannelOptions, connect, connect_with};
-pub use spawn::{Spawner, StdSpawner, join_within};
+pub use spawn::{Spawner, StdSpawner, join_within, spawn_with};
 pub use tcp::{KeepAlive, TcpOptions};

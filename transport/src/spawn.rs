@@ -3,6 +3,7 @@
 //! It lives here because every thread that a migration starts drives a channel or waits for one.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,40 @@ pub trait Spawner: Send + Sync {
     /// # Errors
     /// What the system said; the migration then fails cleanly.
     fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>;
+}
+
+impl<S: Spawner + ?Sized> Spawner for Arc<S> {
+    fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
+        (**self).spawn(name, body)
+    }
+}
+
+/// Starts a thread that works on `value`, and gives the value back if there is no thread.
+///
+/// # Errors
+/// What the system said, with the value.
+pub fn spawn_with<T: Send + 'static>(
+    spawner: &dyn Spawner,
+    name: &str,
+    value: T,
+    body: impl FnOnce(T) + Send + 'static,
+) -> Result<JoinHandle<()>, (io::Error, T)> {
+    let slot = Arc::new(Mutex::new(Some(value)));
+    let take = |slot: &Mutex<Option<T>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let theirs = Arc::clone(&slot);
+    let started = spawner.spawn(
+        name,
+        Box::new(move || {
+            if let Some(value) = take(&theirs) {
+                body(value);
+            }
+        }),
+    );
+    started.map_err(|error| match take(&slot) {
+        Some(value) => (error, value),
+        // A spawner that runs the body and then says that it could not: the thread is there.
+        None => unreachable!("a thread that was not started took nothing"),
+    })
 }
 
 /// Starts threads of the standard library.

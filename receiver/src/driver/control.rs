@@ -90,9 +90,8 @@ impl Control {
         inbox: Receiver<Note>,
         vmm: Box<dyn Vmm>,
         acceptor: Acceptor,
-    ) -> Result<Self, Error> {
-        let vmm =
-            VmmThread::start(&shared, vmm).map_err(|fault| Error::new(Phase::Hello, fault))?;
+    ) -> Result<Self, (std::io::Error, Box<dyn Vmm>)> {
+        let vmm = VmmThread::start(&shared, vmm)?;
         Ok(Self {
             shared,
             inbox,
@@ -115,6 +114,14 @@ impl Control {
             outcome: None,
             cpu: Duration::ZERO,
         })
+    }
+
+    /// The machine, if this never ran.
+    pub(super) fn into_vmm(mut self) -> Box<dyn Vmm> {
+        match self.vmm.take().and_then(VmmThread::at_once) {
+            Some(vmm) => vmm,
+            None => unreachable!("its thread was asked for nothing, so it gives the machine back"),
+        }
     }
 
     /// From waiting for a source to the end.

@@ -20,13 +20,16 @@ mod vmm;
 
 pub(crate) use device::LoadedDevice;
 
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use multifd_transport::{Channel, Listener, Spawner, StdSpawner};
+use multifd_transport::{Channel, Ended, Listener, Spawner, StdSpawner, ended, spawn_with};
 use multifd_wire::Phase;
 
 use crate::config::Config;
@@ -72,7 +75,37 @@ pub struct Reception {
     handle: Handle,
     thread: JoinHandle<()>,
     finished: Arc<Mutex<Option<Finished>>>,
+    ended: Ended,
 }
+
+/// A reception that could not begin.
+pub struct StartError {
+    /// Why.
+    pub error: Error,
+    /// The machine, untouched.
+    pub vmm: Box<dyn Vmm>,
+}
+
+impl StartError {
+    fn new(step: &'static str, source: io::Error, vmm: Box<dyn Vmm>) -> Box<Self> {
+        let error = Error::new(Phase::Hello, Fault::System { step, source });
+        Box::new(Self { error, vmm })
+    }
+}
+
+impl fmt::Debug for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for StartError {}
 
 /// Reads the progress, hands over connections and cancels; cheap to clone, usable from any thread.
 #[derive(Clone)]
@@ -117,9 +150,14 @@ impl Reception {
     /// Begins to wait for a source.
     ///
     /// # Errors
-    /// No thread, or no event queue for the listeners.
-    pub fn start(parts: Parts) -> Result<Self, Error> {
-        let fail = |step| move |source| Error::new(Phase::Hello, Fault::System { step, source });
+    /// No thread, or no event queue for the listeners. The VMM is in the error.
+    pub fn start(parts: Parts) -> Result<Self, Box<StartError>> {
+        let (ended, guard) = match ended() {
+            Ok(both) => both,
+            Err(source) => {
+                return Err(StartError::new("an event descriptor", source, parts.vmm));
+            }
+        };
         let spawner: Arc<dyn Spawner> = parts
             .spawner
             .map_or_else(|| Arc::new(StdSpawner) as Arc<dyn Spawner>, Arc::from);
@@ -133,22 +171,29 @@ impl Reception {
             greeters: AtomicUsize::new(0),
             cancelled: AtomicBool::new(false),
         });
-        let acceptor = accept::Acceptor::start(&shared, parts.listeners)
-            .map_err(fail("wait on the listeners"))?;
+        let acceptor = match accept::Acceptor::start(&shared, parts.listeners) {
+            Ok(acceptor) => acceptor,
+            Err(source) => {
+                return Err(StartError::new("wait on the listeners", source, parts.vmm));
+            }
+        };
         let finished = Arc::new(Mutex::new(None));
-        let control = control::Control::new(Arc::clone(&shared), inbox, parts.vmm, acceptor)?;
+        let no_thread = |(source, vmm)| StartError::new("start a thread", source, vmm);
+        let control = control::Control::new(Arc::clone(&shared), inbox, parts.vmm, acceptor)
+            .map_err(no_thread)?;
         let result = Arc::clone(&finished);
-        let body = Box::new(move || {
+        let body = move |control: control::Control| {
+            let _over = guard;
             let done = control.run();
             *lock(&result) = Some(done);
-        });
-        let thread = spawner
-            .spawn("mfd-control", body)
-            .map_err(fail("start a thread"))?;
+        };
+        let thread = spawn_with(&*spawner, "mfd-control", control, body)
+            .map_err(|(source, control)| no_thread((source, control.into_vmm())))?;
         Ok(Self {
             handle: Handle { shared },
             thread,
             finished,
+            ended,
         })
     }
 
@@ -156,6 +201,18 @@ impl Reception {
     #[must_use]
     pub fn handle(&self) -> Handle {
         self.handle.clone()
+    }
+
+    /// Whether [`wait`](Self::wait) would return at once.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.ended.is_over()
+    }
+
+    /// An event descriptor that becomes readable, and stays so, when the reception is over. It is not to be read.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
     }
 
     /// Waits for the end.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use multifd_session::destination::Ownership;
-use multifd_transport::{GuestMemory, join_within};
+use multifd_transport::{GuestMemory, join_within, spawn_with};
 use multifd_wire::Layout;
 use multifd_wire::frame::Device;
 
@@ -48,25 +48,24 @@ pub(super) struct VmmThread {
 }
 
 impl VmmThread {
-    pub(super) fn start(shared: &Arc<Shared>, vmm: Box<dyn Vmm>) -> Result<Self, Fault> {
+    /// # Errors
+    /// There is no thread; here is the machine again.
+    pub(super) fn start(
+        shared: &Arc<Shared>,
+        vmm: Box<dyn Vmm>,
+    ) -> Result<Self, (std::io::Error, Box<dyn Vmm>)> {
         let (tasks, orders) = crossbeam_channel::bounded(TASKS_MAX);
         let (give, back) = crossbeam_channel::bounded(1);
         let discard = Arc::new(AtomicBool::new(false));
         let (theirs, last) = (Arc::clone(shared), Arc::clone(&discard));
-        let body = Box::new(move || {
+        let body = move |vmm| {
             let mut vmm = work(vmm, &orders, &theirs);
             if last.load(Ordering::Relaxed) {
                 vmm.discard();
             }
             let _ = give.send(vmm);
-        });
-        let thread = shared
-            .spawner
-            .spawn("mfd-vmm", body)
-            .map_err(|source| Fault::System {
-                step: "start a thread",
-                source,
-            })?;
+        };
+        let thread = spawn_with(&*shared.spawner, "mfd-vmm", vmm, body)?;
         Ok(Self {
             tasks,
             thread,
@@ -80,6 +79,12 @@ impl VmmThread {
         if let Err(TrySendError::Full(VmmTask::Discard)) = self.tasks.try_send(task) {
             self.discard.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Takes the machine back from a thread that was asked for nothing.
+    pub(super) fn at_once(self) -> Option<Box<dyn Vmm>> {
+        drop(self.tasks);
+        self.back.recv().ok()
     }
 
     /// Ends it and takes the machine back. It may be at work: that is waited for, so long at most.

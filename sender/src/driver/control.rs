@@ -212,6 +212,11 @@ impl Control {
         }
     }
 
+    /// What it was made of, if it never ran.
+    pub(super) fn into_parts(self) -> (Box<dyn Vmm>, Vec<Box<dyn Source>>) {
+        (self.vmm, self.sources)
+    }
+
     /// From the hello to the end.
     pub(super) fn run(mut self) -> Finished {
         self.timeline.begin();
@@ -616,7 +621,7 @@ impl Control {
         let counters = &self.shared.counters;
         counters.round.store(round.value(), Relaxed);
         counters.round_pages_left.store(pages, Relaxed);
-        let octets_before = counters.octets_sent.load(Relaxed);
+        let octets_before = counters.sent_bytes.load(Relaxed);
         self.timeline.round_opened(round, pages, self.shared.now());
         let work = Arc::new(RoundWork::new(taken, self.shared.config.body_pages()));
         for slot in self.lanes.iter().filter(|slot| slot.life == Life::Alive) {
@@ -1051,7 +1056,7 @@ impl Control {
         };
         self.shared
             .counters
-            .octets_acked
+            .acked_bytes
             .fetch_add(settled.octets, Relaxed);
         if settled.frames > 0 {
             self.timeline.taken();
@@ -1259,7 +1264,7 @@ impl Control {
         // What is under way at the end is lost, and not sent again.
         if self.outcome.is_none() {
             counters
-                .octets_lost
+                .sent_again_bytes
                 .fetch_add(lane.unacked_octets(), Relaxed);
         }
         let mut pages = 0;
@@ -1287,7 +1292,7 @@ impl Control {
             return;
         }
         open.told = true;
-        let octets = self.shared.counters.octets_sent.load(Relaxed) - open.octets_before;
+        let octets = self.shared.counters.sent_bytes.load(Relaxed) - open.octets_before;
         let (round, last) = (open.round, open.last);
         let unacked = |slot: &Slot| {
             lock(&slot.state.lane)
@@ -1330,7 +1335,7 @@ impl Control {
         if let Some(open) = &self.open {
             round.pages = open.pages;
             round.pages_left = counters.round_pages_left.load(Relaxed);
-            round.sent_bytes = counters.octets_sent.load(Relaxed) - open.octets_before;
+            round.sent_bytes = counters.sent_bytes.load(Relaxed) - open.octets_before;
         }
         self.drive(Event::Counted { round, lanes });
         let (lanes, all) = self.session.speeds().known().unzip();

@@ -1,5 +1,6 @@
 //! How the source reaches the destination: one address for all channels, or several kinds of channel in one migration.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use multifd_transport::{Address, Channel, ChannelOptions, TcpOptions};
@@ -16,6 +17,16 @@ pub trait Dial: Send + Sync {
         channel: ChannelRef,
         deadline: Instant,
     ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+impl<D: Dial + ?Sized> Dial for Arc<D> {
+    fn dial(
+        &self,
+        channel: ChannelRef,
+        deadline: Instant,
+    ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
+        (**self).dial(channel, deadline)
+    }
 }
 
 /// Dials one address for every channel.

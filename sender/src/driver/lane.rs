@@ -311,7 +311,7 @@ impl<'s> Feeder<'s> {
         }
         depot.sent(&item);
         let counters = &self.shared.counters;
-        counters.octets_sent.fetch_add(octets, Relaxed);
+        counters.sent_bytes.fetch_add(octets, Relaxed);
         counters
             .device_bytes
             .fetch_add(item.octets().len() as u64, Relaxed);
@@ -424,9 +424,9 @@ impl<'s> Feeder<'s> {
 
     fn count(&self, octets: u64, pages: u64, zero_pages: u64) {
         let counters = &self.shared.counters;
-        counters.octets_sent.fetch_add(octets, Relaxed);
-        counters.pages_sent.fetch_add(pages, Relaxed);
-        counters.zero_pages_sent.fetch_add(zero_pages, Relaxed);
+        counters.sent_bytes.fetch_add(octets, Relaxed);
+        counters.content_pages.fetch_add(pages, Relaxed);
+        counters.zero_pages.fetch_add(zero_pages, Relaxed);
     }
 
     /// Enters a frame in the ledger. From here on its pages come back if the lane dies.

@@ -22,6 +22,8 @@ mod redial;
 mod scan;
 mod work;
 
+use std::fmt;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -29,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use multifd_tracking::{DirtySet, Source};
-use multifd_transport::{GuestMemory, Spawner, StdSpawner};
+use multifd_transport::{EndGuard, Ended, GuestMemory, Spawner, StdSpawner, ended, spawn_with};
 use multifd_wire::{
     Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
 };
@@ -85,6 +87,69 @@ pub struct Migration {
     handle: Handle,
     thread: JoinHandle<()>,
     finished: Arc<Mutex<Option<Finished>>>,
+    ended: Ended,
+}
+
+/// A migration that could not begin: the guest was not touched.
+pub struct StartError {
+    /// Why.
+    pub error: Error,
+    /// Everything that was to be part of it, to be used again.
+    pub parts: Parts,
+}
+
+impl StartError {
+    fn new(fault: Fault, parts: Parts) -> Box<Self> {
+        let error = Error::new(Phase::Hello, fault);
+        Box::new(Self { error, parts })
+    }
+}
+
+impl fmt::Debug for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// What can fail before anything is begun.
+struct Prepared {
+    layout: Layout,
+    values: PageValues,
+    ended: Ended,
+    guard: EndGuard,
+}
+
+impl Prepared {
+    fn new(memory: &GuestMemory) -> Result<Self, Fault> {
+        let regions = memory.layouts().zip(0..).map(|(region, id)| Region {
+            id: RegionId::new(id),
+            guest_address: region.guest_address,
+            bytes: region.bytes,
+        });
+        let layout = Layout::new(regions).map_err(Fault::Memory)?;
+        let values = PageValues::new(&layout).map_err(|error| Fault::System {
+            step: "checksums of pages",
+            source: std::io::Error::other(error),
+        })?;
+        let (ended, guard) = ended().map_err(|source| Fault::System {
+            step: "an event descriptor",
+            source,
+        })?;
+        Ok(Self {
+            layout,
+            values,
+            ended,
+            guard,
+        })
+    }
 }
 
 /// Reads the progress and cancels; cheap to clone, usable from any thread, also after the end.
@@ -116,21 +181,17 @@ impl Migration {
     ///
     /// # Errors
     /// What can be found wrong before anything is sent: memory that the format can't describe, no memory for the dirty set's
-    /// checksums, no thread. The parts are then gone; the guest was not touched.
-    pub fn start(parts: Parts) -> Result<Self, Error> {
-        let setup = |fault: Fault| Error::new(Phase::Hello, fault);
-        let regions = parts.memory.layouts().zip(0..).map(|(region, id)| Region {
-            id: RegionId::new(id),
-            guest_address: region.guest_address,
-            bytes: region.bytes,
-        });
-        let layout = Layout::new(regions).map_err(|error| setup(Fault::Memory(error)))?;
-        let values = PageValues::new(&layout).map_err(|e| {
-            setup(Fault::System {
-                step: "checksums of pages",
-                source: std::io::Error::other(e),
-            })
-        })?;
+    /// checksums, no thread. The guest was not touched, and the parts are in the error.
+    pub fn start(parts: Parts) -> Result<Self, Box<StartError>> {
+        let Prepared {
+            layout,
+            values,
+            ended,
+            guard,
+        } = match Prepared::new(&parts.memory) {
+            Ok(prepared) => prepared,
+            Err(fault) => return Err(StartError::new(fault, parts)),
+        };
         let region_pages: Vec<u64> = layout
             .regions()
             .map(|region| region.bytes / multifd_wire::PAGE_BYTES_U64)
@@ -149,7 +210,7 @@ impl Migration {
             dirty: DirtySet::new(&region_pages),
             values,
             layout,
-            memory: parts.memory,
+            memory: parts.memory.clone(),
             digest: SharedDigest::default(),
             counters,
             pacer: Pacer::new(parts.config.bandwidth()),
@@ -159,43 +220,66 @@ impl Migration {
             stop: AtomicBool::new(false),
             depot: Arc::new(device::Depot::new()),
             cancelled: Arc::clone(&handle.cancelled),
-            config: parts.config,
+            config: parts.config.clone(),
         });
-        let spawner: Arc<dyn Spawner> = parts
-            .spawner
-            .map_or_else(|| Arc::new(StdSpawner) as Arc<dyn Spawner>, Arc::from);
+        let theirs: Option<Arc<dyn Spawner>> = parts.spawner.map(Arc::from);
+        let spawner = theirs.clone().unwrap_or_else(|| Arc::new(StdSpawner));
+        let dial: Arc<dyn Dial> = Arc::from(parts.dial);
         let finished = Arc::new(Mutex::new(None));
         let control = control::Control::new(
             shared,
             parts.vmm,
             parts.sources,
-            Arc::from(parts.dial),
+            Arc::clone(&dial),
             Arc::clone(&spawner),
             notes,
             inbox,
         );
         let result = Arc::clone(&finished);
-        let body = Box::new(move || {
+        let body = move |control: control::Control| {
+            let _over = guard;
             let done = control.run();
             *lock(&result) = Some(done);
-        });
-        let thread = spawner.spawn("mfd-control", body).map_err(|source| {
-            setup(Fault::System {
-                step: "start a thread",
-                source,
-            })
-        })?;
-        Ok(Self {
-            handle,
-            thread,
-            finished,
-        })
+        };
+        match spawn_with(&*spawner, "mfd-control", control, body) {
+            Ok(thread) => Ok(Self {
+                handle,
+                thread,
+                finished,
+                ended,
+            }),
+            Err((source, control)) => {
+                let (vmm, sources) = control.into_parts();
+                let step = "start a thread";
+                let parts = Parts {
+                    vmm,
+                    sources,
+                    memory: parts.memory,
+                    dial: Box::new(dial),
+                    config: parts.config,
+                    spawner: theirs.map(|spawner| Box::new(spawner) as Box<dyn Spawner>),
+                };
+                Err(StartError::new(Fault::System { step, source }, parts))
+            }
+        }
     }
 
     /// For progress and cancellation.
     #[must_use]
     pub fn handle(&self) -> Handle {
         self.handle.clone()
+    }
+
+    /// Whether [`wait`](Self::wait) would return at once.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.ended.is_over()
+    }
+
+    /// An event descriptor that becomes readable, and stays so, when the migration is over. It is not to be read.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
     }
 
     /// Waits for the end.

@@ -16,6 +16,18 @@ pub struct Blob {
     pub octets: Bytes,
 }
 
+impl Blob {
+    /// These bytes, under the embedder's own numbers.
+    #[must_use]
+    pub fn new(kind: u32, version: u32, bytes: impl Into<Bytes>) -> Self {
+        Self {
+            kind,
+            version,
+            octets: bytes.into(),
+        }
+    }
+}
+
 /// The embedder said no; its reason travels to the user and, in an ABORT, to the peer.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

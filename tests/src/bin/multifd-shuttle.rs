@@ -107,7 +107,8 @@ impl Shuttle {
             listeners: vec![listener],
             config: rx::Config::default(),
             spawner: None,
-        })?;
+        })
+        .map_err(|failed| failed.error)?;
         self.expected = Some((reception, slot));
         Ok(json!({ "address": address }))
     }
@@ -135,7 +136,8 @@ impl Shuttle {
             }),
             config,
             spawner: None,
-        })?;
+        })
+        .map_err(|failed| failed.error)?;
         let finished = migration.wait();
         if let Some(error) = finished.error {
             bail!("[{}] {error}", error.code());

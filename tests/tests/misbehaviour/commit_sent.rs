@@ -80,7 +80,7 @@ fn whatever_fails_after_final_gives_the_guest_back() {
                 // Nothing is owed on the lane, so that the control channel alone is what is waited for.
                 t.keep_acknowledging();
                 let (handle, since) = (source.handle(), Instant::now());
-                while handle.progress().octets_acked < handle.progress().octets_sent {
+                while handle.progress().acked_bytes < handle.progress().sent_bytes {
                     assert!(since.elapsed() < PATIENCE, "{:?}", handle.progress());
                     std::thread::sleep(Duration::from_millis(1));
                 }

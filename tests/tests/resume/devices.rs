@@ -84,7 +84,7 @@ fn lost_after_the_acknowledgement_it_still_counts() {
     let done = plan(&["model:name=a,size=2M,initial=1M"], |links, watch| {
         assert!(watch.until(|watch| {
             watch.destination.progress().device_bytes >= MIB
-                && watch.source.progress().octets_sent > 8 * MIB
+                && watch.source.progress().sent_bytes > 8 * MIB
         }));
         assert_eq!(watch.source.progress().phase, Phase::Rounds);
         interrupt(&links);

@@ -71,7 +71,7 @@ impl Pair {
     /// Waits until so many octets were sent.
     pub(crate) fn sent(&self, octets: u64) {
         let (handle, since) = (self.source.handle(), Instant::now());
-        while handle.progress().octets_sent < octets {
+        while handle.progress().sent_bytes < octets {
             assert!(since.elapsed() < 5 * GRACE, "{:?}", handle.progress());
             std::thread::sleep(Duration::from_millis(1));
         }

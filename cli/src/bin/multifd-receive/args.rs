@@ -12,11 +12,9 @@ use multifd_transport::{Address, AddressKind, ChannelOptions};
 
 use crate::hold::Moment;
 
-/// Wait for a guest that multifd-send migrates here, and run it.
-///
-/// One guest is taken over; after it has run here for a while its memory is checked (every word of it), and the program ends.
+/// The flags.
 #[derive(Debug, Parser)]
-#[command(name = "multifd-receive", version, about, long_about, after_help = SHORT, after_long_help = LONG)]
+#[command(name = "multifd-receive", version, about = ABOUT, long_about = LONG_ABOUT, after_help = SHORT, after_long_help = LONG)]
 pub(crate) struct Args {
     /// Where to listen: HOST:PORT, [IPV6]:PORT or unix:/path; may be given many times
     ///
@@ -77,6 +75,16 @@ pub(crate) struct Args {
     )]
     pub(crate) hold_at: Option<Moment>,
 }
+
+/// What it is, in a line. Given here because a comment on a flattened struct of flags would take its place.
+const ABOUT: &str = "Wait for a guest that multifd-send migrates here, and run it";
+
+/// What it is.
+const LONG_ABOUT: &str = "\
+Wait for a guest that multifd-send migrates here, and run it.
+
+One guest is taken over; after it has run here for a while its memory is checked (every word of it), and the
+program ends.";
 
 /// After `-h`.
 const SHORT: &str = "\

@@ -104,7 +104,8 @@ fn run(
         listeners,
         config,
         spawner: None,
-    })?;
+    })
+    .map_err(|failed| failed.error)?;
     announce(args, &addresses);
     let finished = watch::watch(&args.output, reception, Arc::clone(&asked));
     let check = check::observe(args.run_for, &finished, &guest, &asked);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use multifd_cli::flags::{Output, ProgressKind};
+use multifd_cli::flags::{Output, ProgressKind, ReportKind};
 use multifd_cli::signals::Asked;
 use multifd_cli::units::Size;
 use multifd_receiver::{Finished, Reception, Snapshot};
@@ -22,7 +22,9 @@ pub(crate) fn watch(output: &Output, reception: Reception, asked: Asked) -> Fini
     let handle = reception.handle();
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
-    let (quiet, events) = (output.quiet, output.progress == ProgressKind::Json);
+    // Who reads the report as JSON does not read lines for people.
+    let quiet = output.quiet || output.report() == ReportKind::Json;
+    let events = output.progress == ProgressKind::Json;
     let watcher = std::thread::Builder::new().spawn(move || {
         let (began, mut told) = (Instant::now(), Instant::now());
         let mut phase = None;

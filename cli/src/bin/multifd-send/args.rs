@@ -16,12 +16,9 @@ use multifd_transport::{Address, AddressKind, ChannelOptions};
 
 use crate::help;
 
-/// Live-migrate a running guest to another process or host, over many channels at once.
-///
-/// multifd-send starts the built-in guest (a small real KVM machine that keeps writing its memory; without /dev/kvm the same
-/// work is done by threads, and it says so), migrates it to a multifd-receive by pre-copy, and prints what happened.
+/// The flags.
 #[derive(Debug, Parser)]
-#[command(name = "multifd-send", version, about, long_about, after_help = help::SHORT, after_long_help = help::LONG)]
+#[command(name = "multifd-send", version, about = help::ABOUT, long_about = help::LONG_ABOUT, after_help = help::SHORT, after_long_help = help::LONG)]
 #[command(group(ArgGroup::new("destination").required(true).args(["connect", "loopback", "ask"])))]
 pub(crate) struct Args {
     /// Where multifd-receive listens: HOST:PORT, [IPV6]:PORT or unix:/path
@@ -227,7 +224,7 @@ pub(crate) struct Args {
     #[arg(long, hide_short_help = true, help_heading = "Built-in guest")]
     pub(crate) debug_dirty_scan: bool,
 
-    /// A device to move with the guest; may be given many times. See \"Devices\" in --help
+    /// A device to move with the guest; may be given many times. See "Devices" in --help
     #[arg(long, value_name = "MODEL", help_heading = "Devices")]
     pub(crate) device: Vec<DeviceConfig>,
 

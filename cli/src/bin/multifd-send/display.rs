@@ -50,7 +50,7 @@ impl Display {
         {
             self.line(&round_line(before, &now));
         }
-        if now.octets_sent > 0 {
+        if now.sent_bytes > 0 {
             self.round = Some(now.round);
         }
         if let Some(back) = now.reconnect
@@ -129,7 +129,7 @@ fn message(now: &Snapshot, expected: Option<Expected>) -> String {
     format!(
         "{} left, {} sent, {}{}{}",
         Size(now.round_pages_left * 4096),
-        Size(now.octets_sent),
+        Size(now.sent_bytes),
         rate.map_or_else(|| "measuring".into(), |rate| Rate(rate).to_string()),
         ends.unwrap_or_default(),
         outlook(now.forecast)
@@ -165,7 +165,7 @@ fn round_line(before: &Snapshot, now: &Snapshot) -> String {
     format!(
         "  round {}: sent {} in all{}, then dirty {} ({})",
         before.round,
-        Size(before.octets_sent),
+        Size(before.sent_bytes),
         rate.map_or_else(String::new, |rate| format!(", {}", Rate(rate))),
         Size(now.dirty_pages * 4096),
         found.join("; ")

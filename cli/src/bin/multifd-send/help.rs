@@ -1,5 +1,17 @@
 //! What `--help` says after the flags.
 
+/// What it is, in a line. Given here because a comment on a flattened struct of flags would take its place.
+pub(crate) const ABOUT: &str =
+    "Live-migrate a running guest to another process or host, over many channels at once";
+
+/// What it is.
+pub(crate) const LONG_ABOUT: &str = "\
+Live-migrate a running guest to another process or host, over many channels at once.
+
+multifd-send starts the built-in guest (a small real KVM machine that keeps writing its memory; without /dev/kvm
+the same work is done by threads, and it says so), migrates it to a multifd-receive by pre-copy, and prints what
+happened.";
+
 /// After `-h`.
 pub(crate) const SHORT: &str = "\
 Examples:

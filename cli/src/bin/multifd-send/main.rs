@@ -152,7 +152,11 @@ fn run(
         config,
         spawner: None,
     };
-    let finished = watch::watch(&args.output, Migration::start(parts)?, asked);
+    let finished = watch::watch(
+        &args.output,
+        Migration::start(parts).map_err(|failed| failed.error)?,
+        asked,
+    );
     if let Some(file) = state_file.filter(|_| finished.report.outcome != OutcomeKind::Unknown) {
         file.remove();
     }

@@ -389,7 +389,7 @@ impl Control {
                 let settled = lane.acked(frames)?;
                 self.shared
                     .counters
-                    .octets_acked
+                    .acked_bytes
                     .fetch_add(settled.octets, Relaxed);
             }
             self.give_back_ledger(&before);

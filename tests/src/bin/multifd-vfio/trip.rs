@@ -228,7 +228,8 @@ impl Guest {
             listeners: vec![listener],
             config: rx::Config::default(),
             spawner: None,
-        })?;
+        })
+        .map_err(|failed| failed.error)?;
         let mut options = ChannelOptions::default();
         options.rdma = RdmaOptions::with_memory(self.memory.clone(), Registration::default());
         let config = tx::Config::builder()
@@ -248,7 +249,8 @@ impl Guest {
             }),
             config,
             spawner: None,
-        })?
+        })
+        .map_err(|failed| failed.error)?
         .wait();
         if finished.error.is_some() {
             // It may never have been dialled.
