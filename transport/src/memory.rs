@@ -6,19 +6,27 @@
 //! [`GuestMemory`], which keeps the mapping alive: safe code cannot make one that dangles.
 #![allow(unsafe_code)] // The one place, besides `sys`, where memory is reached through raw pointers.
 
+mod backing;
+mod cgroup;
 mod checksum;
 mod map;
+mod pagemap;
+mod populated;
 mod span;
+mod vma;
 mod zero;
 
 use std::any::Any;
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 pub use crate::in_memory::{PAIR_CAPACITY_DEFAULT, pair};
+pub use backing::BackingError;
 pub use map::MapError;
+pub use populated::Unknown;
 pub use span::Span;
 
 /// The memory of one guest: a list of mapped regions, in the order in which both sides agreed on them.
@@ -170,6 +178,29 @@ impl GuestMemory {
         Ok(memory)
     }
 
+    /// Maps a file (a memfd, a file of tmpfs or hugetlbfs), shared: one region behind the other from the file's first octet on. What
+    /// the file holds is what the memory holds. A file that is shortened later ends this process at the next access.
+    ///
+    /// # Errors
+    /// [`MapError`] with the region that could not be mapped.
+    pub fn shared_file(file: &File, layouts: &[RegionLayout]) -> Result<Self, MapError> {
+        let mut offset = 0;
+        let regions = layouts
+            .iter()
+            .zip(0..)
+            .map(|(layout, region_index)| {
+                let mapping = map::Mapping::shared(region_index, file, offset, layout.bytes)?;
+                offset += layout.bytes;
+                Ok(Region {
+                    layout: *layout,
+                    base: mapping.base(),
+                    _owner: Arc::new(mapping),
+                })
+            })
+            .collect::<Result<Arc<[_]>, MapError>>()?;
+        Ok(Self { regions })
+    }
+
     /// Number of regions.
     #[must_use]
     pub fn region_count(&self) -> usize {
@@ -310,5 +341,7 @@ impl Region {
     }
 }
 
+#[cfg(test)]
+mod holes_tests;
 #[cfg(test)]
 mod tests;

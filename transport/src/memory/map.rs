@@ -2,7 +2,9 @@
 //!
 //! Rule: a mapping is unmapped by its owner's drop and by nothing else.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 
 use super::{Span, SpanError};
@@ -56,7 +58,7 @@ pub(super) enum Advice {
 /// Huge pages of 2 MiB: x86-64, and aarch64 with pages of 4 KiB. Elsewhere the alignment is only not needed.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// A private anonymous mapping, unmapped on drop.
+/// A mapping of our own, unmapped on drop.
 pub(super) struct Mapping {
     /// What `mmap` gave: the region and the slack that aligning it needed.
     whole: NonNull<u8>,
@@ -111,6 +113,47 @@ impl Mapping {
         })
     }
 
+    /// Maps `bytes` octets of a file from octet `offset` on, shared with whoever else maps it.
+    pub(super) fn shared(
+        region_index: u32,
+        file: &File,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Self, MapError> {
+        let size = || MapError::Size {
+            region_index,
+            bytes,
+        };
+        let len = usize::try_from(bytes).ok().filter(|&len| len > 0);
+        let len = len.ok_or_else(size)?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| size())?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that exists.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        let failed = || MapError::Map {
+            region_index,
+            bytes,
+            source: io::Error::last_os_error(),
+        };
+        if base == libc::MAP_FAILED {
+            return Err(failed());
+        }
+        let base = NonNull::new(base.cast::<u8>()).ok_or_else(failed)?;
+        Ok(Self {
+            whole: base,
+            whole_bytes: len,
+            base,
+        })
+    }
+
     pub(super) fn base(&self) -> NonNull<u8> {
         self.base
     }
@@ -118,7 +161,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: exactly what `mmap` returned in `anonymous`, unmapped once. No span is alive: each borrows the GuestMemory
+        // SAFETY: exactly what `mmap` returned, unmapped once. No span is alive: each borrows the GuestMemory
         // that owns this value.
         let result = unsafe { libc::munmap(self.whole.as_ptr().cast(), self.whole_bytes) };
         debug_assert_eq!(result, 0, "munmap of our own mapping");
@@ -154,7 +197,7 @@ pub(super) fn advise(region_index: u32, span: Span<'_>, advice: Advice) -> Resul
     }
 }
 
-fn host_page_bytes() -> usize {
+pub(super) fn host_page_bytes() -> usize {
     // SAFETY: sysconf reads a constant of the system.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(bytes).unwrap_or(4096)
