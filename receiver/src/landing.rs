@@ -19,7 +19,7 @@ pub(crate) struct Landing {
     memory: GuestMemory,
     values: PageValues,
     digest: AtomicU64,
-    /// Pages that may hold something else than zeros. Fresh memory is zero and is best left untouched.
+    /// Pages that may hold something else than zeros. What was prepared is zero ([`crate::prepared`]) and is best left untouched.
     touched: PageBits,
     damaged: PageBits,
     damaged_pages: AtomicU64,

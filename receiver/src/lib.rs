@@ -6,6 +6,7 @@
 //!
 //! ```text
 //!   session      the control plane as a machine without I/O     lane      one data channel, likewise
+//!   prepared.rs  memory before the first page lands: room, zero
 //!   landing.rs   what is in memory: checks, digest, damage      driver/   threads, queues, sockets
 //!   vmm.rs       what the embedder gives                        report.rs, progress.rs  what the user sees
 //! ```
@@ -17,6 +18,7 @@ mod bits;
 pub mod device;
 mod driver;
 mod landing;
+mod prepared;
 pub mod progress;
 pub mod report;
 #[cfg(feature = "vfio")]
@@ -25,7 +27,7 @@ pub mod vmm;
 
 pub use multifd_session::destination::{config, error, lane, session};
 
-pub use config::{Config, ConfigBuilder, ConfigError};
+pub use config::{Config, ConfigBuilder, ConfigError, Overcommit};
 pub use device::{DeviceError, DeviceSink};
 pub use driver::{Finished, Handle, OfferError, Parts, Reception, StartError};
 pub use error::{Error, Fault};

@@ -13,6 +13,7 @@ use crate::error::Fault;
 pub(crate) struct Counters {
     phase: AtomicU32,
     damage: Mutex<DamageList>,
+    mismatches: Mutex<DamageList>,
     pub(crate) round: AtomicU32,
     pub(crate) lanes: AtomicU32,
     pub(crate) memory_pages: AtomicU64,
@@ -24,7 +25,8 @@ pub(crate) struct Counters {
     pub(crate) devices: AtomicU32,
     pub(crate) devices_loaded: AtomicU32,
     pub(crate) frames: AtomicU64,
-    pub(crate) pages_damaged: AtomicU64,
+    pub(crate) pages_mismatched: AtomicU64,
+    pub(crate) pages_cleared: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) wrong_tokens: AtomicU64,
     cpu_ns: AtomicU64,
@@ -36,6 +38,23 @@ impl Counters {
         let phase = Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello);
         let mut list = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
         list.note(phase, at, frame, count);
+    }
+
+    /// Pages did not match their checksum: the guest wrote them meanwhile, or they were changed on the way. Only the source can tell.
+    pub(crate) fn note_mismatch(&self, at: ChannelRef, frame: &'static str, pages: u64) {
+        self.pages_mismatched.fetch_add(pages, Relaxed);
+        let phase = Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello);
+        let list = self.mismatches.lock();
+        let mut list = list.unwrap_or_else(PoisonError::into_inner);
+        list.note(phase, at, frame, pages);
+    }
+
+    /// Where pages did not match so far.
+    pub(crate) fn mismatched(&self) -> Vec<Damaged> {
+        let list = self.mismatches.lock();
+        list.unwrap_or_else(PoisonError::into_inner)
+            .entries()
+            .to_vec()
     }
 
     /// What was found so far.
@@ -75,7 +94,8 @@ impl Counters {
             devices: self.devices.load(Relaxed),
             devices_loaded: self.devices_loaded.load(Relaxed),
             frames: self.frames.load(Relaxed),
-            pages_damaged: self.pages_damaged.load(Relaxed),
+            pages_mismatched: self.pages_mismatched.load(Relaxed),
+            pages_cleared: self.pages_cleared.load(Relaxed),
             refused: self.refused.load(Relaxed),
             wrong_tokens: self.wrong_tokens.load(Relaxed),
             cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
@@ -108,8 +128,11 @@ pub struct Snapshot {
     pub devices_loaded: u32,
     /// Frames that came on data channels.
     pub frames: u64,
-    /// Pages whose checksum failed, every time counted.
-    pub pages_damaged: u64,
+    /// Pages that did not match their checksum, every time counted: torn by the guest, or damaged on the way. The source's report
+    /// says which.
+    pub pages_mismatched: u64,
+    /// Pages that were not zero in the memory that the VMM prepared, and were made so.
+    pub pages_cleared: u64,
     /// Connections that were refused.
     pub refused: u64,
     /// Of which: because of a wrong ticket or secret.

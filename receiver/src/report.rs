@@ -45,8 +45,13 @@ pub struct Report {
     pub content_bytes: u64,
     /// Guest memory that came as "all zero", every version counted.
     pub zero_bytes: u64,
-    /// Pages whose checksum failed, every time counted.
-    pub pages_damaged: u64,
+    /// Pages that did not match their checksum, every time counted: torn by the guest, or damaged on the way. They came again, and
+    /// the source's report says which they were.
+    pub pages_mismatched: u64,
+    /// The same, each by phase and channel.
+    pub mismatched: Vec<DamageReport>,
+    /// Pages that were not zero in the memory that the VMM prepared, and were made so before the first page landed.
+    pub pages_cleared: u64,
     /// What came damaged from the source: each by phase, channel and frame.
     pub damaged: Vec<DamageReport>,
     /// Data channels that the source opened again after they were lost.
@@ -88,7 +93,7 @@ pub struct DeviceReport {
     pub config_ms: f64,
 }
 
-/// Octets that were changed on the way; or, of `PAGES` while the guest runs, written while they were sent.
+/// Octets that do not match their checksum.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DamageReport {
     /// When in the migration's life it was found.
@@ -211,7 +216,9 @@ impl Report {
             received_bytes: end.octets,
             content_bytes: end.pages * PAGE_BYTES_U64,
             zero_bytes: end.zero_pages * PAGE_BYTES_U64,
-            pages_damaged: end.pages_damaged,
+            pages_mismatched: end.pages_mismatched,
+            mismatched: Vec::new(),
+            pages_cleared: end.pages_cleared,
             damaged: Vec::new(),
             channels_rejoined: timeline.lanes_rejoined,
             suspensions: timeline.suspensions,

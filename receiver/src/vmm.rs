@@ -19,8 +19,12 @@ use crate::device::DeviceSink;
 /// All calls come from one thread of their own, one at a time, so they may take their time: the source is told meanwhile that
 /// this side lives.
 pub trait Vmm: Any + Send {
-    /// Builds the machine, not running, and returns its memory: the regions of `layout`, in its order, all zero. Memory that is
-    /// not all zero makes the migration fail at the digest, never silently.
+    /// Builds the machine, not running, and returns its memory: the regions of `layout`, in its order.
+    ///
+    /// The memory is looked at when this returns. It must have room for the whole guest, or the migration is refused
+    /// ([`GuestMemory::check_backing`]). Pages that exist and are not zero are made zero, so that it may have been used before;
+    /// fresh memory costs nothing, and memory that was populated costs reading it once. From then on it is the migration's, until
+    /// [`Vmm::load`]: what is written meanwhile by others is not found.
     ///
     /// # Errors
     /// An error refuses the migration in its first second; the source's guest was not touched.

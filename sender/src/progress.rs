@@ -35,6 +35,11 @@ pub(crate) struct Counters {
     /// Devices whose acknowledgement is all that the switchover waits for.
     pub(crate) devices_awaited: AtomicU32,
     pub(crate) pages_given_back: AtomicU64,
+    pub(crate) pages_mismatched: AtomicU64,
+    pub(crate) pages_torn: AtomicU64,
+    pub(crate) pages_damaged: AtomicU64,
+    /// Pages that round 0 left out.
+    pub(crate) left_out_pages: AtomicU64,
     /// Octets of frames that were lost with their channel.
     pub(crate) sent_again_bytes: AtomicU64,
     /// Attempts to reach the destination again since the channels were lost; 0 while they are open.
@@ -154,6 +159,10 @@ impl Counters {
             devices_awaited: self.devices_awaited.load(Relaxed),
             pages_given_back: self.pages_given_back.load(Relaxed),
             sent_again_bytes: self.sent_again_bytes.load(Relaxed),
+            pages_mismatched: self.pages_mismatched.load(Relaxed),
+            pages_torn: self.pages_torn.load(Relaxed),
+            pages_damaged: self.pages_damaged.load(Relaxed),
+            left_out_pages: self.left_out_pages.load(Relaxed),
             reconnect: Some(Reconnect {
                 attempts: self.attempts.load(Relaxed),
                 gives_up_in: Duration::from_millis(self.gives_up_in_ms.load(Relaxed)),
@@ -220,8 +229,16 @@ pub struct Snapshot {
     pub device_bytes: u64,
     /// Devices whose initial bytes are still to be loaded at the destination, and are all that the switchover waits for.
     pub devices_awaited: u32,
-    /// Pages that came back into the dirty set: lost with a lane, or damaged on the way.
+    /// Pages that came back into the dirty set: lost with a lane, or not matching their checksum.
     pub pages_given_back: u64,
+    /// Pages that did not match their checksum at the destination, every time counted; they are sent again.
+    pub pages_mismatched: u64,
+    /// Of which: torn, because the guest wrote them while they were sent. A busy guest does that.
+    pub pages_torn: u64,
+    /// Of which: damaged on the way, because nobody wrote them. Those that are neither were not decided before a lane was lost.
+    pub pages_damaged: u64,
+    /// Pages that round 0 left out, unread and unsent: holes, which are zero, and what the VMM said is unused.
+    pub left_out_pages: u64,
     /// Octets of frames that were lost with their channel, so that their pages are sent again.
     pub sent_again_bytes: u64,
     /// While the link is lost: how it stands with coming back.

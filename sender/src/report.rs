@@ -58,6 +58,8 @@ pub struct Report {
     pub memory_bytes: u64,
     /// Octets handed to data channels: heads and bodies.
     pub sent_bytes: u64,
+    /// Guest memory that round 0 left out, unread and unsent: holes, which are zero, and what the VMM said is unused.
+    pub left_out_bytes: u64,
     /// Guest memory that was sent as "all zero", every version counted.
     pub zero_bytes: u64,
     /// Guest memory that was sent with content, every version counted.
@@ -76,8 +78,14 @@ pub struct Report {
     pub asked: u32,
     /// Octets of frames that were lost with their channel, so that their pages were sent again.
     pub sent_again_bytes: u64,
-    /// Pages that came back into the dirty set: damaged on the way or lost with a channel.
+    /// Pages that came back into the dirty set: not matching their checksum, or lost with a channel.
     pub pages_given_back: u64,
+    /// Pages that did not match their checksum at the destination, every time counted; they were sent again.
+    pub pages_mismatched: u64,
+    /// Of which: torn, because the guest wrote them while they were sent. A busy guest does that.
+    pub pages_torn: u64,
+    /// Of which: damaged on the way, because nobody wrote them. Those that are neither were not decided before a lane was lost.
+    pub pages_damaged: u64,
     /// Guest memory moved, zero pages included, per second from the first round's begin until the last
     /// one was closed at the destination.
     pub goodput_mib_s: f64,
@@ -658,6 +666,7 @@ impl Report {
             sent_bytes: end.sent_bytes,
             zero_bytes: end.zero_pages * PAGE_BYTES_U64,
             content_bytes: end.content_pages * PAGE_BYTES_U64,
+            left_out_bytes: end.left_out_pages * PAGE_BYTES_U64,
             suspensions: timeline.suspensions,
             control_damaged: timeline.control_damaged,
             suspended_ms: ms(timeline.suspended),
@@ -666,6 +675,9 @@ impl Report {
             asked: timeline.asked,
             sent_again_bytes: end.sent_again_bytes,
             pages_given_back: end.pages_given_back,
+            pages_mismatched: end.pages_mismatched,
+            pages_torn: end.pages_torn,
+            pages_damaged: end.pages_damaged,
             goodput_mib_s: mib_s(moved, moving),
             cpu_sender_s: end.cpu.as_secs_f64(),
             cpu_receiver_s: timeline.destination_cpu.map(|cpu| cpu.as_secs_f64()),

@@ -5,6 +5,8 @@
 
 use std::any::Any;
 
+use multifd_tracking::Run;
+
 use crate::device::DeviceSource;
 use crate::driver::AskTicket;
 
@@ -28,6 +30,18 @@ pub trait Vmm: Any + Send {
     /// # Errors
     /// An error refuses the migration before anything was sent.
     fn devices(&mut self) -> Result<Vec<Box<dyn DeviceSource>>, VmmError> {
+        Ok(Vec::new())
+    }
+
+    /// Pages whose content nobody needs, by region and page: unplugged (virtio-mem), ballooned, reported free by the guest. They are
+    /// neither read nor sent in round 0, and are zero at the destination; a run may be named twice. Called when all sources of
+    /// dirty pages were started, before round 0, and again if the migration begins afresh: a page that is used after the call is
+    /// written, and goes by those sources. Holes that the kernel knows of need not be named. A source that begins with every page
+    /// dirty (KVM's log, initially set) has these pages sent all the same.
+    ///
+    /// # Errors
+    /// An error ends the migration before anything was moved.
+    fn unused_pages(&mut self) -> Result<Vec<Run>, VmmError> {
         Ok(Vec::new())
     }
 

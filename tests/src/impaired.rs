@@ -78,6 +78,7 @@ fn named(flipped: &[Flipped], sent: &tx::Report, received: &rx::Report) -> Vec<(
             Direction::Forth => received
                 .damaged
                 .iter()
+                .chain(&received.mismatched)
                 .any(|d| d.frame == name && (d.channel == channel(flip) || name == "hello")),
             Direction::Back => sent.damaged.iter().any(|d| {
                 d.frame == name
@@ -258,8 +259,8 @@ pub fn migrate(seed: u64, rules: Vec<Rule>) -> Passage {
             .find(|(flip, named)| !named && in_pages(flip));
         if migrated && let Some((flip, _)) = missed {
             violations.push(format!(
-                "{flip:?} was not named in {:?}",
-                received.report.damaged
+                "{flip:?} was not named in {:?} or {:?}",
+                received.report.damaged, received.report.mismatched
             ));
         }
         if !migrated && !flipped.iter().any(|(_, named)| *named) {

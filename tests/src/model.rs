@@ -314,6 +314,8 @@ pub struct DestinationMachine {
     pub running: Arc<AtomicBool>,
     /// What it does wrong.
     pub refuse: Refuse,
+    /// Memory that `prepare` gives instead of fresh one.
+    pub given: Option<GuestMemory>,
 }
 
 impl rx::Vmm for DestinationMachine {
@@ -329,6 +331,10 @@ impl rx::Vmm for DestinationMachine {
         );
         if self.refuse == Refuse::Prepare {
             return Err(rx::VmmError::new("no room for this machine"));
+        }
+        if let Some(memory) = self.given.clone() {
+            *self.memory.lock().expect("no panics") = Some(memory.clone());
+            return Ok(memory);
         }
         let extra = if self.refuse == Refuse::OtherMemory {
             PAGE_BYTES_U64

@@ -2,7 +2,7 @@
 //! KVM's log overtakes its ring when much is written.
 //!
 //! ```text
-//! cargo bench -p multifd-tracking --bench dirty -- [set] [sources] [heavy] [--rounds N]
+//! cargo bench -p multifd-tracking --bench dirty -- [set] [sources] [heavy] [lanes] [--rounds N]
 //! ```
 //! Guests are sparse mappings: only what is written is there. A KVM guest's 1,000 pages are written by its vCPU, in 64-bit
 //! mode through page tables that map just these pages: strewn over all of its memory, or over the last GiB of it, which
@@ -48,7 +48,7 @@ fn main() {
         .map_or(15, |text| text.parse().expect("--rounds takes a number"));
     let all = !arguments
         .iter()
-        .any(|text| ["set", "sources", "heavy"].contains(&text.as_str()));
+        .any(|text| ["set", "sources", "heavy", "lanes"].contains(&text.as_str()));
     let wanted = |part: &str| all || arguments.iter().any(|text| text == part);
     if wanted("set") {
         set(rounds);
@@ -58,6 +58,9 @@ fn main() {
     }
     if wanted("heavy") {
         heavy(rounds.min(5));
+    }
+    if wanted("lanes") {
+        lanes(rounds);
     }
 }
 
@@ -188,6 +191,16 @@ impl Sparse {
         }
         let start = NonNull::new(start.cast()).expect("not at address 0");
         Ok(Self { start, bytes })
+    }
+
+    /// Reads a page, a word at a time.
+    fn read(&self, at: u64) {
+        for word in (0..PAGE).step_by(8) {
+            // SAFETY: inside the mapping, which lives as long as `self`, and aligned.
+            let place = unsafe { self.start.add((at + word) as usize) };
+            // SAFETY: as above; mapped and readable.
+            let _ = unsafe { place.cast::<u64>().read_volatile() };
+        }
     }
 
     fn write(&self, at: u64, word: u64) {
@@ -732,4 +745,87 @@ fn heavy(rounds: usize) {
             println!("| {written} | {of:.1} | {} |", cells.join(" | "));
         }
     }
+}
+
+// ── several lanes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// How long four lanes take to take all of a round from the log that is cleared late: with the clearing inside the lock that they
+/// share, and outside of it. `work`: each lane reads what it took, as one that sends does.
+fn lanes(rounds: usize) {
+    const WRITES: u64 = 60_000;
+    const LANES: usize = 4;
+    println!(
+        "\nlanes: {LANES} take {WRITES} pages of 1 GiB from the log that is cleared late, microseconds, median of {rounds}"
+    );
+    let way = Way::Log(Protect::ManualInitiallySet);
+    let mut tracked = match way.track(1, WRITES, Strewn::Everywhere) {
+        Ok(tracked) => tracked,
+        Err(error) => return println!("not here: {error}"),
+    };
+    println!("| lanes do | cleared under the lock | cleared outside |");
+    for work in [false, true] {
+        let mut times = [Vec::new(), Vec::new()];
+        for _ in 0..rounds {
+            for (outside, times) in [false, true].into_iter().zip(&mut times) {
+                tracked.guest.write(WRITES, None);
+                tracked
+                    .source
+                    .collect(&tracked.set, CollectPhase::PreCopy)
+                    .expect("a collection");
+                times.push(take_by_lanes(&tracked, LANES, outside, work));
+            }
+        }
+        let name = if work { "take and read" } else { "take" };
+        let [under, outside] = times.map(median);
+        println!("| {name} | {under:.0} | {outside:.0} |");
+    }
+}
+
+fn take_by_lanes(tracked: &Tracked, lanes: usize, outside: bool, work: bool) -> f64 {
+    const EXTENT: u64 = 256;
+    let round = tracked.set.take_round();
+    let pages = round.pages();
+    let shared = std::sync::Mutex::new(round);
+    let memory = &tracked.guest.memory;
+    let begun = Instant::now();
+    let taken: u64 = std::thread::scope(|scope| {
+        let lane = || {
+            let mut taken = 0;
+            loop {
+                let mut extent = Vec::new();
+                let mut wanted = EXTENT;
+                let mut round = shared.lock().expect("no panics");
+                if outside {
+                    let unarmed = round.take(EXTENT);
+                    drop(round);
+                    unarmed.rearm(&mut extent);
+                } else {
+                    while wanted > 0
+                        && let Some(run) = round.next_run(wanted)
+                    {
+                        wanted -= run.count;
+                        extent.push(run);
+                    }
+                    drop(round);
+                }
+                if extent.is_empty() {
+                    return taken;
+                }
+                for run in extent {
+                    taken += run.count;
+                    if work {
+                        (run.first..run.first + run.count)
+                            .for_each(|page| memory.read(page * PAGE));
+                    }
+                }
+            }
+        };
+        let threads: Vec<_> = (0..lanes).map(|_| scope.spawn(lane)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panics"))
+            .sum()
+    });
+    assert_eq!(taken, pages);
+    us(begun)
 }

@@ -37,7 +37,7 @@ mod vmm_writes;
 
 pub use collected::{Collected, RearmFailed, Rearmed};
 pub use error::Error;
-pub use round::{Round, SharedRound};
+pub use round::{Round, TakenPages, Unarmed};
 pub use set::{DirtySet, LateRearm, SetFigures};
 pub use source::{CollectPhase, Collection, Figures, Source};
 pub use vmm_writes::{VmmMarker, VmmWrites};

@@ -4,7 +4,7 @@
 //! A run is handed out only after each [`LateRearm`] source said that a later write to it will be reported; pages for
 //! which that failed go back to the set at once.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::levels::WORD_BITS;
 use crate::set::{DirtySet, LateRearm};
@@ -57,8 +57,8 @@ impl Span {
 #[must_use = "a round that is dropped gives its pages back to the set"]
 pub struct Round {
     set: DirtySet,
-    late: Vec<Arc<dyn LateRearm>>,
-    spans: Vec<Span>,
+    late: Arc<[Arc<dyn LateRearm>]>,
+    spans: Arc<[Span]>,
     /// The next span to look at.
     next: usize,
     /// The word that is being handed out, what is left of it, and how many whole words of its span follow it.
@@ -81,8 +81,8 @@ impl Round {
     ) -> Self {
         Self {
             set,
-            late,
-            spans,
+            late: late.into(),
+            spans: spans.into(),
             next: 0,
             word: 0,
             bits: 0,
@@ -97,6 +97,14 @@ impl Round {
     /// Pages that the round began with.
     pub fn pages(&self) -> u64 {
         self.pages
+    }
+
+    /// Which pages the round began with, to be asked also when the round is over.
+    pub fn taken(&self) -> TakenPages {
+        TakenPages {
+            set: self.set.clone(),
+            spans: Arc::clone(&self.spans),
+        }
     }
 
     /// Pages not yet handed out.
@@ -121,6 +129,50 @@ impl Round {
                 return Some(run);
             }
             self.hold_back(run);
+        }
+    }
+
+    /// Takes runs of `pages_max` pages in all, not yet re-armed; none at the round's end.
+    pub fn take(&mut self, pages_max: u64) -> Unarmed {
+        let mut wanted = pages_max;
+        let mut runs = Vec::new();
+        while wanted > 0
+            && let Some(run) = self.take_run(wanted)
+        {
+            wanted -= run.count;
+            runs.push(run);
+        }
+        // They are handed out from the end.
+        runs.reverse();
+        Unarmed {
+            set: self.set.clone(),
+            late: Arc::clone(&self.late),
+            runs,
+        }
+    }
+
+    /// Gives the pages that `keep` holds back to the set, and lets the others go without anybody reading them: they are known to
+    /// hold nothing. Whoever knows it finds out again afterwards, since only from now on a later write to them will be
+    /// reported by each late source. Pages for which that failed go back to the set.
+    pub fn keep_only(mut self, keep: &DirtySet) {
+        while let Some(run) = self.take_run(u64::MAX) {
+            let mut first = run.first;
+            let end = run.first + run.count;
+            while first < end {
+                let kept = keep.is_dirty(run.region, first);
+                let same = (first..end)
+                    .take_while(|page| keep.is_dirty(run.region, *page) == kept)
+                    .count() as u64;
+                let part = Run {
+                    region: run.region,
+                    first,
+                    count: same,
+                };
+                if kept || !rearmed(&self.late, part) {
+                    self.set.give_back(part);
+                }
+                first += same;
+            }
         }
     }
 
@@ -213,10 +265,38 @@ impl Drop for Round {
             self.set
                 .give_back_words(self.word, self.bits, self.full_after);
         }
-        for span in &self.spans[self.next..] {
+        for span in self.spans.iter().skip(self.next) {
             self.set
                 .give_back_words(span.word(), span.bits, span.count() - 1);
         }
+    }
+}
+
+/// The pages that a round began with: 16 octets per word of 64 pages, less where whole words lie side by side.
+#[derive(Clone)]
+pub struct TakenPages {
+    set: DirtySet,
+    spans: Arc<[Span]>,
+}
+
+impl TakenPages {
+    /// Whether the page was among them.
+    ///
+    /// # Panics
+    /// If there is no such region.
+    pub fn contains(&self, region: u32, page: u64) -> bool {
+        let word = self.set.regions()[region as usize].first_word + page / WORD_BITS;
+        let behind = |span: &Span| span.word() + span.count() <= word;
+        let next = self.spans.get(self.spans.partition_point(behind));
+        next.is_some_and(|span| span.word() <= word && span.bits >> (page % WORD_BITS) & 1 == 1)
+    }
+}
+
+impl std::fmt::Debug for TakenPages {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TakenPages")
+            .field("spans", &self.spans.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -230,54 +310,50 @@ impl std::fmt::Debug for Round {
     }
 }
 
-/// A round from which several threads pull runs.
-#[derive(Debug)]
-#[must_use = "a round that is dropped gives its pages back to the set"]
-pub struct SharedRound {
-    round: Mutex<Round>,
+/// Runs that left a round and are not watched yet. Dropping it gives them back to the set.
+///
+/// It lets several threads share a round behind a lock, and make the kernel calls of re-arming outside of it.
+#[must_use = "what is dropped goes back to the set"]
+pub struct Unarmed {
+    set: DirtySet,
+    late: Arc<[Arc<dyn LateRearm>]>,
+    runs: Vec<Run>,
 }
 
-impl SharedRound {
-    /// Shares `round`.
-    pub fn new(round: Round) -> Self {
-        Self {
-            round: Mutex::new(round),
-        }
+impl Unarmed {
+    /// Whether there are none: the round has ended.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
     }
 
-    /// As [`Round::next_run`]. The re-arming of a late source happens outside the lock, so that kernel calls of several
-    /// threads do not wait for each other here.
-    pub fn next_run(&self, pages_max: u64) -> Option<Run> {
-        loop {
-            let (run, late) = {
-                let mut round = self.locked();
-                let run = round.take_run(pages_max)?;
-                if round.late.is_empty() {
-                    return Some(run);
-                }
-                (run, round.late.clone())
-            };
-            if rearmed(&late, run) {
-                return Some(run);
+    /// Has every late source watch the runs, and adds them to `into`: their pages may be read from now on. Runs for which that
+    /// failed go back to the set; returns how many pages that is. The source's next collection says why.
+    pub fn rearm(mut self, into: &mut Vec<Run>) -> u64 {
+        let mut held_back = 0;
+        while let Some(run) = self.runs.pop() {
+            if rearmed(&self.late, run) {
+                into.push(run);
+            } else {
+                self.set.give_back(run);
+                held_back += run.count;
             }
-            self.locked().hold_back(run);
+        }
+        held_back
+    }
+}
+
+impl Drop for Unarmed {
+    fn drop(&mut self) {
+        for run in self.runs.drain(..) {
+            self.set.give_back(run);
         }
     }
+}
 
-    /// As [`Round::remaining`].
-    pub fn remaining(&self) -> u64 {
-        self.locked().remaining
-    }
-
-    /// The round itself, with what is left of it.
-    pub fn into_inner(self) -> Round {
-        self.round
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn locked(&self) -> std::sync::MutexGuard<'_, Round> {
-        self.round.lock().unwrap_or_else(PoisonError::into_inner)
+impl std::fmt::Debug for Unarmed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Unarmed").field(&self.runs).finish()
     }
 }
 

@@ -85,7 +85,7 @@ impl VmmMarker {
     /// # Panics
     /// During a migration, if the run is not inside a region: the VMM and the migration then disagree about memory.
     pub fn mark(&self, run: Run) {
-        // A write before `start` is in round 0, whatever this reads: the set is marked as a whole after the start.
+        // A write before `start` is in round 0, whatever this reads: round 0 is what is populated after the start.
         if !self.shared.tracking.load(Ordering::SeqCst) {
             return;
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use multifd_tracking::{Collected, DirtySet, LateRearm, Round, Run, SharedRound};
+use multifd_tracking::{Collected, DirtySet, LateRearm, Round, Run};
 use proptest::prelude::*;
 
 type Pages = BTreeSet<(u32, u64)>;
@@ -179,10 +179,16 @@ fn a_run_that_cannot_be_rearmed_is_not_handed_out() {
     assert_eq!(drain(&mut round, 4), [run(0, 0, 4), run(0, 4, 4)]);
     assert_eq!((round.held_back(), set.dirty_pages()), (4, 4));
     set.mark(run(0, 0, 4));
-    let shared = SharedRound::new(set.take_round());
-    assert_eq!(shared.next_run(4), Some(run(0, 0, 4)));
-    assert_eq!(shared.next_run(4), None);
-    assert_eq!((shared.into_inner().held_back(), set.dirty_pages()), (4, 4));
+    let mut round = set.take_round();
+    let mut runs = Vec::new();
+    assert_eq!(round.take(4).rearm(&mut runs), 0);
+    assert_eq!(round.take(4).rearm(&mut runs), 4);
+    assert_eq!((&runs[..], set.dirty_pages()), (&[run(0, 0, 4)][..], 4));
+    assert_eq!(round.take(4).rearm(&mut runs), 0, "nothing is left");
+    set.mark(run(0, 0, 4));
+    drop(set.take_round().take(4));
+    assert_eq!(set.dirty_pages(), 8, "not re-armed, not lost");
+    drop(drain(&mut set.take_round(), 4));
     set.detach_late(&late);
     assert_eq!(drain(&mut set.take_round(), 4), [run(0, 8, 4)]);
 }
@@ -393,9 +399,18 @@ fn several_threads_share_one_round_without_overlap() {
     for page in (0..200_000).step_by(3) {
         set.mark_page(0, page);
     }
-    let round = SharedRound::new(set.take_round());
+    let round = std::sync::Mutex::new(set.take_round());
     let runs: Vec<Run> = std::thread::scope(|scope| {
-        let pull = || std::iter::from_fn(|| round.next_run(64)).collect::<Vec<Run>>();
+        let pull = || {
+            let mut runs = Vec::new();
+            loop {
+                let (before, unarmed) = (runs.len(), round.lock().unwrap().take(64));
+                unarmed.rearm(&mut runs);
+                if runs.len() == before {
+                    return runs;
+                }
+            }
+        };
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(pull)).collect();
         threads
             .into_iter()
@@ -403,7 +418,7 @@ fn several_threads_share_one_round_without_overlap() {
             .collect()
     });
     assert_eq!(pages_of(&runs).len(), 200_000usize.div_ceil(3));
-    assert_eq!(round.remaining(), 0);
+    assert_eq!(round.lock().unwrap().remaining(), 0);
 }
 
 /// The octets that this process really occupies.
@@ -465,4 +480,64 @@ fn a_thousand_pages_of_a_tebibyte_cost_about_what_those_of_a_gibibyte_cost() {
         large < small * 4,
         "{small} ns of 1 GiB, {large} ns of 1 TiB"
     );
+}
+
+#[test]
+fn pages_that_hold_nothing_leave_the_set_once_they_are_watched_and_all_others_stay() {
+    let set = DirtySet::new(&[200, 100]);
+    set.attach_late(Arc::new(Refuses(159)));
+    set.mark_all();
+    let keep = DirtySet::new(&[200, 100]);
+    for (region, first, count) in [(0, 60, 10), (1, 99, 1)] {
+        keep.mark(Run {
+            region,
+            first,
+            count,
+        });
+    }
+    set.take_round().keep_only(&keep);
+    let mut left = Vec::new();
+    for (region, pages) in [(0, 200), (1, 100)] {
+        left.extend(
+            (0..pages)
+                .filter(|page| set.is_dirty(region, *page))
+                .map(|page| (region, page)),
+        );
+    }
+    assert!(
+        (60..70).all(|page| left.contains(&(0, page))) && left.contains(&(1, 99)),
+        "{left:?}"
+    );
+    // The source could not watch page 159, nor what was asked for together with it.
+    assert!(left.contains(&(0, 159)), "{left:?}");
+    assert!(!left.contains(&(0, 59)) && !left.contains(&(0, 0)) && !left.contains(&(1, 98)));
+}
+
+#[test]
+fn a_round_remembers_what_it_began_with() {
+    let set = DirtySet::new(&[1000, 70]);
+    let marked = [(0, 3, 1), (0, 64, 300), (1, 69, 1)];
+    for (region, first, count) in marked {
+        set.mark(Run {
+            region,
+            first,
+            count,
+        });
+    }
+    let mut round = set.take_round();
+    let taken = round.taken();
+    while round.next_run(100).is_some() {}
+    drop(round);
+    for (region, pages) in [(0, 1000), (1, 70)] {
+        for page in 0..pages {
+            let want = marked
+                .iter()
+                .any(|&(of, first, count)| of == region && (first..first + count).contains(&page));
+            assert_eq!(
+                taken.contains(region, page),
+                want,
+                "region {region} page {page}"
+            );
+        }
+    }
 }

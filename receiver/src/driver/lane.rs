@@ -246,8 +246,7 @@ impl LaneThread {
         if !bad.is_empty() {
             let pages = bad.iter().map(|run| u64::from(run.count())).sum();
             let counters = &self.shared.counters;
-            counters.pages_damaged.fetch_add(pages, Ordering::Relaxed);
-            counters.note_damage(ChannelRef::Lane(self.id), header.kind().name(), pages);
+            counters.note_mismatch(ChannelRef::Lane(self.id), header.kind().name(), pages);
             // Before the frame counts as handled: the give-back must overtake its acknowledgement (SPEC: BACK-2).
             let _ = self.notes.send(Note::Damaged {
                 lane: self.id,

@@ -15,6 +15,7 @@ use super::device::{open, start, with_all};
 use super::{Note, Shared};
 use crate::device::DeviceSink;
 use crate::error::Fault;
+use crate::prepared;
 use crate::vmm::{Blob, Vmm};
 
 /// The session asks for one thing at a time; more wait only if channels are lost again and again while the VMM is still loading.
@@ -155,6 +156,10 @@ fn prepare(
     let memory = vmm
         .prepare(configs, layout)
         .map_err(refused("build the machine"))?;
+    prepared::check(&memory, shared.config.overcommit())?;
+    let cleared = prepared::clear(&memory);
+    let counters = &shared.counters;
+    counters.pages_cleared.store(cleared, Ordering::Relaxed);
     let mut sinks = Vec::new();
     if !devices.is_empty() {
         sinks = vmm

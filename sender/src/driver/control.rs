@@ -21,14 +21,16 @@ use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
 use multifd_wire::negotiate::Agreement;
 use multifd_wire::{
     ChannelRef, Features, Frame, Hello, Incarnation, Kind, LaneId, Misbehaved, Phase, Reason,
-    Round, SessionId, Text, Token,
+    Round, Sequence, SessionId, Text, Token,
 };
 
 use super::ask::AskTicket;
 use super::device::{Fleet, Order};
 use super::first::first_contact;
+use super::first_round::{Unused, mark_populated};
 use super::lane::LaneCommand;
 use super::link::{ControlSender, Inbound, failed};
+use super::mismatch::{Judged, Mismatches};
 use super::redial::{Attempt, Purpose, Redial, lane_life};
 use super::work::{RoundWork, tracked};
 use super::{Dial, Finished, LaneState, Loads, Note, Shared, lock, scan, thread_cpu};
@@ -148,6 +150,9 @@ pub(super) struct Control {
     stragglers: Vec<JoinHandle<()>>,
     /// Notes of devices that came while something else was waited for.
     later: VecDeque<Note>,
+    /// Pages that the VMM says nobody needs.
+    unused: Arc<Unused>,
+    mismatches: Mismatches,
     timeline: Timeline,
     outcome: Option<Outcome>,
     keep_alive_due: Duration,
@@ -170,6 +175,8 @@ impl Control {
             Duration::ZERO,
         );
         Self {
+            unused: Arc::default(),
+            mismatches: Mismatches::new(&shared.dirty),
             shared,
             vmm,
             sources,
@@ -616,7 +623,9 @@ impl Control {
 
     fn open_round(&mut self, round: Round, last: bool) {
         self.last_opened = Some(round);
+        self.judge_mismatches();
         let taken = self.shared.dirty.take_round();
+        self.mismatches.took(round, taken.taken());
         let pages = taken.pages();
         let counters = &self.shared.counters;
         counters.round.store(round.value(), Relaxed);
@@ -659,6 +668,7 @@ impl Control {
             }
         }
         self.shared.counters.note_sources(&self.sources);
+        self.judge_mismatches();
         let pages = self.shared.dirty.dirty_pages();
         if !last {
             self.shared.counters.dirty_pages.store(pages, Relaxed);
@@ -666,6 +676,18 @@ impl Control {
         }
         self.timeline.collected(pages, last, began.elapsed());
         Ok(Event::Collected { pages })
+    }
+
+    /// After a collection: decides of the pages that did not match whether the guest wrote them, and has them come again.
+    fn judge_mismatches(&mut self) {
+        let judged = self.mismatches.collected(&self.shared.dirty);
+        self.count_judged(judged);
+    }
+
+    fn count_judged(&self, judged: Judged) {
+        let counters = &self.shared.counters;
+        counters.pages_torn.fetch_add(judged.torn, Relaxed);
+        counters.pages_damaged.fetch_add(judged.damaged, Relaxed);
     }
 
     fn pause(&mut self) -> Result<Event, Error> {
@@ -721,42 +743,18 @@ impl Control {
 
     /// Compares all of memory with what was sent, on a thread of its own: this one goes on saying that it lives.
     fn scan_for_unreported(&mut self) -> Result<(), Error> {
-        let fail = |fault: Fault| Error::new(Phase::Switchover, fault);
         let began = Instant::now();
-        let (tell, told) = crossbeam_channel::bounded(1);
-        let shared = Arc::clone(&self.shared);
-        let body = Box::new(move || {
-            // The control thread may have given up.
-            let _ = tell.send(scan::unreported(&shared));
+        let (shared, unused) = (Arc::clone(&self.shared), Arc::clone(&self.unused));
+        let found = self.aside("mfd-scan", "the scan for unreported writes", move || {
+            scan::unreported(&shared, &unused)
         });
-        let thread = self.spawner.spawn("mfd-scan", body).map_err(|source| {
-            fail(Fault::System {
-                step: "start a thread",
-                source,
-            })
-        })?;
-        let found = loop {
-            match told.recv_timeout(self.shared.config.keep_alive()) {
-                Ok(found) => break Some(found),
-                Err(RecvTimeoutError::Timeout) => {
-                    let stamp_us = micros(self.shared.now()).max(1);
-                    self.try_send(KeepAlive {
-                        stamp_us,
-                        echo_us: 0,
-                    })?;
-                }
-                Err(RecvTimeoutError::Disconnected) => break None,
-            }
-        };
-        let ended = thread.join();
         self.timeline.dirty_scan = Some(began.elapsed());
-        match (found, ended) {
-            (Some(found), _) if found.is_empty() => Ok(()),
-            (Some(found), _) => Err(fail(Fault::Unreported(found.to_string()))),
-            (None, _) => Err(fail(Fault::System {
-                step: "the scan for unreported writes",
-                source: std::io::Error::other("its thread panicked"),
-            })),
+        match found? {
+            found if found.is_empty() => Ok(()),
+            found => Err(Error::new(
+                Phase::Switchover,
+                Fault::Unreported(found.to_string()),
+            )),
         }
     }
 
@@ -910,9 +908,10 @@ impl Control {
             Inbound::GiveBack {
                 lane,
                 incarnation,
+                sequence,
                 runs,
             } => self
-                .given_back(lane, incarnation, &runs)
+                .given_back(lane, incarnation, sequence, &runs)
                 .map_err(|m| fail(phase, m))?,
             Inbound::Closed(closed) => {
                 if let Some(open) = self.open.as_ref().filter(|open| closed.round > open.round) {
@@ -1039,9 +1038,70 @@ impl Control {
                 return Err(Error::new(Phase::Setup, Fault::Tracking(text)));
             }
         }
-        // Only now: what is written from here on is reported, what was written before is in round 0.
-        self.shared.dirty.mark_all();
+        self.mark_first_round()
+    }
+
+    /// Puts into the dirty set what round 0 has to move. Only when all sources report: what is written from here on comes by them.
+    pub(super) fn mark_first_round(&mut self) -> Result<(), Error> {
+        let fail = |fault: Fault| Error::new(Phase::Setup, fault);
+        let runs = self.vmm.unused_pages().map_err(|source| {
+            fail(Fault::Vmm {
+                step: "say which pages are unused",
+                source,
+            })
+        })?;
+        let unused = Unused::new(runs, &self.shared.dirty).map_err(|error| {
+            fail(Fault::Vmm {
+                step: "say which pages are unused",
+                source: VmmError::new(error),
+            })
+        })?;
+        self.unused = Arc::new(unused);
+        let (shared, unused) = (Arc::clone(&self.shared), Arc::clone(&self.unused));
+        let unknown = self.aside("mfd-scan", "look which pages are populated", move || {
+            mark_populated(&shared, &unused)
+        })?;
+        for region in unknown {
+            let (region, reason) = (region.region_index, region.reason);
+            tracing::warn!(region, %reason, "which pages are populated is not known: all are read");
+        }
+        let pages = self.shared.layout.pages_total().value();
+        let left_out = pages.saturating_sub(self.shared.dirty.dirty_pages());
+        self.shared.counters.left_out_pages.store(left_out, Relaxed);
         Ok(())
+    }
+
+    /// Does something long on a thread of its own; this one goes on saying that it lives.
+    fn aside<T: Send + 'static>(
+        &mut self,
+        name: &str,
+        step: &'static str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let phase = self.session.phase();
+        let fail = |source| Error::new(phase, Fault::System { step, source });
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let body = Box::new(move || {
+            // The control thread may have given up.
+            let _ = tell.send(work());
+        });
+        let thread = self.spawner.spawn(name, body).map_err(fail)?;
+        let done = loop {
+            match told.recv_timeout(self.shared.config.keep_alive()) {
+                Ok(done) => break Some(done),
+                Err(RecvTimeoutError::Timeout) if self.control.is_some() => {
+                    let stamp_us = micros(self.shared.now()).max(1);
+                    self.try_send(KeepAlive {
+                        stamp_us,
+                        echo_us: 0,
+                    })?;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break None,
+            }
+        };
+        let _ = thread.join();
+        done.ok_or_else(|| fail(std::io::Error::other("its thread panicked")))
     }
 
     fn acked(&mut self, mark: &LaneMark) -> Result<(), Misbehaved> {
@@ -1069,6 +1129,7 @@ impl Control {
         &mut self,
         lane: LaneId,
         incarnation: Incarnation,
+        sequence: Sequence,
         runs: &[RawRun],
     ) -> Result<(), Misbehaved> {
         // In a set-up only for a session that comes back, between READY and LANDED (SPEC: RESUME-10).
@@ -1087,17 +1148,22 @@ impl Control {
                 incarnation: incarnation.value(),
             });
         }
-        let mut pages = 0;
+        let mut admitted = Vec::with_capacity(runs.len());
         for raw in runs {
-            let run = self.shared.layout.admit(raw)?;
-            self.shared.dirty.give_back(tracked(run));
-            pages += u64::from(run.count());
+            admitted.push(tracked(self.shared.layout.admit(raw)?));
         }
-        self.shared
-            .counters
-            .pages_given_back
-            .fetch_add(pages, Relaxed);
-        tracing::debug!(%lane, %incarnation, pages, "pages came back: their checksum failed at the destination");
+        let pages = admitted.iter().map(|run| run.count).sum();
+        let slot = self
+            .slot(lane)
+            .filter(|slot| slot.incarnation == incarnation);
+        let round = slot.and_then(|slot| lock(&slot.state.lane).as_ref()?.round_of(sequence));
+        let shared = Arc::clone(&self.shared);
+        let judged = self.mismatches.came(round, &admitted, &shared.dirty);
+        self.count_judged(judged);
+        let counters = &self.shared.counters;
+        counters.pages_given_back.fetch_add(pages, Relaxed);
+        counters.pages_mismatched.fetch_add(pages, Relaxed);
+        tracing::debug!(%lane, %incarnation, pages, ?judged, "pages came back: they did not match their checksum at the destination");
         Ok(())
     }
 
@@ -1255,10 +1321,12 @@ impl Control {
     }
 
     /// Everything of a lane's connection that is not acknowledged comes back. Gives how many items of devices that is.
-    fn give_back_ledger(&self, state: &LaneState) -> u64 {
+    fn give_back_ledger(&mut self, state: &LaneState) -> u64 {
         let Some(mut lane) = lock(&state.lane).take() else {
             return 0;
         };
+        // Some of these may have been lost with the lane as well, and are about to be in the set for that.
+        self.mismatches.leave_open(&self.shared.dirty);
         let items = self.shared.depot.outbox.again(lane.take_items());
         let counters = &self.shared.counters;
         // What is under way at the end is lost, and not sent again.
@@ -1417,11 +1485,14 @@ impl Control {
         }
         self.join_lanes();
         self.join_stragglers();
-        for slot in &self.lanes {
-            self.give_back_ledger(&slot.state);
-            if let Some(before) = &slot.before {
-                self.give_back_ledger(before);
-            }
+        let states: Vec<_> = self
+            .lanes
+            .iter()
+            .flat_map(|slot| std::iter::once(&slot.state).chain(&slot.before))
+            .map(Arc::clone)
+            .collect();
+        for state in states {
+            self.give_back_ledger(&state);
         }
         if self.tracking {
             for source in &mut self.sources {

@@ -121,6 +121,7 @@ pub(super) enum Inbound {
     GiveBack {
         lane: LaneId,
         incarnation: Incarnation,
+        sequence: Sequence,
         runs: Vec<RawRun>,
     },
     Closed(RoundClosed),
@@ -258,6 +259,7 @@ fn owned(frame: Frame<'_>, devices: bool) -> Result<Inbound, Misbehaved> {
         Frame::GiveBack(back) => Inbound::GiveBack {
             lane: back.lane,
             incarnation: back.incarnation,
+            sequence: back.sequence,
             runs: back.runs.to_vec(),
         },
         Frame::RoundClosed(closed) => Inbound::Closed(closed),

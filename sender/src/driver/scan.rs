@@ -9,9 +9,12 @@ use multifd_wire::digest::page_value;
 use multifd_wire::{PAGE_BYTES_U64, PageIndex, RegionId};
 
 use super::Shared;
+use super::first_round::{Readable, Unused};
 
-/// Compares every page of memory with what was sent of it.
-pub(super) fn unreported(shared: &Shared) -> Unreported {
+/// Compares every page of memory with what was sent of it. Holes are not read: they are zero. Pages that nobody needs
+/// may hold what they will, unless they were sent once.
+pub(super) fn unreported(shared: &Shared, unused: &Unused) -> Unreported {
+    let readable = Readable::new(shared, unused);
     let sent = |region: u32, page: u64| {
         let run = shared
             .layout
@@ -19,6 +22,10 @@ pub(super) fn unreported(shared: &Shared) -> Unreported {
         run.map_or(0, |run| u64::from(shared.values.first_of(run)))
     };
     let now = |region: u32, page: u64| {
+        let left_out = readable.is_unused(region, page) && sent(region, page) == 0;
+        if left_out || !readable.is_readable(region, page) {
+            return 0;
+        }
         let span = shared
             .memory
             .span(region, page * PAGE_BYTES_U64, PAGE_BYTES_U64);

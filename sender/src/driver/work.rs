@@ -46,19 +46,22 @@ impl RoundWork {
 
     /// Takes up to so many pages into `extent`; none are left if it stays empty. Returns how many are left.
     pub(super) fn take(&self, extent: &mut Vec<Run>, pages_max: u64) -> u64 {
-        let mut round = lock(&self.round);
-        let mut wanted = pages_max.min(self.extent_pages);
-        while wanted > 0
-            && let Some(run) = round.next_run(wanted)
-        {
-            wanted -= run.count;
-            extent.push(run);
+        let wanted = pages_max.min(self.extent_pages);
+        loop {
+            let mut round = lock(&self.round);
+            let unarmed = round.take(wanted);
+            let (left, any) = (round.remaining(), !unarmed.is_empty());
+            if left == 0 {
+                self.taken.notify_all();
+            }
+            drop(round);
+            // Outside of the lock: a lane does not wait for another one's kernel calls.
+            unarmed.rearm(extent);
+            // What could not be re-armed is no sign of the round's end.
+            if !any || !extent.is_empty() {
+                return left;
+            }
         }
-        let left = round.remaining();
-        if left == 0 {
-            self.taken.notify_all();
-        }
-        left
     }
 
     /// Waits until nothing is left, at most for `time`; whether nothing is.

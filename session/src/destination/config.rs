@@ -7,11 +7,22 @@ use multifd_wire::limits;
 /// The most data channels that the format has room for.
 const LANES_MAX: u32 = limits::LANES_MAX as u32;
 
+/// Whether a guest may be larger than the memory that is left for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overcommit {
+    /// It may not: a guest that uses all its memory must find room.
+    #[default]
+    Refused,
+    /// It may: whoever runs this host counts on guests that do not use all of theirs.
+    Allowed,
+}
+
 /// The validated settings. Made by [`Config::builder`].
 #[derive(Debug, Clone)]
 pub struct Config {
     pub(super) lanes_max: u32,
     pub(super) memory_bytes_max: Option<u64>,
+    pub(super) overcommit: Overcommit,
     pub(super) blob_bytes_max: u64,
     pub(super) device_window_bytes: u64,
     pub(super) device_bytes_max: u64,
@@ -44,6 +55,12 @@ impl Config {
     #[must_use]
     pub fn memory_bytes_max(&self) -> Option<u64> {
         self.memory_bytes_max
+    }
+
+    /// Whether a guest may be larger than the memory that is left for it.
+    #[must_use]
+    pub fn overcommit(&self) -> Overcommit {
+        self.overcommit
     }
 
     /// The most bytes of configuration or VM state.
@@ -118,6 +135,7 @@ impl Default for Config {
         Self {
             lanes_max: LANES_MAX,
             memory_bytes_max: None,
+            overcommit: Overcommit::Refused,
             blob_bytes_max: 64 << 20,
             device_window_bytes: 16 << 20,
             device_bytes_max: 1 << 30,
@@ -160,6 +178,15 @@ impl ConfigBuilder {
     #[must_use]
     pub fn memory_bytes_max(mut self, octets: Option<u64>) -> Self {
         self.config.memory_bytes_max = octets;
+        self
+    }
+
+    /// Whether a guest is taken that may need more memory than the host or this process's control groups have left. The default
+    /// refuses it in set-up. A file that is too short, or that can't grow to what is mapped of it, and missing huge pages are refused in
+    /// any case (`GuestMemory::check_backing` of the transport).
+    #[must_use]
+    pub fn overcommit(mut self, overcommit: Overcommit) -> Self {
+        self.config.overcommit = overcommit;
         self
     }
 

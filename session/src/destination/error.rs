@@ -119,6 +119,12 @@ pub enum Fault {
         /// In what.
         text: String,
     },
+    /// The machine's memory can't all be backed by pages.
+    #[error("there is no room for the guest's memory: {text}")]
+    NoRoom {
+        /// What is short, and by how much.
+        text: String,
+    },
     /// The source wants more than this side is set to give.
     #[error("{what}: {wanted} wanted, {most} allowed")]
     Limit {
@@ -188,6 +194,7 @@ impl Fault {
             Self::AllLanesLost { .. } => "receiver.channel.all-lanes-lost",
             Self::Vmm { .. } => "receiver.vmm.refused",
             Self::MemoryDiffers { .. } => "receiver.vmm.memory-differs",
+            Self::NoRoom { .. } => "receiver.no-room",
             Self::Device { .. } => "receiver.device.failed",
             Self::DeviceStuck { .. } => "receiver.device.stuck",
             Self::Devices { .. } => "receiver.device.refused",
@@ -216,7 +223,9 @@ impl Fault {
             Self::Device { .. } | Self::DeviceStuck { .. } | Self::Devices { .. } => {
                 Reason::DeviceRefused
             }
-            Self::Limit { .. } | Self::DeviceLimit { .. } => Reason::ResourceLimit,
+            Self::Limit { .. } | Self::DeviceLimit { .. } | Self::NoRoom { .. } => {
+                Reason::ResourceLimit
+            }
             Self::PeerAborted { reason, .. } => *reason,
             Self::Timeout { .. } => Reason::Timeout,
             Self::Cancelled => Reason::Cancelled,

@@ -25,7 +25,8 @@ pub mod session;
 pub mod set_up;
 
 pub use commit::{Ownership, Ready};
-pub use config::{Config, ConfigBuilder, ConfigError};
+
+pub use config::{Config, ConfigBuilder, ConfigError, Overcommit};
 pub use error::{Error, Fault};
 pub use event::{Closed, Counts, DeviceEvent, Effect, Event, Incomplete, Outcome, Secrets};
 pub use session::Session;

@@ -133,6 +133,15 @@ impl Lane {
         self.ledger.front().map(|entry| entry.round)
     }
 
+    /// The round of a frame that is not acknowledged.
+    #[must_use]
+    pub fn round_of(&self, sequence: Sequence) -> Option<Round> {
+        let place = self
+            .ledger
+            .binary_search_by_key(&sequence.value(), |entry| entry.sequence);
+        self.ledger.get(place.ok()?).map(|entry| entry.round)
+    }
+
     /// Enters a round.
     ///
     /// # Errors
@@ -341,7 +350,12 @@ mod tests {
         lane.begin_round(Round::new(1), false).unwrap();
         lane.zeros(vec![run(1, 1)], 7).unwrap();
         assert_eq!(lane.oldest_round(), Some(Round::new(0)));
+        assert_eq!(
+            [0, 2, 3].map(|frame| lane.round_of(Sequence::new(frame))),
+            [Some(Round::new(0)), Some(Round::new(1)), None]
+        );
         lane.acked(1).unwrap();
+        assert_eq!(lane.round_of(Sequence::new(0)), None);
         assert_eq!(lane.oldest_round(), Some(Round::new(0)), "the end mark");
         lane.acked(2).unwrap();
         assert_eq!(lane.oldest_round(), Some(Round::new(1)));

@@ -241,6 +241,7 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
                 .report
                 .damaged
                 .iter()
+                .chain(&attempt.received().report.mismatched)
                 .map(|d| (&d.channel, &d.frame, d.count))
                 .collect::<Vec<_>>(),
         ),
@@ -263,7 +264,7 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
                 .or_default() += count;
         }
     }
-    // A page that the guest wrote while it was sent is damaged as well, and a stranger may say anything.
+    // A page that the guest wrote while it was sent does not match either, and a stranger may say anything.
     let torn = |place: &Place| place.2 == Kind::Pages.name() || (stranger && place.2 == "hello");
     for (place, (least, most)) in &expected {
         let most = if torn(place) { &u64::MAX } else { most };
@@ -303,7 +304,8 @@ pub(super) fn fates_of_flips(world: &World, attempt: &Attempt) -> Vec<(String, u
             .entry(format!("{kind}/{:?}/{end}", flip.part))
             .or_default() += 1;
     }
-    for d in &attempt.received().report.damaged {
+    let theirs = &attempt.received().report;
+    for d in theirs.damaged.iter().chain(&theirs.mismatched) {
         *fates
             .entry(format!("{BY_PHASE}destination/{}/{}", d.phase, d.frame))
             .or_default() += d.count;

@@ -525,7 +525,7 @@ fn damaged_pages_go_back_before_they_are_acknowledged_and_can_be_sent_again() {
     source.complete(2);
     let end = destination.end(GRACE);
     assert!(end.finished.error.is_none() && end.running);
-    assert_eq!(end.finished.report.pages_damaged, 1);
+    assert_eq!(end.finished.report.pages_mismatched, 1);
 }
 
 #[test]

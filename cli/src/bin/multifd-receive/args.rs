@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Parser;
 use multifd_cli::flags::{Output, Silence, TlsFiles, Transport};
 use multifd_cli::units;
-use multifd_receiver::Config;
+use multifd_receiver::{Config, Overcommit};
 use multifd_transport::tls::TlsServer;
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 
@@ -54,6 +54,10 @@ pub(crate) struct Args {
     /// The most guest memory to accept (such as 64G). Default: whatever can be had
     #[arg(long, value_name = "SIZE", value_parser = units::size, help_heading = "Built-in guest")]
     pub(crate) max_memory: Option<u64>,
+
+    /// Take a guest that may need more memory than this host or its control groups have left
+    #[arg(long, help_heading = "Built-in guest")]
+    pub(crate) overcommit: bool,
 
     /// How long the guest runs here before it is stopped and checked
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, help_heading = "Built-in guest")]
@@ -155,6 +159,10 @@ impl Args {
             .progress_deadline(self.silence.progress_deadline())
             .keep_alive(self.silence.keep_alive())
             .memory_bytes_max(self.max_memory)
+            .overcommit(match self.overcommit {
+                true => Overcommit::Allowed,
+                false => Overcommit::Refused,
+            })
             .build()?)
     }
 }

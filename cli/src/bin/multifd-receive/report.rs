@@ -50,6 +50,19 @@ fn text(finished: &Finished, check: Option<&Check>) {
             damage.phase
         );
     }
+    if r.pages_mismatched > 0 {
+        err!(
+            "multifd-receive: {} pages did not match their checksum, torn by the guest or damaged on the way, and came again: the \
+             source's report says which",
+            r.pages_mismatched
+        );
+    }
+    if r.pages_cleared > 0 {
+        err!(
+            "multifd-receive: {} pages of the memory that was prepared were not zero, and were made so",
+            r.pages_cleared
+        );
+    }
     if let Some(error) = &r.error {
         let channel = error.channel.as_ref().map(|channel| format!(", {channel}"));
         err!(

@@ -261,6 +261,13 @@ fn moved(r: &Report, lines: &mut Lines) {
             Size(r.sent_bytes)
         ),
     );
+    lines.more_if(
+        r.left_out_bytes > 0,
+        format_args!(
+            "{} are holes, neither read nor sent",
+            Size(r.left_out_bytes)
+        ),
+    );
 }
 
 /// What went wrong on the way, whether or not it mattered in the end.
@@ -290,6 +297,14 @@ fn trouble(r: &Report, lines: &mut Lines) {
             "sent again",
             format_args!("{} {what}", Size(r.sent_again_bytes)),
         );
+    }
+    if r.pages_torn > 0 {
+        let what = "pages that the guest wrote while they were sent, and sent again";
+        lines.add("torn", format_args!("{} {what}", r.pages_torn));
+    }
+    if r.pages_damaged > 0 {
+        let what = "pages on the way, found by their checksums and sent again: look at the network";
+        lines.add("damaged", format_args!("{} {what}", r.pages_damaged));
     }
     for damage in &r.damaged {
         let channel = damage.channel.as_deref().unwrap_or("a new connection");

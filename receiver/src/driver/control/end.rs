@@ -42,6 +42,8 @@ impl Control {
         let mut report = Report::new(&self.timeline, &outcome, &self.shared.counters.snapshot());
         let damaged = self.shared.counters.damaged();
         report.damaged = damaged.iter().map(Into::into).collect();
+        let mismatched = self.shared.counters.mismatched();
+        report.mismatched = mismatched.iter().map(Into::into).collect();
         let error = match outcome {
             Outcome::Running => None,
             Outcome::Failed(error) | Outcome::Stranded(error) => Some(error),

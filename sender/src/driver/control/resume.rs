@@ -15,6 +15,7 @@ use multifd_wire::{
     Round, SessionId, Text,
 };
 
+use super::super::mismatch::Mismatches;
 use super::{Control, Life, Note};
 use crate::driver::link::{ControlSender, Inbound, Open, read_control};
 use crate::driver::redial::{Next, Purpose, Reached, Redial, reach};
@@ -448,7 +449,9 @@ impl Control {
         (self.rounds_closed, self.paused_from, self.last_opened) = (0, None, None);
         self.begun = false;
         // Nothing is at the destination any more, also if this attempt gets no further than to dial.
-        self.shared.dirty.mark_all();
+        self.mismatches.leave_open(&self.shared.dirty);
+        self.mismatches = Mismatches::new(&self.shared.dirty);
+        self.mark_first_round()?;
         // SPEC: DIGEST-5
         let shared = Arc::clone(&self.shared);
         for region in shared.layout.regions() {
