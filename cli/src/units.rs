@@ -11,6 +11,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use multifd_wire::Token;
+
 /// The longest time that a flag takes: a day. Far from where sums of instants overflow, and longer than anything that is waited for.
 pub const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
 
@@ -20,6 +22,20 @@ pub const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
 /// What could be written instead.
 pub fn size(text: &str) -> Result<u64, String> {
     bytes(text.trim()).map_err(|error| format!("{error}: write for example 64M, 1.5GiB or 100MB"))
+}
+
+/// What a source shows to a destination that asks for it: 32 hexadecimal digits, or `@` and the file that holds them.
+///
+/// # Errors
+/// What could be written instead.
+pub fn pass(text: &str) -> Result<Token, String> {
+    let digits = match text.strip_prefix('@') {
+        Some(file) => std::fs::read_to_string(file).map_err(|error| error.to_string())?,
+        None => text.to_owned(),
+    };
+    Token::from_hex(digits.trim()).ok_or_else(|| {
+        "a pass is 32 hexadecimal digits, not all 0: openssl rand -hex 16".to_owned()
+    })
 }
 
 /// Bytes a second.

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod bits;
+mod ceiling;
 pub mod device;
 mod driver;
 mod landing;
@@ -27,6 +28,7 @@ pub mod vmm;
 
 pub use multifd_session::destination::{config, error, lane, session};
 
+pub use ceiling::memory_to_be_had;
 pub use config::{Config, ConfigBuilder, ConfigError, Overcommit};
 pub use device::{DeviceError, DeviceSink};
 pub use driver::{Finished, Handle, OfferError, Parts, Reception, StartError};

@@ -371,6 +371,7 @@ def accepted():
         write(name, structure, "accept", rules.split(), octets)
 
     yes("hello-start", "hello", "HELLO-1 HELLO-5", hello())
+    yes("hello-start-with-pass", "hello", "HELLO-8", hello(token=TICKET))
     yes("hello-join", "hello", "HELLO-5 JOIN-1",
         hello(2, TICKET, lane=3, incarnation=1, channel=1, mandatory=3, optional=0))
     yes("hello-resume", "hello", "HELLO-5 RESUME-1", hello(3, SECRET, mandatory=3, optional=0))
@@ -451,7 +452,6 @@ def rejected():
     no("hello-intent", "hello", bad + "value", "HELLO-6", hello(5))
     no("hello-join-on-control", "hello", bad + "value", "HELLO-6", hello(2, TICKET))
     no("hello-session", "hello", bad + "value", "HELLO-7", hello(session=bytes(16)))
-    no("hello-start-with-token", "hello", bad + "value", "HELLO-8", hello(token=TICKET))
     no("hello-join-without-ticket", "hello", bad + "value", "HELLO-8", hello(2, channel=1))
     no("hello-control-lane", "hello", bad + "reserved", "HELLO-9", hello(lane=1))
     no("hello-lane", "hello", bad + "value", "LIMIT-9", hello(2, TICKET, lane=256, channel=1))
@@ -562,6 +562,8 @@ def rejected():
     no("stream_outcome-state", "frame", bad + "value", "CARRY-10", frame("STREAM_OUTCOME", outcome(5)))
     no("abort-text-bytes", "frame", bad + "count", "ABORT-1", frame("ABORT", abort(1, 2, 0, b"text", 3)))
     no("abort-control-character", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, b"a\nb")))
+    no("abort-direction", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, "a\u202eb".encode())))
+    no("abort-zero-width", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, "a\u200bb".encode())))
     no("abort-phase", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 8, 0, b"")))
     no("abort-channel", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 2, 257, b"")))
     no("abort-reason", "frame", bad + "value", "REASON-1", frame("ABORT", abort(0, 2, 0, b"")))

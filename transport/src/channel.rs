@@ -11,8 +11,31 @@ use std::time::{Duration, Instant};
 use crate::error::{ChannelError, EstablishError};
 use crate::memory::Span;
 
+/// How far a new connection has come.
+#[derive(Debug)]
+pub enum Approach<'c> {
+    /// What was asked for is here, or it failed and [`Channel::establish`] says why.
+    Here,
+    /// It can't be known without waiting.
+    Unknown,
+    /// Not yet: to be asked again when this descriptor can be read, or written.
+    Waiting(BorrowedFd<'c>),
+    /// The peer is gone.
+    Gone,
+}
+
 /// A connection to a peer, both directions, before it is split.
 pub trait Channel: Send {
+    /// Looks, without waiting and without taking anything, whether the first `bytes` octets of the peer are here; does what can be
+    /// done without waiting of what [`establish`](Self::establish) does. So one thread can look after any number of connections
+    /// until their peers have shown what they come for.
+    ///
+    /// A kind that can't tell says [`Approach::Unknown`].
+    fn approach(&mut self, bytes: usize) -> Approach<'_> {
+        let _ = bytes;
+        Approach::Unknown
+    }
+
     /// Finishes what accepting began, for kinds that exchange something before they are a channel (TLS, RDMA): to be called once,
     /// before [`split`](Self::split), on a channel that [`Listener::try_accept`](crate::Listener::try_accept) gave. It may wait for
     /// the peer, so it is for a thread that may stand still. Other kinds, and channels from elsewhere, are complete already.

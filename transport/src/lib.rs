@@ -93,7 +93,7 @@ pub mod unix;
 pub use address::{
     Address, AddressError, AddressKind, HOST_BYTES_MAX, HostPort, UNIX_PATH_BYTES_MAX,
 };
-pub use channel::{Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf};
+pub use channel::{Approach, Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf};
 pub use ended::{EndGuard, Ended, ended};
 pub use error::{
     ChannelError, ConnectAttempt, ConnectError, EstablishError, ListenError, Unavailable,

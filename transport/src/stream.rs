@@ -11,6 +11,7 @@ mod receive;
 mod send;
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ use socket2::Socket;
 
 use self::receive::StreamReceive;
 use self::send::StreamSend;
-use crate::channel::{Channel, Closer, ReceiveHalf, SendHalf};
+use crate::channel::{Approach, Channel, Closer, ReceiveHalf, SendHalf};
 use crate::error::ChannelError;
 use crate::patience::Pace;
 use crate::sys::{self, Blocking, Ready};
@@ -29,6 +30,9 @@ use crate::sys::{self, Blocking, Ready};
 /// The longest sleep inside one system call: how late a half notices a limit that was not near when the call began is bounded
 /// by ending such sleeps, and an idle half wakes four times a second.
 const TICK: Duration = Duration::from_millis(250);
+
+/// More is not looked at before a channel is split.
+const APPROACH_BYTES_MAX: usize = 256;
 
 /// A connected stream socket.
 pub(crate) struct StreamChannel {
@@ -50,6 +54,22 @@ impl StreamChannel {
 }
 
 impl Channel for StreamChannel {
+    fn approach(&mut self, bytes: usize) -> Approach<'_> {
+        let mut octets = [MaybeUninit::uninit(); APPROACH_BYTES_MAX];
+        let bytes = bytes.min(APPROACH_BYTES_MAX);
+        let Some(room) = octets.get_mut(..bytes) else {
+            return Approach::Here;
+        };
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        match self.socket.recv_with_flags(room, flags) {
+            Ok(found) if found >= bytes => Approach::Here,
+            Ok(0) => Approach::Gone,
+            Ok(_) => Approach::Waiting(self.socket.as_fd()),
+            Err(error) if is_try_again(&error) => Approach::Waiting(self.socket.as_fd()),
+            Err(_) => Approach::Gone,
+        }
+    }
+
     fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer) {
         let link = Arc::new(Link::new(self.socket, self.name));
         let weak = Arc::downgrade(&link);

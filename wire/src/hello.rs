@@ -9,7 +9,7 @@
 //!       +-------------------------------+-------------------------------+
 //!    32 | session                                                       |
 //!       +---------------------------------------------------------------+
-//!    48 | token: ticket (join) or resume secret (resume, ask)           |
+//!    48 | token: pass (start), ticket (join), resume secret (resume, ask)|
 //!       +---------------+---------------+-------------------------------+
 //!    64 | lane          | incarnation   | reserved ...                  |
 //!       +---------------+---------------+---------------+---------------+
@@ -178,7 +178,7 @@ pub struct Hello {
     pub features_optional: Features,
     /// The session that is begun, joined, resumed or asked about.
     pub session: SessionId,
-    /// None to start, the ticket to join, the resume secret to resume or ask.
+    /// The pass to start, if the destination wants to see one; the ticket to join, the resume secret to resume or ask.
     pub token: Token,
     /// The lane of a data channel; 0 on a control channel.
     pub lane: LaneId,
@@ -201,6 +201,15 @@ impl Hello {
             token: Token::NONE,
             lane: LaneId::new(0),
             incarnation: Incarnation::new(0),
+        }
+    }
+
+    /// The same, with the pass that the destination wants to see.
+    #[must_use]
+    pub const fn with_pass(self, pass: Token) -> Self {
+        Self {
+            token: pass,
+            ..self
         }
     }
 
@@ -323,7 +332,7 @@ impl Hello {
         if self.session.is_zero() {
             return Err(refused("hello.session", 0));
         }
-        if self.token.is_none() != (self.intent == Intent::Start) {
+        if self.token.is_none() && self.intent != Intent::Start {
             return Err(refused("hello.token", 0));
         }
         if self.channel == ChannelKind::Control {

@@ -148,7 +148,8 @@ impl fmt::Debug for SessionId {
     }
 }
 
-/// A secret that the destination issued: the ticket of a data channel or the resume secret.
+/// A secret: the ticket of a data channel or the resume secret, which the destination issued, or the pass of a source, on which the
+/// users of both sides agreed.
 ///
 /// It is never shown (`Debug` prints no octet) and is compared in a time that does not depend on where two tokens
 /// differ, because a peer that could measure the comparison could find the secret octet by octet. Source: SPEC SEC-2.
@@ -156,13 +157,23 @@ impl fmt::Debug for SessionId {
 pub struct Token([u8; 16]);
 
 impl Token {
-    /// No token: what a hello that starts a session carries.
+    /// No token: what a hello that starts a session carries where no pass is asked for.
     pub const NONE: Self = Self([0; 16]);
 
     /// Wraps sixteen octets from a cryptographic random source; all zero means no token.
     #[must_use]
     pub const fn new(octets: [u8; 16]) -> Self {
         Self(octets)
+    }
+
+    /// Reads 32 hexadecimal digits; `None` for anything else, and for zero, which is no token.
+    #[must_use]
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let is_hex = text.len() == 32 && text.bytes().all(|digit| digit.is_ascii_hexdigit());
+        let number = is_hex
+            .then(|| u128::from_str_radix(text, 16).ok())
+            .flatten()?;
+        (number != 0).then(|| Self(number.to_be_bytes()))
     }
 
     /// The octets as they travel.

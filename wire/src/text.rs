@@ -1,7 +1,7 @@
-//! Short texts for people, held in place: bounded, UTF-8, without control characters.
+//! Short texts for people, held in place: bounded, UTF-8, without characters that nobody sees.
 //!
-//! A peer's text ends on an operator's terminal and in logs, so a text that could move a cursor or end a line is not a
-//! text (SPEC TEXT-1). Nothing is decided from a text, ever: codes carry meaning.
+//! A peer's text ends on an operator's terminal and in logs, so a text that could move a cursor, end a line, turn the direction of
+//! what follows or hide something in what looks the same is not a text (SPEC TEXT-1). Nothing is decided from a text, ever: codes carry meaning.
 
 use core::fmt;
 
@@ -24,7 +24,7 @@ impl<const MAX: usize> Text<MAX> {
     /// Takes a text as it is.
     ///
     /// # Errors
-    /// [`Misuse::Text`] when it is longer than `MAX` or holds a control character.
+    /// [`Misuse::Text`] when it is longer than `MAX` or holds a character that TEXT-1 forbids.
     pub fn new(text: &str) -> Result<Self, Misuse> {
         let refused = Misuse::Text {
             bytes: text.len(),
@@ -42,8 +42,8 @@ impl<const MAX: usize> Text<MAX> {
         })
     }
 
-    /// Makes a text for the peer of any text: as much as fits, cut between characters, with a space for each control character and
-    /// `<path>` for each absolute path. How a host names its files is nothing that another one needs to know.
+    /// Makes a text for the peer of any text: as much as fits, cut between characters, with a space for each character that TEXT-1
+    /// forbids and `<path>` for each absolute path. How a host names its files is nothing that another one needs to know.
     #[must_use]
     pub fn clip(text: &str) -> Self {
         let mut clean = Self::EMPTY;
@@ -68,10 +68,10 @@ impl<const MAX: usize> Text<MAX> {
     /// As much as fits, with a space for each control character.
     fn append(&mut self, text: &str) {
         for character in text.chars() {
-            let clean = if character.is_control() {
-                ' '
-            } else {
+            let clean = if is_visible(character) {
                 character
+            } else {
+                ' '
             };
             let end = self.bytes.saturating_add(clean.len_utf8());
             let Some(place) = self.octets.get_mut(self.bytes..end) else {
@@ -190,7 +190,42 @@ pub(crate) fn read<'a>(field: &'static str, octets: &'a [u8]) -> Result<&'a str,
     }
 }
 
-/// Whether a text holds no control character (C0, DEL, C1).
+/// Whether a text holds only characters that TEXT-1 allows.
 pub(crate) fn is_clean(text: &str) -> bool {
-    !text.chars().any(char::is_control)
+    text.chars().all(is_visible)
 }
+
+/// Whether a character is neither a control (Cc) nor a format (Cf) nor a line or paragraph separator (Zl, Zp), which can end
+/// lines, move the cursor, turn the direction of writing or hide.
+fn is_visible(character: char) -> bool {
+    let code = u32::from(character);
+    !character.is_control()
+        && (character.is_ascii()
+            || !UNSEEN
+                .iter()
+                .any(|(first, last)| (*first..=*last).contains(&code)))
+}
+
+/// The general categories Cf, Zl and Zp of Unicode 16.0 (UnicodeData.txt), with the unassigned points of the tag block.
+const UNSEEN: [(u32, u32); 20] = [
+    (0x00AD, 0x00AD),
+    (0x0600, 0x0605),
+    (0x061C, 0x061C),
+    (0x06DD, 0x06DD),
+    (0x070F, 0x070F),
+    (0x0890, 0x0891),
+    (0x08E2, 0x08E2),
+    (0x180E, 0x180E),
+    (0x200B, 0x200F),
+    (0x2028, 0x202E),
+    (0x2060, 0x206F),
+    (0xFEFF, 0xFEFF),
+    (0xFFF9, 0xFFFB),
+    (0x110BD, 0x110BD),
+    (0x110CD, 0x110CD),
+    (0x13430, 0x1343F),
+    (0x1BCA0, 0x1BCA3),
+    (0x1D173, 0x1D17A),
+    (0xE0000, 0xE007F),
+    (0xFFF0, 0xFFF8),
+];

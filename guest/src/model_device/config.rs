@@ -139,6 +139,37 @@ impl DeviceConfig {
         self
     }
 
+    /// As the other side is to build it: what goes wrong here is nobody else's business.
+    #[must_use]
+    pub fn for_peer(&self) -> Self {
+        Self {
+            failure: None,
+            ..self.clone()
+        }
+    }
+
+    /// Reads what a peer wrote. It says what its device is, and not what is to go wrong on this side.
+    ///
+    /// # Errors
+    /// As parsing; and a failure that is asked for.
+    pub fn from_peer(text: &str) -> Result<Self, DeviceConfigError> {
+        let config: Self = text.parse()?;
+        match config.failure {
+            None => Ok(config),
+            Some(failure) => Err(DeviceConfigError(format!(
+                "the peer asks for a failure (fail={failure}), which only this side may choose"
+            ))),
+        }
+    }
+
+    /// Memory that the device needs while its state comes or goes, in octets: two versions of each block. A device with small blocks
+    /// needs much more than one with large ones of the same size.
+    #[must_use]
+    pub fn bookkeeping_bytes(&self) -> u64 {
+        let blocks = self.size / self.block.max(1) + 1;
+        blocks.saturating_mul(16).saturating_add(self.config)
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -380,6 +411,22 @@ mod tests {
             let config: DeviceConfig = text.parse().unwrap();
             assert_eq!(config.to_string().parse(), Ok(config), "{text}");
         }
+    }
+
+    #[test]
+    fn a_peer_can_not_choose_what_fails_here() {
+        let mine: DeviceConfig = "model:size=64K,fail=finish".parse().unwrap();
+        let error = DeviceConfig::from_peer(&mine.to_string()).unwrap_err();
+        assert!(error.to_string().contains("only this side"), "{error}");
+        let theirs = DeviceConfig::from_peer(&mine.for_peer().to_string()).unwrap();
+        assert_eq!(theirs, mine.for_peer());
+    }
+
+    #[test]
+    fn small_blocks_are_known_to_cost_memory() {
+        let bytes = |text: &str| text.parse::<DeviceConfig>().unwrap().bookkeeping_bytes();
+        assert!(bytes("model:size=1024G,block=1K") >= 16 << 30);
+        assert!(bytes("model:size=1G") < 1 << 20);
     }
 
     #[test]

@@ -260,10 +260,12 @@ impl ModelDevice {
         }
         match to {
             DeviceState::PreCopy | DeviceState::PreCopyP2p | DeviceState::StopCopy => {
-                self.outgoing.get_or_insert_with(|| Outgoing::new(self.cut));
+                if self.outgoing.is_none() {
+                    self.outgoing = Some(Outgoing::new(self.cut)?);
+                }
             }
             DeviceState::Resuming => {
-                self.intake = Some(Intake::new(self.cut));
+                self.intake = Some(Intake::new(self.cut)?);
                 (self.loaded, self.moved) = (None, 0);
             }
             DeviceState::Stop if from == DeviceState::Resuming => self.finish()?,
@@ -467,7 +469,7 @@ impl ModelDevice {
         if self.state != DeviceState::Resuming {
             return Err(DeviceFault::new("it is not being written"));
         }
-        self.intake = Some(Intake::new(self.cut));
+        self.intake = Some(Intake::new(self.cut)?);
         (self.loaded, self.moved) = (None, 0);
         Ok(())
     }
@@ -533,10 +535,12 @@ impl ModelDevice {
     }
 
     fn do_operations(&mut self, count: u64) {
-        self.operations += count;
+        // Both may have come from a peer.
+        self.operations = self.operations.saturating_add(count);
         if let Some(dma) = self.dma.as_ref().filter(|_| !self.state.is_quiescent()) {
-            dma.write(self.config.seed, self.dma_writes, self.dma_writes + count);
-            self.dma_writes += count;
+            let until = self.dma_writes.saturating_add(count);
+            dma.write(self.config.seed, self.dma_writes, until);
+            self.dma_writes = until;
         }
     }
 

@@ -110,16 +110,16 @@ struct Record {
 }
 
 impl Outgoing {
-    pub(super) fn new(cut: Cut) -> Self {
-        Self {
+    pub(super) fn new(cut: Cut) -> Result<Self, DeviceFault> {
+        Ok(Self {
             cut,
-            sent: vec![NEVER; usize::try_from(cut.blocks).unwrap_or(usize::MAX)],
+            sent: versions(&cut)?,
             cursor: 0,
             initial_blocks: cut.early,
             records: 0,
             record: None,
             ended: false,
-        }
+        })
     }
 
     /// The device announces its early part anew.
@@ -259,6 +259,17 @@ impl Outgoing {
     }
 }
 
+/// The version of each block, of which none is there yet.
+fn versions(cut: &Cut) -> Result<Vec<u64>, DeviceFault> {
+    let blocks = usize::try_from(cut.blocks).unwrap_or(usize::MAX);
+    let mut versions = Vec::new();
+    versions
+        .try_reserve_exact(blocks)
+        .map_err(|_| DeviceFault::new(format!("no memory for {blocks} blocks")))?;
+    versions.resize(blocks, NEVER);
+    Ok(versions)
+}
+
 /// The stream that is being written.
 pub(super) struct Intake {
     cut: Cut,
@@ -273,16 +284,16 @@ pub(super) struct Intake {
 }
 
 impl Intake {
-    pub(super) fn new(cut: Cut) -> Self {
-        Self {
+    pub(super) fn new(cut: Cut) -> Result<Self, DeviceFault> {
+        Ok(Self {
             cut,
-            have: vec![NEVER; usize::try_from(cut.blocks).unwrap_or(usize::MAX)],
+            have: versions(&cut)?,
             head: Vec::with_capacity(HEAD),
             content: None,
             records: 0,
             octets: 0,
             operations: None,
-        }
+        })
     }
 
     /// Operations that the other device had done, once its stream has ended.

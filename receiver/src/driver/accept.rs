@@ -1,23 +1,39 @@
-//! The accept thread: waits on all listeners at once, and hands each connection to a greeter.
+//! The accept thread: waits on all listeners and on all connections that have not said hello yet, and hands each connection
+//! whose hello is here to a greeter.
+//!
+//! Rule: it never waits for one peer, and takes only so many new connections before it looks at those that it has.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
-use multifd_transport::{ListenError, Listener};
+use multifd_transport::{Channel, ListenError, Listener};
 
-use super::{Shared, greet};
+use super::greet::{self, NoGreeter};
+use super::lobby::{Guest, Lobby, Origin, Seen};
+use super::{GREETERS_MAX, GREETERS_UNKNOWN_MAX, Shared};
 
-/// The waker's token; listeners have their index.
+/// The waker's token.
 const WAKE: Token = Token(usize::MAX);
+
+/// The first token of the listeners; lower ones are connections.
+const LISTENERS: usize = (usize::MAX >> 1) + 1;
 
 /// Without descriptors or memory a connection stays in the kernel's queue, and no further event tells of it: it is tried again
 /// this often.
 const AGAIN: Duration = Duration::from_millis(50);
+
+/// While all greeters are at work it is seen this often whether one is free.
+const GREETER_AGAIN: Duration = Duration::from_millis(5);
+
+/// So many connections are accepted before those that are here are looked at.
+const ACCEPTED_AT_ONCE: usize = 64;
 
 /// Accepts until it is dropped.
 pub(super) struct Acceptor {
@@ -35,15 +51,22 @@ impl Acceptor {
         for (index, listener) in listeners.iter().enumerate() {
             poll.registry().register(
                 &mut SourceFd(&listener.as_raw_fd()),
-                Token(index),
+                Token(LISTENERS + index),
                 Interest::READABLE,
             )?;
         }
-        let theirs = Arc::clone(shared);
-        let thread = shared.spawner.spawn(
-            "mfd-accept",
-            Box::new(move || accept(&theirs, poll, &listeners)),
-        )?;
+        let door = Door {
+            shared: Arc::clone(shared),
+            poll,
+            listeners,
+            lobby: Lobby::default(),
+            due: BTreeSet::new(),
+            short: BTreeSet::new(),
+            crowded: false,
+        };
+        let thread = shared
+            .spawner
+            .spawn("mfd-accept", Box::new(move || door.keep()))?;
         Ok(Self {
             running: Some((waker, thread)),
         })
@@ -60,49 +83,154 @@ impl Drop for Acceptor {
     }
 }
 
-fn accept(shared: &Arc<Shared>, mut poll: Poll, listeners: &[Listener]) {
-    let mut events = Events::with_capacity(64);
-    // Listeners at which a connection may wait that could not be taken.
-    let mut behind = Vec::new();
-    loop {
-        let longest = (!behind.is_empty()).then_some(AGAIN);
-        if let Err(error) = poll.poll(&mut events, longest) {
-            if error.kind() == io::ErrorKind::Interrupted {
-                continue;
-            }
-            tracing::error!(%error, "no longer accepting connections");
-            return;
-        }
-        let was_behind = std::mem::take(&mut behind);
-        for event in &events {
-            if event.token() == WAKE {
-                return;
-            }
-        }
-        for (index, listener) in listeners.iter().enumerate() {
-            let tried_again = was_behind.contains(&index);
-            if !tried_again && !events.iter().any(|event| event.token().0 == index) {
-                continue;
-            }
-            if let Err(error) = accept_all(shared, listener) {
-                // Once, and not each time that it is tried again.
-                if !tried_again {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                }
-                if !matches!(error, ListenError::ShutDown) {
-                    behind.push(index);
-                }
-            }
-        }
-    }
+struct Door {
+    shared: Arc<Shared>,
+    poll: Poll,
+    listeners: Vec<Listener>,
+    lobby: Lobby,
+    /// Listeners at which a connection may wait.
+    due: BTreeSet<usize>,
+    /// Of which: those where one could not be taken.
+    short: BTreeSet<usize>,
+    /// Connections wait for a greeter.
+    crowded: bool,
 }
 
-/// Takes every connection that waits: the event will not come again for those (edge-triggered).
-fn accept_all(shared: &Arc<Shared>, listener: &Listener) -> Result<(), ListenError> {
-    while let Some((channel, peer)) = listener.try_accept()? {
-        if let Err(error) = greet::offer(shared, channel) {
-            tracing::warn!(%peer, %error, "connection refused");
+impl Door {
+    fn keep(mut self) {
+        let mut events = Events::with_capacity(256);
+        loop {
+            if let Err(error) = self.poll.poll(&mut events, self.longest()) {
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                tracing::error!(%error, "no longer accepting connections");
+                return;
+            }
+            for event in &events {
+                match event.token() {
+                    WAKE => return,
+                    Token(listener) if listener >= LISTENERS => {
+                        self.due.insert(listener - LISTENERS);
+                    }
+                    Token(id) => drop(self.lobby.look(id)),
+                }
+            }
+            for index in std::mem::take(&mut self.due) {
+                self.accept_at(index);
+            }
+            self.greet_ready();
+            self.let_go();
         }
     }
-    Ok(())
+
+    /// How long nothing happens of which no event tells.
+    fn longest(&self) -> Option<Duration> {
+        if self.due.difference(&self.short).next().is_some() {
+            return Some(Duration::ZERO);
+        }
+        let now = Instant::now();
+        let ends = self.lobby.next_end(self.shared.config.hello_deadline());
+        [
+            ends.map(|end| end.saturating_duration_since(now)),
+            self.crowded.then_some(GREETER_AGAIN),
+            (!self.short.is_empty()).then_some(AGAIN),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+        // The poll counts whole milliseconds.
+        .map(|time| time + Duration::from_millis(1))
+    }
+
+    fn accept_at(&mut self, index: usize) {
+        let was_short = self.short.remove(&index);
+        match self.accept_some(index) {
+            // There may be more: the event will not come again for those (edge-triggered).
+            Ok(true) => drop(self.due.insert(index)),
+            Ok(false) | Err(ListenError::ShutDown) => {}
+            Err(error) => {
+                // Once, and not each time that it is tried again.
+                if !was_short && let Some(unsaid) = self.shared.hush.speak() {
+                    tracing::warn!(%error, unsaid, "a connection could not be accepted");
+                }
+                // Who stands about has to make room for who comes.
+                let exhausted = matches!(error, ListenError::Exhausted(_));
+                if exhausted && let Some(channel) = self.lobby.evict() {
+                    greet::turn_away_busy(&self.shared, channel);
+                } else {
+                    self.short.insert(index);
+                }
+                self.due.insert(index);
+            }
+        }
+    }
+
+    /// Takes connections that wait, and says whether there may be more.
+    fn accept_some(&mut self, index: usize) -> Result<bool, ListenError> {
+        for _ in 0..ACCEPTED_AT_ONCE {
+            let Some(listener) = self.listeners.get(index) else {
+                return Ok(false);
+            };
+            let Some((channel, peer)) = listener.try_accept()? else {
+                return Ok(false);
+            };
+            self.enter(channel, Origin::of(&peer));
+        }
+        Ok(true)
+    }
+
+    fn enter(&mut self, channel: Box<dyn Channel>, origin: Origin) {
+        let (id, evicted) = self.lobby.admit(channel, origin, Instant::now());
+        if let Some(evicted) = evicted {
+            greet::turn_away_busy(&self.shared, evicted);
+        }
+        // Closing its descriptor takes it out of the poll again.
+        if let Seen::Waits(socket) = self.lobby.look(id)
+            && let Err(error) = self.poll.registry().register(
+                &mut SourceFd(&socket),
+                Token(id),
+                Interest::READABLE | Interest::WRITABLE,
+            )
+        {
+            tracing::warn!(%error, "a connection can't be waited for");
+            self.lobby.forget(id);
+        }
+    }
+
+    /// Gives greeters to those whose hello is here, as long as there are any.
+    fn greet_ready(&mut self) {
+        loop {
+            // Kinds that can't be looked at may be silent for as long as they are given: some greeters are kept from them.
+            let unknown = self.shared.greeters.load(Ordering::Acquire) < GREETERS_UNKNOWN_MAX;
+            let Some((id, mut guest)) = self.lobby.take_ready(unknown) else {
+                break;
+            };
+            if let Some(socket) = guest.watched.take() {
+                // What it receives from now on is no event here. It can't fail: it was registered.
+                let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
+            }
+            let Guest { channel, .. } = guest;
+            if let Err(NoGreeter { channel, .. }) =
+                greet::offer(&self.shared, channel, GREETERS_MAX)
+            {
+                guest.channel = channel;
+                self.lobby.put_back(id, guest);
+                break;
+            }
+        }
+        self.crowded = self.lobby.is_anybody_ready();
+    }
+
+    /// Closes those whose time is over.
+    fn let_go(&mut self) {
+        let (patience, now) = (self.shared.config.hello_deadline(), Instant::now());
+        while let Some(channel) = self.lobby.expired(patience, now) {
+            self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+            if let Some(unsaid) = self.shared.hush.speak() {
+                let peer = channel.describe();
+                tracing::warn!(channel = %peer, unsaid, "connection closed: it did not say hello in time");
+            }
+        }
+    }
 }

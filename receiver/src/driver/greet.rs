@@ -1,32 +1,24 @@
 //! Greeters: read the hello of a new connection, answer it, and pass the channel on or close it.
 //!
-//! Each has a thread of its own for as long as its deadline allows, so that a silent or hostile connection keeps nobody else
-//! from being served. Nothing is allocated for a connection before its hello was accepted but that thread.
+//! Each has a thread of its own for as long as its deadline allows. Connections that can be looked at get one only when their
+//! whole hello is here (see `lobby`), so that silent and slow ones keep nobody else from being served. Nothing is allocated for a
+//! connection before its hello was accepted but that thread.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use multifd_session::destination::set_up;
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::Outcome;
-use multifd_wire::negotiate::{self, Agreement, Offer};
+use multifd_wire::negotiate;
 use multifd_wire::{
     Body, ChannelRef, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId,
-    Reason, Sequence, SessionId, Token, VersionRange,
+    Reason, Sequence, SessionId, Token,
 };
 
-use super::{GREETERS_MAX, Note, OfferError, Shared, lock};
-
-/// The answer to the first wrong ticket or secret is kept back for this long, each further one twice as long as the one before.
-const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(50);
-
-/// Up to this.
-const WRONG_TOKEN_PAUSE_MAX: Duration = Duration::from_secs(2);
-
-/// So many greeters may keep an answer back at once; who comes with a wrong token beyond that is not answered at all, so that
-/// there is always a greeter for the right one.
-const WRONG_TOKENS_AT_ONCE: usize = 32;
+pub(super) use super::desk::Refusal;
+use super::{Note, OfferError, Shared, lock};
 
 /// A control channel whose hello was accepted.
 pub(super) struct Opened {
@@ -57,199 +49,79 @@ pub(super) struct Joined {
     pub(super) reply: Option<HelloReply>,
 }
 
-/// Which session is at home, and what its channels must show.
-#[derive(Debug, Default)]
-pub(super) struct Desk(Mutex<Option<AtHome>>, WrongTokens);
-
-/// Tickets and secrets that were not the session's (SPEC: SEC-6).
-#[derive(Debug, Default)]
-struct WrongTokens {
-    /// How many came in a row that was not broken by a right one.
-    count: AtomicU32,
-    waiting: AtomicUsize,
+/// Why a connection got no greeter; with the connection, which is not lost by that.
+pub(super) struct NoGreeter {
+    pub(super) channel: Box<dyn Channel>,
+    pub(super) error: OfferError,
 }
 
-impl WrongTokens {
-    /// How long the answer to another one is kept back.
-    fn pause(&self) -> Duration {
-        let before = self.count.fetch_add(1, Ordering::Relaxed);
-        WRONG_TOKEN_PAUSE
-            .saturating_mul(1 << before.min(16))
-            .min(WRONG_TOKEN_PAUSE_MAX)
-    }
-}
-
-#[derive(Debug)]
-struct AtHome {
-    session: SessionId,
-    ticket: Token,
-    resume_secret: Token,
-    agreement: Agreement,
-    lanes_max: u32,
-    /// The newest incarnation of each lane.
-    joined: Vec<Option<Incarnation>>,
-    /// The session was resumed.
-    resumed: bool,
-}
-
-/// Why a hello was refused, in the words that the peer gets.
-pub(super) type Refusal = (Reason, &'static str);
-
-impl Desk {
-    /// A new session; there can be only one.
-    fn start(
-        &self,
-        hello: &Hello,
-        agreement: Agreement,
-        lanes_max: u32,
-    ) -> Result<(Token, Token), Refusal> {
-        let mut home = lock(&self.0);
-        if home.is_some() {
-            return Err((Reason::Busy, "a migration is under way here already"));
-        }
-        let (ticket, resume_secret) = (random_token()?, random_token()?);
-        *home = Some(AtHome {
-            session: hello.session,
-            ticket,
-            resume_secret,
-            agreement,
-            lanes_max,
-            joined: vec![None; lanes_max as usize],
-            resumed: false,
-        });
-        Ok((ticket, resume_secret))
-    }
-
-    /// A data channel of the session.
-    fn join(&self, hello: &Hello) -> Result<(), Refusal> {
-        let mut home = lock(&self.0);
-        let Some(home) = home.as_mut().filter(|home| home.session == hello.session) else {
-            return Err((Reason::WrongSession, "no such session here"));
-        };
-        if home.ticket != hello.token {
-            return Err((
-                Reason::BadTicket,
-                "the ticket is not the one of this session",
-            ));
-        }
-        let lanes_max = home.lanes_max;
-        match home.joined.get_mut(hello.lane.value() as usize) {
-            None => Err((
-                Reason::TooManyLanes,
-                if lanes_max == 1 {
-                    "only one lane was granted"
-                } else {
-                    "more lanes than were granted"
-                },
-            )),
-            // SPEC: JOIN-1, JOIN-3
-            Some(Some(newest)) if hello.incarnation <= *newest => {
-                Err((Reason::Misbehaved, "this lane has joined already"))
-            }
-            // After a resume it may have been lost before it was here (SPEC: RESUME-13).
-            Some(None) if hello.incarnation != Incarnation::new(0) && !home.resumed => {
-                Err((Reason::Misbehaved, "this lane was never here before"))
-            }
-            Some(joined) => {
-                *joined = Some(hello.incarnation);
-                Ok(())
-            }
-        }
-    }
-
-    /// Whether somebody may speak for the session that is here. SPEC: RESUME-1, ASK-1
-    fn knows(&self, hello: &Hello) -> Result<(), Refusal> {
-        let home = lock(&self.0);
-        let Some(home) = home.as_ref().filter(|home| home.session == hello.session) else {
-            return Err((Reason::WrongSession, "no such session here"));
-        };
-        if home.resume_secret != hello.token {
-            return Err((
-                Reason::BadTicket,
-                "the secret is not the one of this session",
-            ));
-        }
-        self.1.count.store(0, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Keeps the answer to a wrong token back for a while; says whether it is to be given at all (SPEC: SEC-6). Whoever has the right
-    /// one is not kept waiting by those who have not.
-    fn slow_down(&self, until: Instant) -> bool {
-        let WrongTokens { waiting, .. } = &self.1;
-        let pause = self.1.pause();
-        let answers = waiting.fetch_add(1, Ordering::AcqRel) < WRONG_TOKENS_AT_ONCE;
-        if answers {
-            let left = until.saturating_duration_since(Instant::now());
-            // Half of what is left, so that there is time to answer.
-            std::thread::sleep(pause.min(left / 2));
-        }
-        waiting.fetch_sub(1, Ordering::AcqRel);
-        answers
-    }
-
-    /// A session is resumed: the ticket of before is void (SPEC: GRANT-1). Returns the new one, and the secret.
-    fn resume(&self, hello: &Hello) -> Result<(Token, Token), Refusal> {
-        self.knows(hello)?;
-        let mut home = lock(&self.0);
-        let home = home
-            .as_mut()
-            .ok_or((Reason::WrongSession, "no such session here"))?;
-        if !home.agreement.features.contains(Features::RESUME) {
-            return Err((Reason::Feature, "this session is not kept"));
-        }
-        home.ticket = random_token()?;
-        home.resumed = true;
-        Ok((home.ticket, home.resume_secret))
-    }
-
-    fn offer_for(&self, intent: Intent, features: Features) -> Offer {
-        let ours = Offer {
-            versions: VersionRange::OURS,
-            features,
-            required: Features::NONE,
-        };
-        match (intent, &*lock(&self.0)) {
-            (Intent::Join | Intent::Resume, Some(home)) => Offer::exactly(home.agreement),
-            _ => ours,
-        }
-    }
-}
-
-fn random_token() -> Result<Token, Refusal> {
-    let mut octets = [0u8; 16];
-    getrandom::fill(&mut octets).map_err(|_| (Reason::Internal, "no random numbers"))?;
-    Ok(Token::new(octets))
-}
-
-/// Gives a new connection a greeter of its own.
-pub(super) fn offer(shared: &Arc<Shared>, mut channel: Box<dyn Channel>) -> Result<(), OfferError> {
-    if shared.greeters.fetch_add(1, Ordering::AcqRel) >= GREETERS_MAX {
+/// Gives a new connection a greeter of its own, as long as there are fewer than `most`.
+pub(super) fn offer(
+    shared: &Arc<Shared>,
+    channel: Box<dyn Channel>,
+    most: usize,
+) -> Result<(), NoGreeter> {
+    if shared.greeters.fetch_add(1, Ordering::AcqRel) >= most {
         shared.greeters.fetch_sub(1, Ordering::AcqRel);
-        return Err(OfferError::Busy);
+        let error = OfferError::Busy;
+        return Err(NoGreeter { channel, error });
     }
-    let theirs = Arc::clone(shared);
+    // A thread that could not be started drops what it was given; the connection stays here until one has begun.
+    let given = Arc::new(Mutex::new(Some(channel)));
+    let (theirs, taken) = (Arc::clone(shared), Arc::clone(&given));
     let body = Box::new(move || {
-        let peer = channel.describe();
-        let deadline = Instant::now() + theirs.config.hello_deadline();
-        if let Err(error) = channel.establish(deadline) {
-            theirs.counters.refused.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(channel = %peer, %error, "connection closed: it did not become a channel");
-        } else if let Err(error) = greet(&theirs, channel) {
-            theirs.counters.refused.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(channel = %peer, %error, "connection closed before it was accepted");
+        if let Some(channel) = lock(&taken).take() {
+            receive(&theirs, channel);
         }
         theirs.greeters.fetch_sub(1, Ordering::AcqRel);
     });
     // Not joined: it ends by itself within the hello's deadline.
-    shared
-        .spawner
-        .spawn("mfd-greet", body)
-        .map(drop)
-        .map_err(|_| {
-            shared.greeters.fetch_sub(1, Ordering::AcqRel);
-            OfferError::NoThread
-        })
+    if shared.spawner.spawn("mfd-greet", body).is_ok() {
+        return Ok(());
+    }
+    shared.greeters.fetch_sub(1, Ordering::AcqRel);
+    let error = OfferError::NoThread;
+    match lock(&given).take() {
+        Some(channel) => Err(NoGreeter { channel, error }),
+        None => Ok(()),
+    }
+}
+
+/// What a greeter does.
+fn receive(shared: &Shared, mut channel: Box<dyn Channel>) {
+    let peer = channel.describe();
+    let deadline = Instant::now() + shared.config.hello_deadline();
+    let refused = |what: &'static str, error: &dyn std::fmt::Display| {
+        shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        if let Some(unsaid) = shared.hush.speak() {
+            tracing::warn!(channel = %peer, %error, unsaid, "{what}");
+        }
+    };
+    if let Err(error) = channel.establish(deadline) {
+        refused(
+            "connection closed: it did not become a channel",
+            &error as &dyn std::fmt::Display,
+        );
+    } else if let Err(error) = greet(shared, channel) {
+        refused("connection closed before it was accepted", &error);
+    }
+}
+
+/// Says no to a connection of which nothing was read, without waiting: a peer that has not said hello yet will read it as its
+/// answer.
+pub(super) fn turn_away_busy(shared: &Shared, channel: Box<dyn Channel>) {
+    shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+    let (mut tx, _rx, _) = channel.split();
+    tx.set_deadline(Some(Instant::now()));
+    let no = HelloReply::refused(
+        Reason::Busy,
+        "too many connections are saying hello here",
+        SessionId::new([0; 16]),
+    );
+    // For the peer's sake only: if it does not get through, a closed connection says the same.
+    if tx.send(&no.encode(), &[]).is_ok() {
+        let _ = tx.finish();
+    }
 }
 
 fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError> {
@@ -278,9 +150,12 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         }
     };
     // Who asks for what is not here is told so, whatever features it has in mind.
-    if matches!(hello.intent, Intent::Resume | Intent::Ask)
-        && let Err((reason, text)) = shared.desk.knows(&hello)
-    {
+    let knows = match hello.intent {
+        Intent::Resume | Intent::Ask => shared.desk.knows(&hello),
+        Intent::Start => shared.desk.expects(&hello, shared.config.pass()),
+        Intent::Join => Ok(()),
+    };
+    if let Err((reason, text)) = knows {
         let reply = HelloReply::refused(reason, text, hello.session);
         if reason == Reason::BadTicket && !wrong_token(shared, deadline) {
             return Ok(());
@@ -417,6 +292,10 @@ fn answer(
     {
         return Ok(());
     }
+    // Who asked and does not read must not hold up the end of this side.
+    let patience = Some(Instant::now() + shared.patience_with_refused());
+    tx.set_deadline(patience);
+    rx.set_deadline(patience);
     tx.send(&octets, &[])?;
     tx.finish()?;
     match rx.drain(64 * 1024) {
@@ -452,8 +331,7 @@ fn limit(shared: &Shared, tx: &mut dyn SendHalf, rx: &mut dyn ReceiveHalf) {
     rx.set_deadline(Some(deadline));
 }
 
-/// Says no, and reads until the peer has closed, so that the answer is not destroyed by our own close. For as long as
-/// the halves' deadline allows.
+/// Says no, and reads until the peer has closed, so that the answer is not destroyed by our own close; but not for long.
 fn refuse(
     shared: &Shared,
     tx: &mut dyn SendHalf,
@@ -461,40 +339,14 @@ fn refuse(
     reply: &HelloReply,
 ) -> Result<(), ChannelError> {
     shared.counters.refused.fetch_add(1, Ordering::Relaxed);
-    tracing::warn!(channel = %tx.describe(), ?reply, "hello refused");
+    if let (HelloReply::Refused { reason, text, .. }, Some(unsaid)) = (reply, shared.hush.speak()) {
+        tracing::warn!(channel = %tx.describe(), %reason, %text, unsaid, "hello refused");
+    }
     tx.send(&reply.encode(), &[])?;
     tx.finish()?;
+    rx.set_deadline(Some(Instant::now() + shared.patience_with_refused()));
     match rx.drain(64 * 1024) {
         Ok(_) | Err(ChannelError::Deadline { .. } | ChannelError::Reset { .. }) => Ok(()),
         Err(error) => Err(error),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_wrong_token_waits_twice_as_long_as_the_one_before_up_to_a_bound() {
-        let wrong = WrongTokens::default();
-        let pauses: Vec<u128> = (0..8).map(|_| wrong.pause().as_millis()).collect();
-        assert_eq!(pauses, [50, 100, 200, 400, 800, 1600, 2000, 2000]);
-    }
-
-    #[test]
-    fn only_so_many_wrong_tokens_wait_for_an_answer_and_none_past_its_deadline() {
-        let desk = Desk::default();
-        let began = Instant::now();
-        assert!(desk.slow_down(began + Duration::from_millis(20)));
-        assert!(began.elapsed() < Duration::from_millis(200));
-        desk.1
-            .waiting
-            .store(WRONG_TOKENS_AT_ONCE, Ordering::Relaxed);
-        let now = Instant::now();
-        assert!(!desk.slow_down(now + Duration::from_secs(60)));
-        assert!(
-            now.elapsed() < Duration::from_millis(200),
-            "it does not wait either"
-        );
     }
 }

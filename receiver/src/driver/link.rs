@@ -134,7 +134,13 @@ fn next(rx: &mut dyn ReceiveHalf, expected: &mut Sequence) -> Result<Message, Fa
 
 /// A body of at most 1 MiB, which the header's check has seen to.
 fn read_body(rx: &mut dyn ReceiveHalf, header: &Header) -> Result<Vec<u8>, Fault> {
-    let mut body = vec![0u8; header.body_bytes()];
+    let mut body = Vec::new();
+    let wanted = header.body_bytes();
+    body.try_reserve_exact(wanted).map_err(|_| Fault::System {
+        step: "memory for a frame",
+        source: std::io::ErrorKind::OutOfMemory.into(),
+    })?;
+    body.resize(wanted, 0u8);
     rx.receive(&mut body).map_err(failed)?;
     header.check_body(&body)?;
     Ok(body)

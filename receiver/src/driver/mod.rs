@@ -1,21 +1,25 @@
 //! Threads, queues and sockets of the destination: what carries out the effects of [`Session`](crate::session::Session).
 //!
 //! ```text
-//!   accept thread (mio) ──► greeters (one per new connection, few, with a deadline) ── notes ──┐
+//!   accept thread (mio, lobby) ──► greeters (one per hello, few, with a deadline) ── notes ──┐
 //!   control reader ◄── control channel                            ── notes ──────────────────► control thread ──► control channel
 //!   lane 0 … lane n-1 ◄── data channels, straight into memory     ── notes ──┘   │  ▲
 //!                                                                                ▼  │
 //!   loader of each device ◄── lanes (handover)                    ── notes ──┘  VMM thread
 //! ```
-//! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`GREETERS_MAX`]).
+//! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`lobby::LOBBY_MAX`]), and greeters
+//! ([`GREETERS_MAX`]).
 
 mod accept;
 mod control;
+mod desk;
 mod device;
 mod gate;
 mod greet;
+mod hush;
 mod lane;
 mod link;
+mod lobby;
 mod vmm;
 
 pub(crate) use device::LoadedDevice;
@@ -44,6 +48,15 @@ const NOTES_MAX: usize = 64;
 
 /// Connections that may be saying hello at the same time: every lane of a large migration at once, and some strangers.
 const GREETERS_MAX: usize = multifd_wire::limits::LANES_MAX + 64;
+
+/// Of which for connections that can't be looked at before a greeter waits for them (RDMA).
+const GREETERS_UNKNOWN_MAX: usize = GREETERS_MAX / 2;
+
+/// How long a peer that was refused is given to read why.
+const REFUSED_MAX: Duration = Duration::from_secs(1);
+
+/// The same while a quarter of the greeters is at work.
+const REFUSED_UNDER_PRESSURE: Duration = Duration::from_millis(100);
 
 /// Everything that a reception works on.
 pub struct Parts {
@@ -142,7 +155,7 @@ impl Handle {
     /// # Errors
     /// [`OfferError`]; the connection is then closed.
     pub fn offer(&self, channel: Box<dyn Channel>) -> Result<(), OfferError> {
-        greet::offer(&self.shared, channel)
+        greet::offer(&self.shared, channel, GREETERS_MAX).map_err(|refused| refused.error)
     }
 }
 
@@ -167,7 +180,8 @@ impl Reception {
             counters: Counters::default(),
             notes,
             spawner: Arc::clone(&spawner),
-            desk: greet::Desk::default(),
+            desk: desk::Desk::default(),
+            hush: hush::Hush::default(),
             greeters: AtomicUsize::new(0),
             cancelled: AtomicBool::new(false),
         });
@@ -237,9 +251,23 @@ struct Shared {
     counters: Counters,
     notes: Sender<Note>,
     spawner: Arc<dyn Spawner>,
-    desk: greet::Desk,
+    desk: desk::Desk,
+    hush: hush::Hush,
     greeters: AtomicUsize,
     cancelled: AtomicBool,
+}
+
+impl Shared {
+    /// How long a peer that was refused is given to read why.
+    fn patience_with_refused(&self) -> Duration {
+        let busy = self.greeters.load(std::sync::atomic::Ordering::Acquire) > GREETERS_MAX / 4;
+        let patience = if busy {
+            REFUSED_UNDER_PRESSURE
+        } else {
+            REFUSED_MAX
+        };
+        patience.min(self.config.hello_deadline())
+    }
 }
 
 /// What the other threads tell the control thread.

@@ -1,6 +1,5 @@
 //! Puts the parts of configuration and state blobs together, within a bound.
 
-use bytes::BytesMut;
 use multifd_wire::frame::BlobPart;
 use multifd_wire::{Kind, Misbehaved};
 
@@ -14,7 +13,7 @@ pub struct Assembler {
     octets_max: u64,
     octets: u64,
     done: Vec<Blob>,
-    open: Option<(BlobPart, BytesMut)>,
+    open: Option<(BlobPart, Vec<u8>)>,
 }
 
 impl Assembler {
@@ -41,16 +40,26 @@ impl Assembler {
         let (mut first, mut octets) = self
             .open
             .take()
-            .unwrap_or_else(|| (BlobPart { part: 0, ..part }, BytesMut::new()));
+            .unwrap_or_else(|| (BlobPart { part: 0, ..part }, Vec::new()));
         if part != first || part.index != expected_index {
             return Err(order.into());
         }
-        self.octets += body.len() as u64;
-        if self.octets > self.octets_max {
+        // An announcement that can't be kept is refused before anything of it is held.
+        let held = self.octets.saturating_add(body.len() as u64);
+        let announced = if part.part == 0 { part.blob_bytes } else { 0 };
+        let wanted = held.max(self.octets.saturating_add(announced));
+        if wanted > self.octets_max {
             return Err(Fault::Limit {
                 what: "octets of blobs",
-                wanted: self.octets,
+                wanted,
                 most: self.octets_max,
+            });
+        }
+        self.octets = held;
+        if octets.try_reserve(body.len()).is_err() {
+            return Err(Fault::System {
+                step: "memory for a blob",
+                source: std::io::ErrorKind::OutOfMemory.into(),
             });
         }
         octets.extend_from_slice(body);
@@ -58,7 +67,7 @@ impl Assembler {
             self.done.push(Blob {
                 kind: part.kind,
                 version: part.version,
-                octets: octets.freeze(),
+                octets: octets.into(),
             });
         } else {
             first.part += 1;
@@ -124,6 +133,16 @@ mod tests {
         let mut a = assembler();
         let next = blob_parts(1, 1, 1, b"x").unwrap().next().unwrap();
         assert!(a.part(next.0, next.1).is_err(), "blob 0 is missing");
+    }
+
+    #[test]
+    fn refuses_what_is_announced_and_can_t_be_kept_before_it_comes() {
+        let mut a = Assembler::new(Kind::Config, 10);
+        let whole = vec![0; 11];
+        let (part, body) = blob_parts(1, 1, 0, &whole).unwrap().next().unwrap();
+        let refused = a.part(part, &body[..1]);
+        assert!(matches!(refused, Err(Fault::Limit { wanted: 11, .. })));
+        assert_eq!(a.octets, 0);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_wire::limits;
+use multifd_wire::{Token, limits};
 
 /// The most data channels that the format has room for.
 const LANES_MAX: u32 = limits::LANES_MAX as u32;
@@ -21,6 +21,7 @@ pub enum Overcommit {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub(super) lanes_max: u32,
+    pub(super) pass: Token,
     pub(super) memory_bytes_max: Option<u64>,
     pub(super) overcommit: Overcommit,
     pub(super) blob_bytes_max: u64,
@@ -43,6 +44,12 @@ impl Config {
         ConfigBuilder {
             config: Self::default(),
         }
+    }
+
+    /// What a source has to show to begin; [`Token::NONE`]: nothing.
+    #[must_use]
+    pub fn pass(&self) -> Token {
+        self.pass
     }
 
     /// The most data channels that a source is granted.
@@ -134,6 +141,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             lanes_max: LANES_MAX,
+            pass: Token::NONE,
             memory_bytes_max: None,
             overcommit: Overcommit::Refused,
             blob_bytes_max: 64 << 20,
@@ -171,6 +179,13 @@ impl ConfigBuilder {
     #[must_use]
     pub fn lanes_max(mut self, lanes: u32) -> Self {
         self.config.lanes_max = lanes;
+        self
+    }
+
+    /// What a source has to show to begin. The default, [`Token::NONE`], is that anybody may.
+    #[must_use]
+    pub fn pass(mut self, pass: Token) -> Self {
+        self.config.pass = pass;
         self
     }
 

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use multifd_wire::{PAGE_BYTES, limits};
+use multifd_wire::{PAGE_BYTES, Token, limits};
 
 /// The most data channels that the format has room for.
 const LANES_MAX: u32 = limits::LANES_MAX as u32;
@@ -56,6 +56,7 @@ pub enum WhenAckLate {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub(super) channels: u32,
+    pub(super) pass: Token,
     pub(super) lanes_at_work: Option<u32>,
     pub(super) downtime_limit: Duration,
     pub(super) bandwidth: Option<u64>,
@@ -82,6 +83,12 @@ impl Config {
     #[must_use]
     pub fn builder() -> ConfigBuilder {
         ConfigBuilder::default()
+    }
+
+    /// What the destination is shown; [`Token::NONE`]: nothing.
+    #[must_use]
+    pub fn pass(&self) -> Token {
+        self.pass
     }
 
     /// Number of data channels.
@@ -232,6 +239,7 @@ impl Default for ConfigBuilder {
         Self {
             config: Config {
                 channels: 4,
+                pass: Token::NONE,
                 lanes_at_work: None,
                 downtime_limit: Duration::from_millis(300),
                 bandwidth: None,
@@ -257,6 +265,13 @@ impl Default for ConfigBuilder {
 }
 
 impl ConfigBuilder {
+    /// What the destination wants to see before it lets this source begin. The default, [`Token::NONE`], is nothing.
+    #[must_use]
+    pub fn pass(mut self, pass: Token) -> Self {
+        self.config.pass = pass;
+        self
+    }
+
     /// Data channels, 1 to `wire::limits::LANES_MAX`.
     #[must_use]
     pub fn channels(mut self, channels: u32) -> Self {

@@ -85,11 +85,6 @@ fn octets_that_are_no_hello_are_refused_with_the_reason_and_harm_nobody() {
         ("a reserved octet", altered(80, &[1]), Reason::Malformed),
         ("no session", altered(32, &[0; 16]), Reason::Malformed),
         (
-            "a start with a token",
-            altered(48, &[1; 16]),
-            Reason::Malformed,
-        ),
-        (
             "a join to nothing",
             Hello::join(
                 SessionId::new([9; 16]),

@@ -1,6 +1,7 @@
 //! The channel and what its halves share.
 
 use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -8,10 +9,10 @@ use rustls::{Connection, ServerConnection};
 use socket2::Socket;
 
 use super::config::TlsServer;
-use super::handshake;
+use super::handshake::{self, Step};
 use super::receive::TlsReceive;
 use super::send::TlsSend;
-use crate::channel::{Channel, Closer, ReceiveHalf, SendHalf};
+use crate::channel::{Approach, Channel, Closer, ReceiveHalf, SendHalf};
 use crate::error::{ChannelError, EstablishError};
 use crate::stream::Link;
 
@@ -23,6 +24,8 @@ pub(crate) struct TlsChannel {
     connection: Connection,
     socket: Socket,
     name: Arc<str>,
+    /// What went wrong while it was only looked at, for `establish` to say, here and to the peer.
+    failed: Option<EstablishError>,
 }
 
 /// The channel for an accepted socket, before its handshake.
@@ -45,13 +48,35 @@ impl TlsChannel {
             connection,
             socket,
             name: name.into(),
+            failed: None,
         }
     }
 }
 
 impl Channel for TlsChannel {
+    fn approach(&mut self, bytes: usize) -> Approach<'_> {
+        if self.failed.is_some() {
+            return Approach::Here;
+        }
+        match handshake::advance(&mut self.connection, &self.socket, bytes) {
+            Ok(Step::Done) => Approach::Here,
+            Ok(Step::Wait(_)) => Approach::Waiting(self.socket.as_fd()),
+            Err(EstablishError::Channel(_)) => Approach::Gone,
+            Err(error) => {
+                self.failed = Some(error);
+                Approach::Here
+            }
+        }
+    }
+
     fn establish(&mut self, deadline: Instant) -> Result<(), EstablishError> {
-        handshake::run(&mut self.connection, &self.socket, deadline)
+        match self.failed.take() {
+            Some(error) => {
+                handshake::refuse(&mut self.connection, &self.socket, &error, deadline);
+                Err(error)
+            }
+            None => handshake::run(&mut self.connection, &self.socket, deadline),
+        }
     }
 
     fn split(self: Box<Self>) -> (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer) {

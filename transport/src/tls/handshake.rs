@@ -21,6 +21,14 @@ const FAREWELL_MAX: Duration = Duration::from_secs(1);
 /// What is read of a peer that was refused, at most.
 const FAREWELL_BYTES_MAX: usize = 64 << 10;
 
+/// How far a handshake is when nothing more can be done without waiting.
+pub(super) enum Step {
+    /// It is over, and as many octets as were asked for are here.
+    Done,
+    /// The socket has to become ready first.
+    Wait(Ready),
+}
+
 /// Does the whole handshake on a nonblocking socket.
 pub(super) fn run(
     connection: &mut Connection,
@@ -28,13 +36,25 @@ pub(super) fn run(
     deadline: Instant,
 ) -> Result<(), EstablishError> {
     let result = steps(connection, socket, deadline);
+    if let Err(error) = &result {
+        refuse(connection, socket, error, deadline);
+    }
+    result
+}
+
+/// Tells a peer with which the handshake failed why, if it is this side that refused.
+pub(super) fn refuse(
+    connection: &mut Connection,
+    socket: &Socket,
+    error: &EstablishError,
+    deadline: Instant,
+) {
     if matches!(
-        result,
-        Err(EstablishError::Certificate(_) | EstablishError::Protocol { .. })
+        error,
+        EstablishError::Certificate(_) | EstablishError::Protocol { .. }
     ) {
         farewell(connection, socket, deadline);
     }
-    result
 }
 
 fn steps(
@@ -42,29 +62,44 @@ fn steps(
     socket: &Socket,
     deadline: Instant,
 ) -> Result<(), EstablishError> {
-    loop {
-        let flushed = flush(connection, socket).map_err(|error| ended(&error))?;
-        let ready = match flushed {
-            Flushed::All if !connection.is_handshaking() => return Ok(()),
-            Flushed::All => Ready::Receive,
-            Flushed::Some(_) => Ready::Send,
-        };
+    while let Step::Wait(ready) = advance(connection, socket, 0)? {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(EstablishError::Deadline);
         }
         sys::wait(socket.as_fd(), ready, Some(left)).map_err(|error| ended(&error))?;
-        if matches!(ready, Ready::Send) {
-            continue;
+    }
+    Ok(())
+}
+
+/// Goes on without waiting, until the handshake is over and `bytes` octets of the peer are here to be received.
+pub(super) fn advance(
+    connection: &mut Connection,
+    socket: &Socket,
+    bytes: usize,
+) -> Result<Step, EstablishError> {
+    let mut state = connection
+        .process_new_packets()
+        .map_err(|error| meaning(&error))?;
+    loop {
+        let flushed = flush(connection, socket).map_err(|error| ended(&error))?;
+        if let Flushed::Some(_) = flushed {
+            return Ok(Step::Wait(Ready::Send));
+        }
+        if !connection.is_handshaking() && state.plaintext_bytes_to_read() >= bytes {
+            return Ok(Step::Done);
         }
         match connection.read_tls(&mut &*socket) {
             Ok(0) => return Err(EstablishError::Channel(ChannelError::Closed)),
             Ok(_) => {
-                connection
+                state = connection
                     .process_new_packets()
                     .map_err(|error| meaning(&error))?;
             }
-            Err(error) if is_try_again(&error) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Ok(Step::Wait(Ready::Receive));
+            }
             Err(error) => return Err(ended(&error)),
         }
     }

@@ -213,6 +213,18 @@ fn tokens_are_equal_only_when_all_octets_are() {
         assert_ne!(token, Token::new(other));
     }
     assert!(Token::NONE.is_none() && !token.is_none());
+    let digits = "000102030405060708090a0b0c0d0E0F";
+    let octets = core::array::from_fn(|index| u8::try_from(index).expect("sixteen"));
+    assert_eq!(Token::from_hex(digits), Some(Token::new(octets)));
+    for wrong in [
+        "",
+        &digits[1..],
+        &format!("{digits}0"),
+        &format!("+{}", &digits[1..]),
+        &"0".repeat(32),
+    ] {
+        assert_eq!(Token::from_hex(wrong), None, "{wrong}");
+    }
     let session = SessionId::new([0xab; 16]);
     assert_eq!(session.to_string(), "ab".repeat(16));
 }

@@ -9,6 +9,7 @@ use multifd_cli::units;
 use multifd_receiver::{Config, Overcommit};
 use multifd_transport::tls::TlsServer;
 use multifd_transport::{Address, AddressKind, ChannelOptions};
+use multifd_wire::Token;
 
 use crate::hold::Moment;
 
@@ -59,9 +60,22 @@ pub(crate) struct Args {
     #[arg(long, help_heading = "Built-in guest")]
     pub(crate) overcommit: bool,
 
+    /// The most memory that the guest and its devices' bookkeeping may need together
+    ///
+    /// Default: what the host, the control group and the limits of this
+    /// process have to give.
+    #[arg(long, value_name = "SIZE", value_parser = units::size, help_heading = "Built-in guest")]
+    pub(crate) memory_ceiling: Option<u64>,
+
     /// How long the guest runs here before it is stopped and checked
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, help_heading = "Built-in guest")]
     pub(crate) run_for: Duration,
+
+    /// Let only a source begin that shows this pass (multifd-send --pass): 32 hexadecimal digits, or @FILE
+    ///
+    /// In a file nobody sees it in the list of processes. Without TLS, whoever reads along on the network learns it.
+    #[arg(long, value_name = "PASS", value_parser = units::pass, help_heading = "Channels")]
+    pub(crate) expect: Option<Token>,
 
     #[command(flatten)]
     pub(crate) output: Output,
@@ -103,6 +117,8 @@ const LONG: &str = "\
 Examples:
   on the destination, first:
     multifd-receive --listen 0.0.0.0:4444
+  for one source only, which has the same pass (openssl rand -hex 16):
+    multifd-receive --listen 0.0.0.0:4444 --expect @/run/secret/pass
   for programs:
     multifd-receive --listen unix:/run/multifd.sock --report json
   encrypted and authenticated, with certificates of one authority (CA):
@@ -163,6 +179,7 @@ impl Args {
                 true => Overcommit::Allowed,
                 false => Overcommit::Refused,
             })
+            .pass(self.expect.unwrap_or(Token::NONE))
             .build()?)
     }
 }

@@ -98,7 +98,13 @@ fn run(
         .map(|listener| listener.local_address().clone())
         .collect();
     let guest = GuestHandle::default();
-    let machine = Machine::new(guest.clone(), args.hold_at.map(hold::Hold::at));
+    let ceiling = args
+        .memory_ceiling
+        .unwrap_or_else(|| match args.overcommit {
+            true => u64::MAX,
+            false => multifd_receiver::memory_to_be_had(),
+        });
+    let machine = Machine::new(guest.clone(), args.hold_at.map(hold::Hold::at), ceiling);
     let reception = Reception::start(Parts {
         vmm: Box::new(machine),
         listeners,

@@ -13,6 +13,7 @@ use multifd_sender::{Config, DirtyScan, WhenAckLate, WhenNotConverging};
 use multifd_transport::rdma::{self, Registration};
 use multifd_transport::tls::TlsClient;
 use multifd_transport::{Address, AddressKind, ChannelOptions};
+use multifd_wire::Token;
 
 use crate::help;
 
@@ -135,6 +136,12 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(crate) silence: Silence,
+
+    /// Show this pass to the destination (multifd-receive --expect): 32 hexadecimal digits, or @FILE
+    ///
+    /// In a file nobody sees it in the list of processes. Without TLS, whoever reads along on the network learns it.
+    #[arg(long, value_name = "PASS", value_parser = units::pass, help_heading = "Channels")]
+    pub(crate) pass: Option<Token>,
 
     /// Dial lost channels again for this long; the guest runs on meanwhile
     ///
@@ -387,6 +394,7 @@ impl Args {
         };
         Ok(Config::builder()
             .channels(self.channels)
+            .pass(self.pass.unwrap_or(Token::NONE))
             .downtime_limit(self.downtime_limit)
             .bandwidth(self.bandwidth)
             .max_rounds(self.max_rounds)

@@ -26,7 +26,11 @@ impl Vmm for Machine {
             octets: Bytes::from(self.guest.config_blob()),
         }];
         if !self.devices.is_empty() {
-            let lines: Vec<String> = self.devices.iter().map(ToString::to_string).collect();
+            let lines: Vec<String> = self
+                .devices
+                .iter()
+                .map(|device| device.for_peer().to_string())
+                .collect();
             blobs.push(Blob {
                 kind: DEVICES_BLOB_KIND,
                 version: BLOB_VERSION,

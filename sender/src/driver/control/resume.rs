@@ -131,7 +131,8 @@ impl Control {
     fn hello_for(&self, purpose: Purpose) -> Option<Hello> {
         let features = self.agreement.map(|agreement| agreement.features);
         Some(match purpose {
-            Purpose::Start => Hello::start(self.id, self.needed(), self.wanted()),
+            Purpose::Start => Hello::start(self.id, self.needed(), self.wanted())
+                .with_pass(self.shared.config.pass()),
             Purpose::Resume => Hello::resume(self.id, self.secret?, features?),
             Purpose::Ask => Hello::ask(self.id, self.secret?),
         })
