@@ -8,6 +8,7 @@ use multifd_transport::{Address, ChannelOptions, Listener};
 
 use crate::config::Config;
 use crate::destination::{self, Destination};
+use crate::keeper::{self, Kept};
 use crate::monitor::MonitorAddress;
 use crate::report::{Ended, Report};
 use crate::source::{self, Source};
@@ -108,6 +109,51 @@ fn monitor(text: &str) -> Result<MonitorAddress, String> {
     MonitorAddress::try_from(&address)
 }
 
+/// Set for a process that is to be a keeper.
+const KEEPER: &str = "MULTIFD_BRIDGE_KEEPER";
+
+/// This program again, with the same arguments, as a keeper.
+fn keeper_command() -> std::process::Command {
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command.args(std::env::args_os().skip(1)).env(KEEPER, "1");
+    command
+}
+
+/// Whether this process is a [keeper](crate::keeper), for which [`keep`] is to be called instead of [`send`].
+#[must_use]
+pub fn is_keeper() -> bool {
+    std::env::var_os(KEEPER).is_some()
+}
+
+/// The keeper's life: returns its exit status.
+pub fn keep(way: &Way) -> u8 {
+    let kept = match keeper::wait() {
+        Ok(kept) => kept,
+        Err(error) => return usage("multifd-send", &format!("keeper: {error}")),
+    };
+    if matches!(kept, Kept::Over) {
+        return 0;
+    }
+    say(&format!(
+        "multifd-send: the bridge was killed after the guest was stopped here. Process {} keeps the monitor from running it again, and asks {} \
+         whether it runs there. End this process only if you know that it does not",
+        std::process::id(),
+        way.control
+    ));
+    match source::keep(kept, &way.options, &way.control) {
+        Some(Ended::Migrated) => {
+            say("multifd-send: the guest runs at the destination");
+            0
+        }
+        _ => {
+            say(
+                "multifd-send: the destination's monitor ended without running the guest: it runs here again",
+            );
+            1
+        }
+    }
+}
+
 /// `multifd-send --bridge`: returns the exit status.
 pub fn send(args: &SendArgs, way: Way, stop: &AtomicBool, print: Print) -> u8 {
     let listen = match monitor(args.bridge.as_deref().unwrap_or_default()) {
@@ -128,6 +174,7 @@ pub fn send(args: &SendArgs, way: Way, stop: &AtomicBool, print: Print) -> u8 {
         lanes: way.channels,
         options: way.options,
         config: args.timing.config(),
+        keeper: Some(Box::new(keeper_command)),
     };
     let announce = || say(&told);
     finish("multifd-send", source::run(source, stop, announce), print)

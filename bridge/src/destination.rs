@@ -76,7 +76,7 @@ pub fn run(destination: Destination, stop: &AtomicBool) -> io::Result<Report> {
     let streams = Streams::new(WINDOW_BYTES_MIN, config.horizon);
     let core = Core::new(Role::Destination, streams);
     let home = Arc::new(Home {
-        shared: Shared::new(Role::Destination, config, core),
+        shared: Shared::new(Role::Destination, config, core, None),
         session: Mutex::new(None),
         greeters: AtomicUsize::new(0),
     });

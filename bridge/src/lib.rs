@@ -21,6 +21,7 @@ pub mod cli;
 mod config;
 pub mod destination;
 mod driver;
+pub mod keeper;
 pub mod machine;
 mod monitor;
 pub mod piece;

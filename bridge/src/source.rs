@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::driver::core::Core;
 use crate::driver::frames::{FEATURES, Fault, Receiving, set_deadline};
 use crate::driver::{Shared, connection, control, lane, spawn, wait, wind_up};
+use crate::keeper::{Kept, MakeKeeper};
 use crate::machine::{Streams, Via, WINDOW_BYTES_MIN};
 use crate::monitor::MonitorAddress;
 use crate::report::{Ended, Report};
@@ -60,6 +61,9 @@ pub struct Source {
     pub options: ChannelOptions,
     /// How it behaves.
     pub config: Config,
+    /// How a [keeper](crate::keeper) is started. Without one the guest may be run twice if this process is killed after the source's
+    /// monitor has stopped it.
+    pub keeper: Option<MakeKeeper>,
 }
 
 /// What a hello needs.
@@ -79,14 +83,19 @@ impl Session {
 ///
 /// # Errors
 /// When it could not begin: nothing was carried.
-pub fn run(source: Source, stop: &AtomicBool, announce: impl FnOnce()) -> io::Result<Report> {
+pub fn run(mut source: Source, stop: &AtomicBool, announce: impl FnOnce()) -> io::Result<Report> {
     let listener = Arc::new(source.listen.listen()?);
     announce();
     let mut id = [0u8; 16];
     getrandom::fill(&mut id).map_err(|error| io::Error::other(error.to_string()))?;
     let streams = Streams::new(WINDOW_BYTES_MIN, source.config.horizon);
     let core = Core::new(Role::Source, streams);
-    let shared = Shared::new(Role::Source, source.config.clone(), core);
+    let shared = Shared::new(
+        Role::Source,
+        source.config.clone(),
+        core,
+        source.keeper.take(),
+    );
     let session = Arc::new(Session {
         id: SessionId::new(id),
         tokens: Mutex::new(None),
@@ -120,6 +129,9 @@ pub fn run(source: Source, stop: &AtomicBool, announce: impl FnOnce()) -> io::Re
     shared.wake_all();
     if how != Ended::Unknown {
         wind_up::break_all(&shared);
+        if let Some(keeper) = &mut shared.lock().keeper {
+            keeper.over();
+        }
     }
     Ok(wind_up::report(&shared, how, why))
 }
@@ -292,7 +304,7 @@ type Halves = (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer);
 
 /// Connects and says a hello.
 fn greet(
-    shared: &Shared,
+    config: &Config,
     options: &ChannelOptions,
     to: &Address,
     hello: &Hello,
@@ -305,7 +317,7 @@ fn greet(
     set_deadline(
         &mut *tx,
         &mut *rx,
-        Some(Instant::now() + shared.config.hello_deadline),
+        Some(Instant::now() + config.hello_deadline),
     );
     tx.send(&hello.encode(), &[])
         .map_err(|error| lost(&error))?;
@@ -377,7 +389,7 @@ fn carry(source: &Source, shared: &Arc<Shared>, session: &Session) -> Result<(),
         None => Hello::start(session.id, FEATURES, multifd_wire::Features::NONE),
         Some((_, _, secret)) => Hello::resume(session.id, secret, FEATURES),
     };
-    let (tx, rx, closer) = greet(shared, &source.options, &source.control, &hello)?;
+    let (tx, rx, closer) = greet(&source.config, &source.options, &source.control, &hello)?;
     let (sending, mut receiving) = control::halves(shared, tx, rx);
     let grant = grant(&mut receiving)?;
     let epoch = control::enter(shared, closer);
@@ -388,6 +400,7 @@ fn carry(source: &Source, shared: &Arc<Shared>, session: &Session) -> Result<(),
             .unwrap_or_else(PoisonError::into_inner);
         *tokens = Some((epoch, grant.ticket, grant.resume_secret));
     }
+    shared.lock().names = Some((session.id, grant.resume_secret));
     shared.wake_all();
     control::serve(shared, sending, receiving, epoch);
     Ok(())
@@ -404,24 +417,58 @@ fn grant(receiving: &mut Receiving) -> Result<Grant, NoLink> {
 }
 
 /// Asks how the migration ended.
-fn ask(
-    source: &Source,
-    shared: &Arc<Shared>,
-    session: &Session,
-    secret: Token,
-) -> Result<(), NoLink> {
+fn ask(source: &Source, shared: &Shared, session: &Session, secret: Token) -> Result<(), NoLink> {
     let hello = Hello::ask(session.id, secret);
-    let (_tx, rx, _closer) = greet(shared, &source.options, &source.control, &hello)?;
+    let state = asked(&source.config, &source.options, &source.control, &hello)?;
+    if state != OutcomeState::CommittedNotRunning {
+        shared.lock().outcome = Some(state);
+        shared.wake_all();
+    }
+    Ok(())
+}
+
+fn asked(
+    config: &Config,
+    options: &ChannelOptions,
+    to: &Address,
+    hello: &Hello,
+) -> Result<OutcomeState, NoLink> {
+    let (_tx, rx, _closer) = greet(config, options, to, hello)?;
     let mut receiving = Receiving::new(rx, Role::Destination, ChannelKind::Control);
     let Frame::Outcome(outcome) = receiving.head(Phase::Setup)?.1 else {
         return Err(NoLink::Lost("no OUTCOME came".into()));
     };
     tracing::info!(state = ?outcome.state, "the destination answered");
-    if outcome.state != OutcomeState::CommittedNotRunning {
-        shared.lock().outcome = Some(outcome.state);
-        shared.wake_all();
+    Ok(outcome.state)
+}
+
+/// In a keeper's process, after the bridge was killed: keeps the connection until the destination has said how it ended, and then
+/// tells the monitor. Returns what it was; never, if nobody answers.
+pub fn keep(kept: Kept, options: &ChannelOptions, control: &Address) -> Option<Ended> {
+    let Kept::Hold {
+        socket,
+        session,
+        secret,
+    } = kept
+    else {
+        return None;
+    };
+    let hello = Hello::ask(session, secret);
+    loop {
+        match asked(&Config::default(), options, control, &hello) {
+            Ok(OutcomeState::Running) => {
+                use std::io::Write as _;
+                // The last word is one small message; if the monitor has it already, its end is closed.
+                let _ = (&socket).write_all(&SHUT);
+                return Some(Ended::Migrated);
+            }
+            Ok(OutcomeState::CommittedNotRunning) => {}
+            Ok(_) => return Some(Ended::Failed),
+            Err(NoLink::Refused(reason, why)) => tracing::warn!(%reason, %why, "no answer"),
+            Err(NoLink::Lost(why)) => tracing::info!(%why, "the destination is not reached"),
+        }
+        std::thread::sleep(Duration::from_secs(1));
     }
-    Ok(())
 }
 
 /// Dials a lane, and again, for as long as the session lives.
@@ -452,7 +499,7 @@ fn lane_life(source: &Source, shared: &Arc<Shared>, session: &Session, number: u
             [] => &source.control,
             data => &data[number as usize % data.len()],
         };
-        match greet(shared, &source.options, to, &hello) {
+        match greet(&source.config, &source.options, to, &hello) {
             Ok((mut tx, mut rx, closer)) => {
                 set_deadline(&mut *tx, &mut *rx, None);
                 let began = Instant::now();

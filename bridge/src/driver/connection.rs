@@ -13,10 +13,11 @@ use socket2::Socket;
 
 use super::core::Core;
 use super::{Shared, spawn, wait};
+use crate::keeper::Keeper;
 use crate::machine::{Outgoing, Wrong};
 use crate::piece::{PIECE_BYTES, Piece};
 use crate::report::Ended;
-use crate::tap::KIND_BYTES;
+use crate::tap::{KIND_BYTES, Stage};
 
 /// Shorter reads are copied into memory of their own size, and the buffer is used again.
 const SMALL: usize = 16 * 1024;
@@ -115,12 +116,24 @@ fn read_loop(shared: &Arc<Shared>, stream: u32, mut socket: &Socket) {
             first = false;
             if shared.role == Role::Source {
                 core.recognise(stream, &piece);
+                keep(shared, &mut core, stream, socket);
             }
         }
         tap_outgoing(shared, &mut core, stream, &piece);
         core.streams.push(StreamId::new(stream), piece);
         drop(core);
         shared.lanes.notify_one();
+    }
+}
+
+/// Starts a keeper for QEMU's first connection.
+fn keep(shared: &Shared, core: &mut Core, stream: u32, socket: &Socket) {
+    let first = core.main == Some(stream) && core.keeper.is_none();
+    if let Some(make) = shared.make_keeper.as_ref().filter(|_| first) {
+        match Keeper::start(make, socket) {
+            Ok(keeper) => core.keeper = Some(keeper),
+            Err(error) => tracing::error!(%error, "no keeper: do not kill this program"),
+        }
     }
 }
 
@@ -135,6 +148,12 @@ fn tap_outgoing(shared: &Shared, core: &mut Core, stream: u32, piece: &Piece) {
         Role::Source => {
             if let Some(main) = &mut connection.main {
                 main.feed(piece);
+                // Before the destination can have it.
+                if main.stage() > Stage::Memory
+                    && let (Some(keeper), Some((session, secret))) = (&mut core.keeper, core.names)
+                {
+                    keeper.hold(session, secret);
+                }
                 if main.lacks_return_path() && core.abort.is_none() {
                     let why = "the source's monitor migrates without a return path, so nobody would hear whether the guest runs at the \
                                destination: switch the capability return-path on, on both sides";

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use multifd_transport::Closer;
 use multifd_wire::frame::{OutcomeState, StreamEndKind};
-use multifd_wire::{Reason, Role, StreamId};
+use multifd_wire::{Reason, Role, SessionId, StreamId, Token};
 use socket2::Socket;
 
+use crate::keeper::Keeper;
 use crate::machine::{Class, Streams, Via};
 use crate::monitor;
 use crate::report::Ended;
@@ -99,6 +100,9 @@ pub(crate) struct Core {
     pub(crate) damaged: u64,
     pub(crate) round_trip: Option<Duration>,
     pub(crate) first_connection: Option<Duration>,
+    /// At the source: who has QEMU's first connection as well, and what it needs to ask.
+    pub(crate) keeper: Option<Keeper>,
+    pub(crate) names: Option<(SessionId, Token)>,
 }
 
 impl Core {
@@ -124,6 +128,8 @@ impl Core {
             damaged: 0,
             round_trip: None,
             first_connection: None,
+            keeper: None,
+            names: None,
         }
     }
 

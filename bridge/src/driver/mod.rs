@@ -20,6 +20,7 @@ use multifd_wire::Role;
 
 use self::core::Core;
 use crate::config::Config;
+use crate::keeper::MakeKeeper;
 use crate::piece::Pool;
 
 /// What the threads of one side share.
@@ -28,6 +29,8 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) began: Instant,
     pub(crate) pool: Arc<Pool>,
+    /// How a keeper is started, at a source that wants one.
+    pub(crate) make_keeper: Option<MakeKeeper>,
     core: Mutex<Core>,
     /// A lane may have something to send.
     pub(crate) lanes: Condvar,
@@ -38,12 +41,18 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(role: Role, config: Config, core: Core) -> Arc<Self> {
+    pub(crate) fn new(
+        role: Role,
+        config: Config,
+        core: Core,
+        make_keeper: Option<MakeKeeper>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             role,
             config,
             began: Instant::now(),
             pool: Arc::default(),
+            make_keeper,
             core: Mutex::new(core),
             lanes: Condvar::new(),
             control: Condvar::new(),

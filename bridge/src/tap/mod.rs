@@ -6,6 +6,8 @@
 mod main_stream;
 mod pages;
 mod return_path;
+#[cfg(test)]
+mod tests;
 
 pub use main_stream::{MainStream, Stage};
 pub use pages::Pages;

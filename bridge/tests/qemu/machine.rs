@@ -73,7 +73,8 @@ impl Program {
 
 /// Assembles the guest.
 pub(crate) fn firmware(folder: &Path) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/qemu/guest.S");
+    let source = folder.join("guest.S");
+    fs::write(&source, include_str!("guest.S")).unwrap();
     let (object, image) = (folder.join("guest.o"), folder.join("guest.bin"));
     let run = |command: &mut Command| {
         let status = command.status().expect("as and ld (binutils) are there");
@@ -164,18 +165,17 @@ impl Machine {
             folder: folder.to_owned(),
             name: name.to_owned(),
         };
-        machine.line();
+        machine.line().expect("QMP greets");
         machine.run("qmp_capabilities", json!({}));
         machine
     }
 
-    fn line(&mut self) -> Value {
+    /// A line of QMP; the error is that QEMU is gone.
+    fn line(&mut self) -> Result<Value, String> {
         let mut line = String::new();
-        self.lines
-            .read_line(&mut line)
-            .unwrap_or_else(|error| panic!("{}: QMP: {error}", self.name));
-        serde_json::from_str(&line)
-            .unwrap_or_else(|error| panic!("{}: QMP said {line:?}: {error}", self.name))
+        let read = self.lines.read_line(&mut line);
+        read.map_err(|error| error.to_string())?;
+        serde_json::from_str(&line).map_err(|error| format!("QMP said {line:?}: {error}"))
     }
 
     /// Runs a command; the error is QEMU's.
@@ -186,7 +186,7 @@ impl Machine {
             .write_all(text.as_bytes())
             .map_err(|error| error.to_string())?;
         loop {
-            let mut answer = self.line();
+            let mut answer = self.line()?;
             if let Some(error) = answer.get("error") {
                 return Err(error.to_string());
             }

@@ -136,6 +136,7 @@ impl Pair {
             lanes: case.lanes,
             options,
             config,
+            keeper: None,
         };
         let (theirs, ours) = (Arc::clone(&stop[0]), Arc::clone(&stop[1]));
         let (tell, told) = std::sync::mpsc::channel();
