@@ -12,6 +12,10 @@ const INIT_BYTES: u64 = 64;
 /// The part of a head that is read.
 const HEAD_BYTES: usize = 36;
 
+/// Pages that a packet of 4 KiB pages has room for. From 9.0 on a packet that only marks the end of a pass says 0 and has the room all
+/// the same.
+const PACKET_PAGES: u32 = 128;
+
 /// Pages that a packet may have: QEMU's have 128 of 4 KiB; more than this is not believed.
 const PACKET_PAGES_MAX: u32 = 4096;
 
@@ -91,7 +95,7 @@ impl Pages {
         } else {
             u64::from(packet)
         };
-        self.skip = 320 + 8 * u64::from(alloc) - HEAD_BYTES as u64 + body;
+        self.skip = 320 + 8 * u64::from(alloc.max(PACKET_PAGES)) - HEAD_BYTES as u64 + body;
     }
 }
 
