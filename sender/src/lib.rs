@@ -27,7 +27,8 @@ pub use config::{
 };
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use driver::{
-    AskTicket, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer, StartError, ask,
+    AskTicket, CalledDialer, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer,
+    StartError, ask,
 };
 pub use error::{Error, Fault};
 pub use progress::{Snapshot, SourceProgress};

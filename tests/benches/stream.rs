@@ -297,7 +297,10 @@ fn migrate(source: &GuestMemory, channels: usize, settings: &Settings) -> Figure
         sources: vec![machine.source()],
         vmm: Box::new(machine),
         memory: source.clone(),
-        dial: Box::new(tx::Dialer { address, options }),
+        dial: Box::new(tx::Dialer {
+            address,
+            options: options.into().into(),
+        }),
         config,
         spawner: None,
     };

@@ -348,7 +348,7 @@ impl Source {
     pub fn to(address: &Address, config: tx::Config) -> Self {
         let dialer = tx::Dialer {
             address: address.clone(),
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         };
         Self::start(Box::new(dialer), config)
     }

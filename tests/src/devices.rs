@@ -226,7 +226,7 @@ impl Plan {
         .expect("a destination");
         let dialer = tx::Dialer {
             address,
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         };
         let links = if self.over_tcp {
             Links::over_tcp(reception.handle(), dialer.address.clone())

@@ -179,7 +179,7 @@ pub fn migrate(seed: u64, rules: Vec<Rule>) -> Passage {
         sources,
         dial: Box::new(tx::Dialer {
             address: proxy.address().into(),
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         }),
         config: tx::Config::builder()
             .channels(LANES)

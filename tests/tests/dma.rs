@@ -118,7 +118,10 @@ fn send(
         vmm: Box::new(DmaMachine::new(machine, device.clone(), stops, stopped)),
         memory: source_memory.clone(),
         sources,
-        dial: Box::new(tx::Dialer { address, options }),
+        dial: Box::new(tx::Dialer {
+            address,
+            options: options.into().into(),
+        }),
         config,
         spawner: None,
     })

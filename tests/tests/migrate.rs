@@ -60,7 +60,7 @@ fn migrate(
         sources,
         dial: Box::new(tx::Dialer {
             address,
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         }),
         config,
         spawner: None,
@@ -231,7 +231,7 @@ fn a_cancelled_migration_leaves_the_guest_running_at_the_source_only() {
         .unwrap();
     let dial = Box::new(tx::Dialer {
         address,
-        options: TcpOptions::default(),
+        options: TcpOptions::default().into(),
     });
     let migration = tx::Migration::start(tx::Parts {
         vmm: Box::new(machine),

@@ -106,7 +106,7 @@ fn migrate(guest: Guest, extra: Vec<Box<dyn Source>>, settings: tx::ConfigBuilde
         sources,
         dial: Box::new(tx::Dialer {
             address,
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         }),
         // A busy host's link is slower than this guest; whether it converges is not what is tested.
         config: settings
@@ -385,7 +385,7 @@ fn a_vmm_that_marks_its_writes_is_whole_under_the_scan() {
         sources,
         dial: Box::new(tx::Dialer {
             address,
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         }),
         config: tx::Config::builder()
             .dirty_scan(tx::DirtyScan::AtSwitchover)

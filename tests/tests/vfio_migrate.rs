@@ -110,7 +110,10 @@ fn migrate(memory: &GuestMemory, pairs: &[Pair]) -> Done {
         vmm: Box::new(WithDevices::new(Box::new(machine), devices)),
         memory: memory.clone(),
         sources,
-        dial: Box::new(tx::Dialer { address, options }),
+        dial: Box::new(tx::Dialer {
+            address,
+            options: options.into().into(),
+        }),
         config,
         spawner: None,
     })

@@ -1,4 +1,5 @@
-//! Addresses of channels as text: `tcp:HOST:PORT`, `HOST:PORT`, `[v6]:PORT`, `tls:HOST:PORT`, `rdma:HOST:PORT`, `unix:/path`.
+//! Addresses of channels as text: `tcp:HOST:PORT`, `HOST:PORT`, `[v6]:PORT`, `tls:HOST:PORT`, `rdma:HOST:PORT`, `unix:/path`,
+//! `vsock:CONTEXT:PORT`.
 //!
 //! Rule: what is printed can be parsed and gives the same address.
 
@@ -16,8 +17,19 @@ pub enum Address {
     Tls(HostPort),
     /// RDMA, where the host and port belong to the connection manager; needs the feature `rdma` to be used.
     Rdma(HostPort),
-    /// A Unix stream socket at a path.
+    /// A Unix stream socket at a path; one that begins with `@` is a name in the abstract namespace.
     Unix(PathBuf),
+    /// vsock, between a host and its virtual machines.
+    Vsock(VsockPlace),
+}
+
+/// A context of vsock and a port there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VsockPlace {
+    /// The context: 2 is the host, 1 this machine itself, others are virtual machines; `u32::MAX` listens on all of this side.
+    pub context: u32,
+    /// The port; `u32::MAX` asks a listener for any free one.
+    pub port: u32,
 }
 
 /// A host and a TCP port.
@@ -30,7 +42,7 @@ pub struct HostPort {
 /// Why a text is not an address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is not an address: {reason}. Accepted are tcp:HOST:PORT, HOST:PORT, [IPv6]:PORT and unix:/PATH, and with tls: or rdma: before HOST:PORT"
+    "{text:?} is not an address: {reason}. Accepted are tcp:HOST:PORT, HOST:PORT, [IPv6]:PORT and unix:/PATH, vsock:CONTEXT:PORT, and with tls: or rdma: before HOST:PORT"
 )]
 pub struct AddressError {
     text: String,
@@ -85,11 +97,13 @@ pub enum AddressKind {
     Rdma,
     /// A Unix socket.
     Unix,
+    /// vsock.
+    Vsock,
 }
 
 impl AddressKind {
     /// All of them, the default first.
-    pub const ALL: [Self; 4] = [Self::Tcp, Self::Tls, Self::Rdma, Self::Unix];
+    pub const ALL: [Self; 5] = [Self::Tcp, Self::Tls, Self::Rdma, Self::Unix, Self::Vsock];
 
     /// What stands before the colon.
     #[must_use]
@@ -99,6 +113,7 @@ impl AddressKind {
             Self::Tls => "tls",
             Self::Rdma => "rdma",
             Self::Unix => "unix",
+            Self::Vsock => "vsock",
         }
     }
 }
@@ -118,6 +133,7 @@ impl Address {
             Self::Tls(_) => AddressKind::Tls,
             Self::Rdma(_) => AddressKind::Rdma,
             Self::Unix(_) => AddressKind::Unix,
+            Self::Vsock(_) => AddressKind::Vsock,
         }
     }
 
@@ -143,6 +159,7 @@ impl Address {
             AddressKind::Tls => parse_host_port(rest).map(Self::Tls),
             AddressKind::Rdma => parse_host_port(rest).map(Self::Rdma),
             AddressKind::Unix => check_path(rest).map(|()| Self::Unix(rest.into())),
+            AddressKind::Vsock => rest.parse().map(Self::Vsock),
         }
     }
 
@@ -232,6 +249,7 @@ impl fmt::Display for Address {
             Self::Tls(target) => write!(f, "tls:{target}"),
             Self::Rdma(target) => write!(f, "rdma:{target}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Vsock(place) => write!(f, "vsock:{place}"),
         }
     }
 }
@@ -312,6 +330,22 @@ mod tests {
                 Address::Unix("relative:with:colons".into()),
                 "unix:relative:with:colons",
             ),
+            (
+                "vsock:3:4444",
+                Address::Vsock(VsockPlace {
+                    context: 3,
+                    port: 4444,
+                }),
+                "vsock:3:4444",
+            ),
+            (
+                "vsock:any:4444",
+                Address::Vsock(VsockPlace {
+                    context: u32::MAX,
+                    port: 4444,
+                }),
+                "vsock:any:4444",
+            ),
         ];
         for (text, address, printed) in forms {
             assert_eq!(text.parse(), Ok(address.clone()), "{text}");
@@ -342,6 +376,9 @@ mod tests {
             ("[host]:80", "not an IPv6 address"),
             ("a b:80", "a character that no host has"),
             ("http//x:80", "a character that no host has"),
+            ("vsock:3", "the port is missing"),
+            ("vsock:host:1", "neither a number nor `any`"),
+            ("vsock:3:+1", "the port is not a number"),
             ("unix:", "the path is missing"),
             ("unix:a\0b", "the path holds a NUL"),
             (&long_path, "longer than 107 octets"),
@@ -360,10 +397,10 @@ mod tests {
     #[test]
     fn a_kind_that_is_left_out_is_the_one_given() {
         for kind in AddressKind::ALL {
-            let bare = if kind == AddressKind::Unix {
-                "/run/x"
-            } else {
-                "host:1"
+            let bare = match kind {
+                AddressKind::Unix => "/run/x",
+                AddressKind::Vsock => "2:1",
+                _ => "host:1",
             };
             let address = Address::parse_with(bare, kind).unwrap();
             assert_eq!(address.kind(), kind);
@@ -393,7 +430,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_panics_and_what_is_accepted_prints_as_itself(text in ".{0,40}|(tcp:|tls:|rdma:|unix:)?[a-z0-9.:%/\\[\\]]{0,30}") {
+        fn no_text_panics_and_what_is_accepted_prints_as_itself(text in ".{0,40}|(tcp:|tls:|rdma:|unix:|vsock:)?[a-z0-9.:%/\\[\\]]{0,30}") {
             if let Ok(address) = text.parse::<Address>() {
                 prop_assert_eq!(address.to_string().parse(), Ok(address));
             }

@@ -52,7 +52,23 @@ pub trait Channel: Send {
 
     /// The kind and both ends, for people: `tcp 127.0.0.1:4000 → 127.0.0.1:5000` (ours first).
     fn describe(&self) -> String;
+
+    /// A secret that both ends of this connection know and nobody else: what is sent together with it, or a proof made of it, is worth
+    /// nothing on another connection. `None` for a kind without keys, and before it is [established](Self::establish).
+    ///
+    /// TLS gives its exporter value (RFC 9266).
+    fn binding(&self) -> Option<[u8; BINDING_BYTES]> {
+        None
+    }
+
+    /// The descriptor to watch for the peer's first octets; `None` for a kind that has none.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
+
+/// Size of [`Channel::binding`].
+pub const BINDING_BYTES: usize = 32;
 
 /// Where one piece of a frame's body comes from.
 #[derive(Clone, Copy, Debug)]
@@ -162,6 +178,23 @@ pub trait ReceiveHalf: Send {
     /// # Errors
     /// See [`ChannelError`]; the peer's close is `Ok`.
     fn drain(&mut self, bytes_max: u64) -> Result<u64, ChannelError>;
+
+    /// Copies octets of the stream that are in this process and were not taken, without taking them: the first ones, as many as `to`
+    /// has room for; returns how many. Works after an error too, so that one can say what came instead of what was expected. A
+    /// kind that does not know gives none.
+    fn peek(&self, to: &mut [u8]) -> usize {
+        let _ = to;
+        0
+    }
+
+    /// The peer has shown that it is no stranger: from now on the channel may keep for it what it needs. Until then it keeps little.
+    /// To be called by the accepting side when it lets the peer in; a kind to which this means nothing ignores it.
+    ///
+    /// # Errors
+    /// See [`ChannelError`]; the half is then finished.
+    fn admit(&mut self) -> Result<(), ChannelError> {
+        Ok(())
+    }
 
     /// Octets that were read ahead: a receive of at most this many needs no system call, and [`poll_fd`](Self::poll_fd) does
     /// not report them.

@@ -87,6 +87,8 @@ checks! {
     ends::drain_counts_and_stops,
     ends::farewell_is_read_though_octets_were_unread,
     ends::both_halves_have_the_name_of_the_channel,
+    ends::a_binding_is_that_of_one_connection_and_the_same_at_both_ends,
+    splits::what_came_can_be_looked_at_after_an_error,
 }
 
 /// Runs one check by its name.
@@ -154,6 +156,8 @@ macro_rules! conformance_tests {
             drain_counts_and_stops
             farewell_is_read_though_octets_were_unread
             both_halves_have_the_name_of_the_channel
+            a_binding_is_that_of_one_connection_and_the_same_at_both_ends
+            what_came_can_be_looked_at_after_an_error
         );
     };
     (@tests $module:ident, $pair:expr; $($name:ident)*) => {

@@ -2,6 +2,9 @@
 //!
 //! Rule: a variant has one meaning for every kind of channel, a stable code for reports, and, where part of an operation
 //! was done, says how much. Errors can be cloned, since a channel repeats the error that ended it to every later caller.
+//!
+//! A text is complete: it has its cause in it. So no error here has a [`source`](std::error::Error::source), which would be printed a
+//! second time by everybody who prints chains; the cause is a field of the variant.
 
 use std::io;
 use std::sync::Arc;
@@ -52,13 +55,13 @@ pub enum ChannelError {
     ShutDown,
     /// The kernel gave the connection up: keep-alive or user timeout ran out, or the route is gone.
     #[error("the connection was lost: {0}")]
-    Lost(#[source] Arc<io::Error>),
+    Lost(Arc<io::Error>),
     /// What protects the channel failed: an octet was changed on the way, or the peer refused us after the handshake.
     #[error("TLS: {0}")]
     Tls(Arc<str>),
     /// Any other error of the operating system.
     #[error("input or output failed: {0}")]
-    Io(#[source] Arc<io::Error>),
+    Io(Arc<io::Error>),
 }
 
 impl ChannelError {
@@ -136,12 +139,12 @@ pub(crate) fn remember<T>(
 #[non_exhaustive]
 pub enum ConnectError {
     /// The host's name has no address, or nobody answered for it.
-    #[error("cannot resolve {host}: {source}")]
+    #[error("cannot resolve {host}: {cause}")]
     Resolve {
         /// The name as given.
         host: String,
         /// The resolver's error.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Each address of the name was tried and none took the connection.
     #[error("cannot connect to {target}: {}", list(attempts))]
@@ -160,34 +163,45 @@ pub enum ConnectError {
         attempts: Vec<ConnectAttempt>,
     },
     /// A connection stood, but what has to follow before it is a channel failed: the handshake of TLS or of RDMA.
-    #[error("connected to {target}, but {source}")]
+    #[error("connected to {target}, but {cause}")]
     Establish {
         /// The address as given.
         target: String,
         /// Why it is no channel.
-        source: EstablishError,
+        cause: EstablishError,
     },
     /// This kind of channel cannot be used here, whoever listens.
-    #[error("cannot connect to {target}: {source}")]
+    #[error("cannot connect to {target}: {cause}")]
     Unavailable {
         /// The address as given.
         target: String,
         /// What is missing.
-        source: Unavailable,
+        cause: Unavailable,
     },
     /// The connection stood, but an option that was asked for could not be set on it.
-    #[error("cannot set {option} on the connection to {target}: {source}")]
+    #[error("cannot set {option} on the connection to {target}: {cause}")]
     Option {
         /// The address as given.
         target: String,
         /// The option's name in [`TcpOptions`](crate::tcp::TcpOptions).
         option: &'static str,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
 impl ConnectError {
+    /// Whether another try may end otherwise: nobody listened, or not yet, or had no time. A peer that is not who it should be, or
+    /// something that this side lacks, stays so.
+    #[must_use]
+    pub fn may_retry(&self) -> bool {
+        match self {
+            Self::Resolve { .. } | Self::Refused { .. } | Self::Deadline { .. } => true,
+            Self::Establish { cause, .. } => cause.may_retry(),
+            Self::Unavailable { .. } | Self::Option { .. } => false,
+        }
+    }
+
     /// A short name that never changes.
     #[must_use]
     pub fn code(&self) -> &'static str {
@@ -195,7 +209,7 @@ impl ConnectError {
             Self::Resolve { .. } => "connect-resolve",
             Self::Refused { .. } => "connect-refused",
             Self::Deadline { .. } => "connect-deadline",
-            Self::Establish { source, .. } => source.code(),
+            Self::Establish { cause, .. } => cause.code(),
             Self::Unavailable { .. } => "connect-unavailable",
             Self::Option { .. } => "connect-option",
         }
@@ -204,12 +218,12 @@ impl ConnectError {
 
 /// One address that was tried.
 #[derive(Debug, thiserror::Error)]
-#[error("{address}: {source}")]
+#[error("{address}: {cause}")]
 pub struct ConnectAttempt {
     /// The address, printed.
     pub address: String,
     /// Why it failed.
-    pub source: io::Error,
+    pub cause: io::Error,
 }
 
 /// Why a connection that stood did not become a channel (see [`Channel::establish`](crate::Channel::establish)).
@@ -235,10 +249,16 @@ pub enum EstablishError {
     Deadline,
     /// The connection ended first.
     #[error("the connection ended in the handshake: {0}")]
-    Channel(#[source] ChannelError),
+    Channel(ChannelError),
 }
 
 impl EstablishError {
+    /// Whether another try may end otherwise: the connection ended, as those of a peer do that is busy with others or starts anew.
+    #[must_use]
+    pub fn may_retry(&self) -> bool {
+        matches!(self, Self::Deadline | Self::Channel(_))
+    }
+
     /// A short name that never changes.
     #[must_use]
     pub fn code(&self) -> &'static str {
@@ -249,6 +269,44 @@ impl EstablishError {
             Self::Deadline => "establish-deadline",
             Self::Channel(_) => "establish-channel",
         }
+    }
+}
+
+/// Why a descriptor did not become a channel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdoptError {
+    /// It is not what a channel can be made of.
+    #[error("{0}")]
+    Kind(&'static str),
+    /// This kind of channel cannot be used here.
+    #[error("{0}")]
+    Unavailable(Unavailable),
+    /// It is a connection, and not one that can become a channel.
+    #[error("{0}")]
+    Establish(EstablishError),
+    /// An option could not be set on it.
+    #[error("cannot set {option} on the socket: {cause}")]
+    Option {
+        /// The option's name in [`TcpOptions`](crate::tcp::TcpOptions).
+        option: &'static str,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
+    /// The kernel's answer to a question about it: it is not connected, for example.
+    #[error("the socket cannot be used: {0}")]
+    Io(io::Error),
+}
+
+impl From<io::Error> for AdoptError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<Unavailable> for AdoptError {
+    fn from(missing: Unavailable) -> Self {
+        Self::Unavailable(missing)
     }
 }
 
@@ -282,28 +340,28 @@ pub enum Unavailable {
 #[non_exhaustive]
 pub enum ListenError {
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {cause}")]
     Bind {
         /// The address as given.
         address: String,
         /// The operating system's error.
-        source: io::Error,
+        cause: io::Error,
     },
     /// This kind of channel cannot be used here.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {cause}")]
     Unavailable {
         /// The address as given.
         address: String,
         /// What is missing.
-        source: Unavailable,
+        cause: Unavailable,
     },
     /// Somebody connected, but what has to follow before that is a channel failed; the connection was closed.
-    #[error("{peer} connected, but {source}")]
+    #[error("{peer} connected, but {cause}")]
     Establish {
         /// The peer's address.
         peer: String,
         /// Why it is no channel.
-        source: EstablishError,
+        cause: EstablishError,
     },
     /// Nobody connected by the deadline.
     #[error("nobody connected by the deadline")]
@@ -313,20 +371,20 @@ pub enum ListenError {
     ShutDown,
     /// This process or host is out of descriptors or memory: a connection waits and can be accepted when some are free.
     #[error("no descriptor or memory for a connection that waits: {0}")]
-    Exhausted(#[source] io::Error),
+    Exhausted(io::Error),
     /// An option could not be set on an accepted connection, which was closed.
-    #[error("cannot set {option} on the connection from {peer}: {source}")]
+    #[error("cannot set {option} on the connection from {peer}: {cause}")]
     Option {
         /// The peer's address.
         peer: String,
         /// The option's name in [`TcpOptions`](crate::tcp::TcpOptions).
         option: &'static str,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Any other error of the operating system.
     #[error("accepting failed: {0}")]
-    Io(#[source] io::Error),
+    Io(io::Error),
 }
 
 impl ListenError {
@@ -336,7 +394,7 @@ impl ListenError {
         match self {
             Self::Bind { .. } => "listen-bind",
             Self::Unavailable { .. } => "listen-unavailable",
-            Self::Establish { source, .. } => source.code(),
+            Self::Establish { cause, .. } => cause.code(),
             Self::Deadline => "listen-deadline",
             Self::ShutDown => "listen-shut-down",
             Self::Exhausted(_) => "listen-exhausted",

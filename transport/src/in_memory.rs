@@ -345,6 +345,10 @@ impl ReceiveHalf for MemoryReceive {
         Ok(bytes_done)
     }
 
+    fn peek(&self, to: &mut [u8]) -> usize {
+        self.ahead.peek(to)
+    }
+
     fn buffered(&self) -> usize {
         self.ahead.len()
     }

@@ -31,16 +31,19 @@
 //!
 //! # Kinds
 //!
-//! | property | in memory | Unix socket | TCP | TLS (feature `tls`) | RDMA (feature `rdma`) |
+//! | property | in memory | Unix socket, vsock | TCP | TLS (feature `tls`) | RDMA (feature `rdma`) |
 //! |---|---|---|---|---|---|
-//! | made by | [`memory::pair`] | [`unix::pair`], [`unix::connect`], [`Listener`] | [`tcp::connect`], [`Listener`] | [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] |
-//! | reaches | this process | this host | any host | any host, over networks that are not trusted | hosts with RDMA devices |
+//! | made by | [`memory::pair`] | [`unix::pair`], [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] |
+//! | reaches | this process | this host; its virtual machines | any host | any host, over networks that are not trusted | hosts with RDMA devices |
 //! | descriptor to poll | none | yes | yes | yes; [`buffered`](ReceiveHalf::buffered) octets do not show there | none |
 //! | copies of a body, both sides together, in this process | 2 (into and out of the buffer) | 0 (the kernel makes 2) | 0 (the kernel makes 2, the network card none) | 6, and the ciphers | 1 (out of the landing) |
 //! | holds on the way | `capacity` | the socket's send buffer | both sockets' buffers | both sockets' buffers, and 144 KiB | the landing, 4 MiB, and 64 messages |
 //! | peer's death is found out | at once | at once | by its kernel's reset; by keep-alive and user timeout if its host is gone | as TCP | by its kernel's farewell; by a send that is not acknowledged if its host is gone |
 //! | [`ChannelError::Reset`], [`Lost`](ChannelError::Lost) | never | `Reset` | both | both; every end that was not announced is a `Reset` | both; `Lost` has the device's reason |
 //! | dropping only the [`ReceiveHalf`] | the peer's sends fail | the peer's sends stall | the peer's sends stall | the peer's sends stall | the peer's sends fail |
+//!
+//! A channel over a socket that somebody else made comes from [`adopt::from_fd`], a listener from [`Listener::from_fd`]; a listener that dials, so
+//! that a destination can call its source, from [`Listener::calling`].
 //!
 //! All kinds pass the suite in `conformance` (feature of that name), which a new kind is developed against.
 //!
@@ -68,7 +71,10 @@
 //! In `memory` (raw pointers to guest memory), `sys` (system calls on raw memory) and `rdma/sys` (verbs), nowhere else. Both give out values that safe
 //! code cannot misuse: a [`Span`] borrows its memory, and a list for the kernel borrows everything it points to.
 
+mod accept;
 mod address;
+pub mod adopt;
+mod calling;
 mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -82,24 +88,31 @@ mod patience;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod read_ahead;
+mod resolve;
 mod spawn;
+mod stranger;
 mod stream;
 mod sys;
 pub mod tcp;
 #[cfg(feature = "tls")]
 pub mod tls;
 pub mod unix;
+pub mod vsock;
 
 pub use address::{
-    Address, AddressError, AddressKind, HOST_BYTES_MAX, HostPort, UNIX_PATH_BYTES_MAX,
+    Address, AddressError, AddressKind, HOST_BYTES_MAX, HostPort, UNIX_PATH_BYTES_MAX, VsockPlace,
 };
-pub use channel::{Approach, Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf};
+pub use channel::{
+    Approach, BINDING_BYTES, Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf,
+};
 pub use ended::{EndGuard, Ended, ended};
 pub use error::{
-    ChannelError, ConnectAttempt, ConnectError, EstablishError, ListenError, Unavailable,
+    AdoptError, ChannelError, ConnectAttempt, ConnectError, EstablishError, ListenError,
+    Unavailable,
 };
-pub use listener::Listener;
+pub use listener::{Accepted, Listen, Listener};
 pub use memory::{GuestMemory, Span};
 pub use options::{ChannelOptions, connect, connect_with};
 pub use spawn::{Spawner, StdSpawner, join_within, spawn_with};
+pub use stranger::{STRANGER_BYTES, Stranger};
 pub use tcp::{KeepAlive, TcpOptions};

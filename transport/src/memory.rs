@@ -20,6 +20,7 @@ use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -54,6 +55,17 @@ pub struct RawRegion {
     pub base: NonNull<u8>,
     /// Whatever keeps the mapping alive; dropped with the last clone of the [`GuestMemory`].
     pub owner: Arc<dyn Any + Send + Sync>,
+}
+
+/// A part of a file that is a region of guest memory, for [`GuestMemory::from_files`].
+#[derive(Clone, Copy, Debug)]
+pub struct FileRegion<'f> {
+    /// Where it lies for the guest, and its size.
+    pub layout: RegionLayout,
+    /// The file, open for reading and writing.
+    pub file: BorrowedFd<'f>,
+    /// Where in the file the region begins: at a multiple of its page size.
+    pub offset: u64,
 }
 
 /// A place in guest memory, as `(region, offset)` with names.
@@ -126,33 +138,64 @@ impl GuestMemory {
         Self { regions }
     }
 
-    /// Wraps the memory of a VMM that is built on rust-vmm.
+    /// Wraps the memory of a VMM that is built on rust-vmm, whatever its regions are made of.
     ///
     /// Regions keep the order of `memory`, which is by guest address. What is received goes past `memory`'s own dirty bitmap.
+    ///
+    /// # Errors
+    /// [`MapError::NoAddress`] for a region that is not mapped into this process as a whole.
     #[cfg(feature = "vm-memory")]
-    #[must_use]
-    pub fn from_vm_memory<B>(memory: Arc<vm_memory::GuestMemoryMmap<B>>) -> Self
+    pub fn from_vm_memory<M>(memory: Arc<M>) -> Result<Self, MapError>
     where
-        B: vm_memory::bitmap::NewBitmap + Send + Sync + 'static,
+        M: vm_memory::GuestMemoryBackend + Send + Sync + 'static,
     {
-        use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+        use vm_memory::{Address, GuestMemoryRegion, MemoryRegionAddress};
         let regions = memory
             .iter()
-            .filter_map(|region| {
-                Some(RawRegion {
+            .zip(0..)
+            .map(|(region, region_index)| {
+                let unmapped = || MapError::NoAddress { region_index };
+                let len = usize::try_from(region.len()).map_err(|_| unmapped())?;
+                let slice = region.get_slice(MemoryRegionAddress(0), len);
+                let slice = slice.ok().filter(|slice| slice.len() == len);
+                let base = slice.and_then(|slice| NonNull::new(slice.ptr_guard_mut().as_ptr()));
+                Ok(RawRegion {
                     layout: RegionLayout {
                         guest_address: region.start_addr().raw_value(),
                         bytes: region.len(),
                     },
-                    // A mapping is never at address zero, so no region is left out.
-                    base: NonNull::new(region.as_ptr())?,
+                    base: base.ok_or_else(unmapped)?,
                     owner: Arc::clone(&memory) as Arc<dyn Any + Send + Sync>,
                 })
             })
-            .collect();
-        // SAFETY: each region of a GuestMemoryMmap is a live mapping of its length for as long as the region is alive, which
-        // `owner` sees to. vm-memory has the same rule as this module: it forms no references to guest memory.
-        unsafe { Self::from_raw(regions) }
+            .collect::<Result<_, MapError>>()?;
+        // SAFETY: whoever made a region's slice promised that its octets are mapped for as long as the region is borrowed
+        // (`VolatileSlice::new`), which may be as long as `memory` lives, which `owner` sees to. vm-memory has the same rule as this
+        // module: it forms no references to guest memory.
+        Ok(unsafe { Self::from_raw(regions) })
+    }
+
+    /// Maps parts of files, shared with whoever else has them: a memfd, a file in tmpfs or hugetlbfs. The descriptors are not needed
+    /// any longer afterwards.
+    ///
+    /// A file that somebody makes shorter later kills whoever reaches for what is gone (SIGBUS); a memfd can be sealed against it.
+    ///
+    /// # Errors
+    /// [`MapError`] with the region; [`MapError::File`] for a file that is too short now.
+    pub fn from_files(regions: &[FileRegion<'_>]) -> Result<Self, MapError> {
+        let regions = regions
+            .iter()
+            .zip(0..)
+            .map(|(region, region_index)| {
+                let mapping = map::Mapping::of_file(region_index, region)?;
+                Ok(Region {
+                    layout: region.layout,
+                    base: mapping.base(),
+                    _owner: Arc::new(mapping),
+                })
+            })
+            .collect::<Result<Arc<[_]>, MapError>>()?;
+        Ok(Self { regions })
     }
 
     /// Maps fresh private memory, one mapping per entry of `layouts`: all zero, not yet backed by pages, huge pages advised and
@@ -189,7 +232,12 @@ impl GuestMemory {
             .iter()
             .zip(0..)
             .map(|(layout, region_index)| {
-                let mapping = map::Mapping::shared(region_index, file, offset, layout.bytes)?;
+                let region = FileRegion {
+                    layout: *layout,
+                    file: file.as_fd(),
+                    offset,
+                };
+                let mapping = map::Mapping::of_file(region_index, &region)?;
                 offset += layout.bytes;
                 Ok(Region {
                     layout: *layout,

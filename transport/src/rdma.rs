@@ -21,17 +21,18 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use self::channel::{DialError, RdmaChannel};
 use self::registrar::Registrar;
 pub use self::registrar::{CHUNK_BYTES, Registration};
 use self::sys::{Events, Happened, Id};
-use crate::address::HostPort;
+use crate::address::{Address, HostPort};
 use crate::channel::Channel;
-use crate::error::{ConnectAttempt, ConnectError, Unavailable};
+use crate::error::{ConnectAttempt, ConnectError, ListenError, Unavailable};
+use crate::listener::{Accepted, BACKLOG, Listen, RESOLVE_MAX};
 use crate::memory::GuestMemory;
-use crate::tcp;
+use crate::options::ChannelOptions;
 
 /// What RDMA channels need; clones share registered memory.
 #[derive(Clone, Default)]
@@ -72,71 +73,127 @@ pub fn connect(
     options: &RdmaOptions,
     deadline: Instant,
 ) -> Result<Box<dyn Channel>, ConnectError> {
-    available().map_err(|source| ConnectError::Unavailable {
+    let options = ChannelOptions {
+        rdma: options.clone(),
+        ..ChannelOptions::default()
+    };
+    connect_with(target, &options, deadline)
+}
+
+/// As [`connect`], with the address that worked last first. One address is tried after the other, each with an even share of the time
+/// that is left.
+pub(crate) fn connect_with(
+    target: &HostPort,
+    options: &ChannelOptions,
+    deadline: Instant,
+) -> Result<Box<dyn Channel>, ConnectError> {
+    available().map_err(|cause| ConnectError::Unavailable {
         target: format!("rdma:{target}"),
-        source,
+        cause,
     })?;
-    let mut attempts = Vec::new();
-    for address in tcp::resolve(target, deadline)? {
-        match RdmaChannel::dial(address, options.registrar.clone(), deadline) {
-            Ok(channel) => return Ok(Box::new(channel)),
-            Err(DialError::Io(source)) => attempts.push(ConnectAttempt {
-                address: address.to_string(),
-                source,
-            }),
-            Err(DialError::Deadline) => {
-                return Err(ConnectError::Deadline {
-                    target: target.to_string(),
-                    attempts,
-                });
+    let addresses = options.resolver.resolve(target, deadline)?;
+    let (mut attempts, mut silent) = (Vec::new(), false);
+    for (index, address) in addresses.iter().enumerate() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let share = left / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
+        let registrar = options.rdma.registrar.clone();
+        let cause = match RdmaChannel::dial(*address, registrar, Instant::now() + share) {
+            Ok(channel) => {
+                options.resolver.worked(target, *address);
+                return Ok(Box::new(channel));
             }
-            Err(DialError::Establish(source)) => {
+            Err(DialError::Io(cause)) => cause,
+            Err(DialError::Deadline) => {
+                silent = true;
+                io::Error::new(io::ErrorKind::TimedOut, "no answer")
+            }
+            Err(DialError::Establish(cause)) => {
                 return Err(ConnectError::Establish {
                     target: target.to_string(),
-                    source,
+                    cause,
                 });
             }
-        }
+        };
+        attempts.push(ConnectAttempt {
+            address: address.to_string(),
+            cause,
+        });
     }
-    Err(ConnectError::Refused {
-        target: target.to_string(),
-        attempts,
+    let target = target.to_string();
+    Err(if silent {
+        ConnectError::Deadline { target, attempts }
+    } else {
+        ConnectError::Refused { target, attempts }
     })
 }
 
 /// Takes connection requests.
 pub(crate) struct Listening {
     id: Id,
+    address: Address,
 }
 
+/// How long accepting sleeps before it looks whether it was shut down, which wakes nobody here.
+const TICK: Duration = Duration::from_millis(100);
+
 impl Listening {
-    pub(crate) fn bind(address: SocketAddr, backlog: i32) -> io::Result<Self> {
+    /// Listens at the first address of the host that can be bound.
+    pub(crate) fn bind(target: &HostPort, options: &ChannelOptions) -> Result<Self, ListenError> {
+        let failed = |cause| ListenError::Bind {
+            address: format!("rdma:{target}"),
+            cause,
+        };
+        let addresses = options
+            .resolver
+            .resolve(target, Instant::now() + RESOLVE_MAX)
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for candidate in addresses {
+            match Self::bind_one(candidate) {
+                Ok(listening) => return Ok(listening),
+                Err(error) => last = error,
+            }
+        }
+        Err(failed(last))
+    }
+
+    fn bind_one(candidate: SocketAddr) -> io::Result<Self> {
         let id = Id::new(Arc::new(Events::new()?))?;
-        id.bind_and_listen(address, backlog)?;
-        Ok(Self { id })
+        id.bind_and_listen(candidate, BACKLOG)?;
+        let bound = id.addresses().0.unwrap_or(candidate);
+        let address = match Address::from(bound) {
+            Address::Tcp(bound) => Address::Rdma(bound),
+            other => other,
+        };
+        Ok(Self { id, address })
     }
+}
 
-    /// Where it listens, with the port that was chosen.
-    pub(crate) fn address(&self) -> Option<SocketAddr> {
-        self.id.addresses().0
-    }
-
-    /// The next request, if one waits.
-    pub(crate) fn next(&self) -> io::Result<Option<Box<dyn Channel>>> {
-        while let Some(event) = self.id.events().next()? {
+impl Listen for Listening {
+    fn try_accept(&self) -> Result<Option<Accepted>, ListenError> {
+        while let Some(event) = self.id.events().next().map_err(ListenError::Io)? {
             // Other events are of requests that were given up meanwhile.
             if event.happened == Happened::Request
                 && let Some(channel) = RdmaChannel::requested(event)
             {
-                return Ok(Some(Box::new(channel)));
+                let name = channel.describe();
+                return Ok(Some((Box::new(channel), name)));
             }
         }
         Ok(None)
     }
-}
 
-impl AsFd for Listening {
-    fn as_fd(&self) -> BorrowedFd<'_> {
+    fn local_address(&self) -> &Address {
+        &self.address
+    }
+
+    fn poll_fd(&self) -> BorrowedFd<'_> {
         self.id.events().as_fd()
+    }
+
+    fn shutdown(&self) {}
+
+    fn wait_max(&self) -> Option<Duration> {
+        Some(TICK)
     }
 }

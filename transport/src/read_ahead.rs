@@ -35,6 +35,13 @@ impl ReadAhead {
         self.end - self.start
     }
 
+    /// Copies as much as there is and `to` has room for, and keeps it; returns how much.
+    pub(crate) fn peek(&self, to: &mut [u8]) -> usize {
+        let count = self.len().min(to.len());
+        to[..count].copy_from_slice(&self.octets[self.start..][..count]);
+        count
+    }
+
     /// Takes the next `to.len()` octets, which must be there.
     pub(crate) fn take(&mut self, to: &mut [u8]) {
         to.copy_from_slice(&self.octets[self.start..][..to.len()]);

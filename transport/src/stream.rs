@@ -5,7 +5,8 @@
 //!
 //! Waiting: sockets block, with a kernel time limit of [`TICK`] set once. An operation whose own limit is further away than
 //! that simply blocks, and looks at the clock only when the tick is over. An operation with less time left asks the kernel not
-//! to block and waits with `ppoll`, which is exact. So limits cost no system call as long as octets flow.
+//! to block and waits with `ppoll`, which is exact; so does one that waits for more than one octet. So limits cost no system call
+//! as long as octets flow.
 
 mod receive;
 mod send;
@@ -13,7 +14,7 @@ mod send;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -86,6 +87,10 @@ impl Channel for StreamChannel {
     fn describe(&self) -> String {
         self.name.to_string()
     }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.socket.as_fd())
+    }
 }
 
 /// What both halves share, TLS's too. The socket is closed when the last half is gone.
@@ -128,6 +133,19 @@ impl Link {
             // The call itself slept for a tick, or was not to wait.
             _ => Ok(()),
         }
+    }
+
+    /// Sleeps until the socket is ready, at most a tick, and not at all if `pace` leaves no time. A condition that holds already
+    /// is seen at once.
+    fn sleep(&self, pace: Pace, ready: Ready) -> Result<(), ChannelError> {
+        let at_most = match pace {
+            Pace::Forever => TICK,
+            Pace::AtMost(time) => time.min(TICK),
+            Pace::Try | Pace::DeadlinePassed | Pace::Stalled(_) => return Ok(()),
+        };
+        sys::wait(self.socket.as_fd(), ready, Some(at_most))
+            .map(drop)
+            .map_err(|error| ChannelError::Io(Arc::new(error)))
     }
 
     /// What an error of the kernel means for an operation.

@@ -248,6 +248,15 @@ pub(crate) enum Ready {
     Send,
 }
 
+impl Ready {
+    fn events(self) -> libc::c_short {
+        match self {
+            Self::Receive => libc::POLLIN,
+            Self::Send => libc::POLLOUT,
+        }
+    }
+}
+
 /// Waits until the descriptor is ready, or failed, or the time is over: the caller finds out which by trying. A signal ends the
 /// wait early. Returns whether it is ready or failed.
 pub(crate) fn wait(
@@ -255,19 +264,12 @@ pub(crate) fn wait(
     ready: Ready,
     at_most: Option<Duration>,
 ) -> io::Result<bool> {
-    let events = match ready {
-        Ready::Receive => libc::POLLIN,
-        Ready::Send => libc::POLLOUT,
-    };
     let mut entry = libc::pollfd {
         fd: fd.as_raw_fd(),
-        events,
+        events: ready.events(),
         revents: 0,
     };
-    let time = at_most.map(|time| libc::timespec {
-        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
-        tv_nsec: time.subsec_nanos().into(),
-    });
+    let time = at_most.map(timespec);
     let time = time.as_ref().map_or(ptr::null(), ptr::from_ref);
     // SAFETY: one pollfd and, unless null, one timespec, both alive during the call; no signal mask is given.
     let result = unsafe { libc::ppoll(&raw mut entry, 1, time, ptr::null()) };
@@ -277,6 +279,46 @@ pub(crate) fn wait(
     match io::Error::last_os_error() {
         error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
         error => Err(error),
+    }
+}
+
+/// Waits until some of the descriptors are ready, or failed, or the time is over; gives their indices in rising order. A signal ends
+/// the wait early.
+pub(crate) fn wait_for_some(
+    fds: &[BorrowedFd<'_>],
+    ready: Ready,
+    at_most: Duration,
+) -> io::Result<Vec<usize>> {
+    let mut entries: Vec<_> = fds
+        .iter()
+        .map(|fd| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: ready.events(),
+            revents: 0,
+        })
+        .collect();
+    let time = timespec(at_most);
+    let count = entries.len() as libc::nfds_t;
+    // SAFETY: as many pollfds as are told, and one timespec, all alive during the call; no signal mask is given.
+    let result = unsafe { libc::ppoll(entries.as_mut_ptr(), count, &raw const time, ptr::null()) };
+    if result < 0 {
+        let error = io::Error::last_os_error();
+        return match error.kind() {
+            io::ErrorKind::Interrupted => Ok(Vec::new()),
+            _ => Err(error),
+        };
+    }
+    let ready = entries
+        .iter()
+        .enumerate()
+        .filter(|(_, entry)| entry.revents != 0);
+    Ok(ready.map(|(index, _)| index).collect())
+}
+
+fn timespec(time: Duration) -> libc::timespec {
+    libc::timespec {
+        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: time.subsec_nanos().into(),
     }
 }
 

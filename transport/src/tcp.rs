@@ -1,19 +1,24 @@
-//! The TCP kind: options, connecting with a deadline, to each address of a name in turn.
+//! The TCP kind: its options, and the channel over a connected socket.
 //!
 //! Rule: an option that was asked for and cannot be set is an error, never a silent difference.
 
+mod connect;
+mod listen;
+
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::mpsc;
-use std::thread;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use crate::address::HostPort;
 use crate::channel::Channel;
-use crate::error::{ConnectAttempt, ConnectError};
+use crate::error::ConnectError;
+use crate::resolve::Resolver;
 use crate::stream::StreamChannel;
+
+pub(crate) use self::connect::connect_with;
+pub(crate) use self::listen::TcpListening;
 
 /// Socket options of a TCP channel; both sides choose their own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,11 +154,10 @@ const NEAR_BUFFER_BYTES: usize = 1 << 20;
 /// pacing and probing (bbr, the default of many hosts) cost time only. The kernel lets every user choose this one.
 const NEAR_CONGESTION: &[u8] = b"reno";
 
-/// Connects to a host and port: to each address of the host in the resolver's order, until one takes the connection.
+/// Connects to a host and port: to the addresses of the host until one takes the connection, the next one a quarter of a second
+/// after the one before if that has not answered by then.
 ///
-/// The time that is left is shared evenly among the addresses not yet tried, so that one that never answers cannot use it all.
-/// A host name is looked up on a thread of its own, since the resolver knows no deadline; if it is passed, that thread ends when
-/// the resolver does.
+/// Remembers nothing; [`connect_with`](crate::connect_with) tries the address first that worked last.
 ///
 /// # Errors
 /// [`ConnectError`].
@@ -162,80 +166,7 @@ pub fn connect(
     options: &TcpOptions,
     deadline: Instant,
 ) -> Result<Box<dyn Channel>, ConnectError> {
-    connect_with(target, options, deadline, channel)
-}
-
-/// As [`connect`], for whatever is made of the connected socket.
-pub(crate) fn connect_with<T>(
-    target: &HostPort,
-    options: &TcpOptions,
-    deadline: Instant,
-    make: impl Fn(Socket) -> io::Result<T>,
-) -> Result<T, ConnectError> {
-    let addresses = resolve(target, deadline)?;
-    let mut attempts = Vec::new();
-    for (index, address) in addresses.iter().enumerate() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ConnectError::Deadline {
-                target: target.to_string(),
-                attempts,
-            });
-        }
-        let share = left / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
-        match connect_one(
-            *address,
-            options,
-            share.max(Duration::from_millis(1)),
-            &make,
-        ) {
-            Ok(channel) => return Ok(channel),
-            Err(Failed::Option(refused)) => {
-                let OptionRefused { option, source } = refused;
-                return Err(ConnectError::Option {
-                    target: target.to_string(),
-                    option,
-                    source,
-                });
-            }
-            Err(Failed::Connect(source)) => {
-                attempts.push(ConnectAttempt {
-                    address: address.to_string(),
-                    source,
-                });
-            }
-        }
-    }
-    let target = target.to_string();
-    // The last address had all the time that was left.
-    let timed_out = |attempt: &ConnectAttempt| {
-        attempt.source.kind() == io::ErrorKind::TimedOut && attempt.source.raw_os_error().is_none()
-    };
-    if attempts.last().is_some_and(timed_out) {
-        Err(ConnectError::Deadline { target, attempts })
-    } else {
-        Err(ConnectError::Refused { target, attempts })
-    }
-}
-
-enum Failed {
-    Option(OptionRefused),
-    Connect(io::Error),
-}
-
-fn connect_one<T>(
-    address: SocketAddr,
-    options: &TcpOptions,
-    at_most: Duration,
-    make: &impl Fn(Socket) -> io::Result<T>,
-) -> Result<T, Failed> {
-    let socket = socket(address).map_err(Failed::Connect)?;
-    options.apply(&socket).map_err(Failed::Option)?;
-    socket
-        .connect_timeout(&address.into(), at_most)
-        .map_err(Failed::Connect)?;
-    options.fit(&socket).map_err(Failed::Option)?;
-    make(socket).map_err(Failed::Connect)
+    connect_with(target, options, &Resolver::default(), deadline, channel)
 }
 
 /// A TCP socket of the right family, neither connected nor bound.
@@ -264,44 +195,4 @@ pub(crate) fn print(address: &SockAddr) -> String {
     address
         .as_socket()
         .map_or_else(|| "unknown".to_owned(), |address| address.to_string())
-}
-
-/// All addresses of the host; at least one.
-pub(crate) fn resolve(
-    target: &HostPort,
-    deadline: Instant,
-) -> Result<Vec<SocketAddr>, ConnectError> {
-    if let Ok(address) = target.host().parse::<IpAddr>() {
-        return Ok(vec![SocketAddr::new(address, target.port())]);
-    }
-    let failed = |source| ConnectError::Resolve {
-        host: target.host().to_owned(),
-        source,
-    };
-    let (found, answer) = mpsc::sync_channel(1);
-    let query = target.clone();
-    thread::Builder::new()
-        .name("multifd-resolve".to_owned())
-        .spawn(move || {
-            let result = (query.host(), query.port())
-                .to_socket_addrs()
-                .map(Iterator::collect::<Vec<_>>);
-            // Nobody waits any more if the deadline has passed.
-            let _ = found.send(result);
-        })
-        .map_err(failed)?;
-    let addresses = answer
-        .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-        .map_err(|_| ConnectError::Deadline {
-            target: target.to_string(),
-            attempts: Vec::new(),
-        })?
-        .map_err(failed)?;
-    if addresses.is_empty() {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::NotFound,
-            "the name has no address",
-        )));
-    }
-    Ok(addresses)
 }

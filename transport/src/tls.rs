@@ -14,26 +14,33 @@
 
 mod channel;
 mod config;
+mod files;
 mod handshake;
+mod peers;
+mod pem;
 mod receive;
 mod send;
 
 use std::time::Instant;
 
-use rustls::Connection;
-use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, Connection};
+use socket2::Socket;
 
 use self::channel::TlsChannel;
 use crate::address::HostPort;
 use crate::channel::Channel;
 use crate::error::{ConnectError, EstablishError};
+use crate::options::ChannelOptions;
 use crate::tcp::{self, TcpOptions};
 
 pub(crate) use self::channel::accepted;
-pub use self::config::{TlsClient, TlsConfigError, TlsPem, TlsServer};
+pub use self::config::{TlsClient, TlsServer};
+pub use self::files::{TlsFiles, TlsSide};
+pub use self::peers::{Clients, PeerName};
+pub use self::pem::{TlsConfigError, TlsPem};
 
 /// Connects and does the handshake; `target`'s host is the name that the peer's certificate must be for, unless
-/// [`TlsClient::with_server_name`] gave another.
+/// [`TlsClient::with_server_name`] or [`TlsClient::with_peers`] gave others.
 ///
 /// # Errors
 /// [`ConnectError`]; [`ConnectError::Establish`] for whatever TLS refuses. If this side's own certificate is what the peer refuses,
@@ -45,29 +52,53 @@ pub fn connect(
     options: &TcpOptions,
     deadline: Instant,
 ) -> Result<Box<dyn Channel>, ConnectError> {
-    let failed = |source| ConnectError::Establish {
+    connect_with(target, client, &options.clone().into(), deadline)
+}
+
+/// As [`connect`], with the address that worked last first.
+pub(crate) fn connect_with(
+    target: &HostPort,
+    client: &TlsClient,
+    options: &ChannelOptions,
+    deadline: Instant,
+) -> Result<Box<dyn Channel>, ConnectError> {
+    let failed = |cause| ConnectError::Establish {
         target: target.to_string(),
-        source,
+        cause,
     };
-    let protocol = |text: String| {
-        failed(EstablishError::Protocol {
-            protocol: "TLS",
-            text,
-        })
-    };
-    let name = match &client.server_name {
-        Some(name) => name.clone(),
-        None => ServerName::try_from(target.host().to_owned())
-            .map_err(|error| protocol(format!("{} names no server: {error}", target.host())))?,
-    };
-    let (socket, named) = tcp::connect_with(target, options, deadline, |socket| {
+    let connection = connection(client, target.host()).map_err(failed)?;
+    let (tcp, resolver) = (&options.tcp, &options.resolver);
+    let (socket, named) = tcp::connect_with(target, tcp, resolver, deadline, |socket| {
         let named = tcp::name("tls", &socket)?;
         socket.set_nonblocking(true)?;
         Ok((socket, named))
     })?;
-    let connection = rustls::ClientConnection::new(client.config.clone(), name)
-        .map_err(|error| protocol(error.to_string()))?;
-    let mut channel = TlsChannel::new(Connection::Client(connection), socket, &named);
+    let mut channel = TlsChannel::new(connection, socket, &named);
     channel.establish(deadline).map_err(failed)?;
     Ok(Box::new(channel))
+}
+
+/// The channel for a connected socket on which this side acts as the one that dialled `host`, before its handshake.
+pub(crate) fn dialled(
+    socket: Socket,
+    name: &str,
+    client: &TlsClient,
+    host: &str,
+) -> Result<Box<dyn Channel>, EstablishError> {
+    let connection = connection(client, host)?;
+    socket
+        .set_nonblocking(true)
+        .map_err(|error| EstablishError::Channel(crate::ChannelError::Io(error.into())))?;
+    Ok(Box::new(TlsChannel::new(connection, socket, name)))
+}
+
+fn connection(client: &TlsClient, host: &str) -> Result<Connection, EstablishError> {
+    let protocol = |text: String| EstablishError::Protocol {
+        protocol: "TLS",
+        text,
+    };
+    let name = client.name_for(host).map_err(protocol)?;
+    let connection = ClientConnection::new(client.config(), name)
+        .map_err(|error| protocol(error.to_string()))?;
+    Ok(Connection::Client(connection))
 }

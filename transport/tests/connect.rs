@@ -3,15 +3,17 @@
 use std::fs;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use multifd_transport::{
-    Address, Channel, ChannelError, ConnectError, KeepAlive, ListenError, Listener, TcpOptions,
-    connect,
+    Address, Channel, ChannelError, ChannelOptions, ConnectError, KeepAlive, ListenError, Listener,
+    TcpOptions, connect,
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -400,6 +402,139 @@ fn a_file_that_is_no_socket_is_never_removed() {
     assert!(matches!(error, ListenError::Bind { .. }), "{error}");
     assert_eq!(fs::read(&path).expect("still there"), b"precious");
     fs::remove_file(&path).expect("ours");
+}
+
+fn listen_with_mode(address: &Address, mode: u32) -> Listener {
+    let mut options = ChannelOptions::default();
+    options.unix.mode = mode;
+    Listener::bind_with(address, &options).expect("a free path")
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("the socket").permissions().mode() & 0o777
+}
+
+#[test]
+fn only_this_user_may_connect_unless_others_are_asked_for_whatever_the_umask() {
+    let (ours, all) = (path(), path());
+    let _own = Listener::bind(
+        &Address::unix(&ours).expect("a short path"),
+        &TcpOptions::default(),
+    )
+    .expect("a free path");
+    assert_eq!(mode(&ours), 0o600);
+    // More than a usual umask leaves.
+    let _open = listen_with_mode(&Address::unix(&all).expect("a short path"), 0o666);
+    assert_eq!(mode(&all), 0o666);
+}
+
+#[test]
+fn at_no_moment_may_others_connect() {
+    // Somebody looks as often as he can while sockets are made; their mode is never another one.
+    let stop = AtomicBool::new(false);
+    let path = path();
+    let address = Address::unix(&path).expect("a short path");
+    thread::scope(|scope| {
+        let watching = scope.spawn(|| {
+            let mut seen = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                if let Ok(metadata) = fs::metadata(&path) {
+                    seen.push(metadata.permissions().mode() & 0o777);
+                }
+            }
+            seen.sort_unstable();
+            seen.dedup();
+            seen
+        });
+        for _ in 0..200 {
+            drop(Listener::bind(&address, &TcpOptions::default()).expect("a free path"));
+        }
+        stop.store(true, Ordering::Relaxed);
+        let seen = watching.join().expect("no panic");
+        assert!(
+            seen.iter().all(|mode| *mode == 0o600),
+            "{seen:?} (384 is 0o600)"
+        );
+    });
+}
+
+#[test]
+fn of_many_that_find_a_stale_socket_one_gets_it() {
+    for _ in 0..20 {
+        let path = path();
+        let address = Address::unix(&path).expect("a short path");
+        drop(UnixListener::bind(&path).expect("a socket"));
+        let start = Barrier::new(4);
+        let listeners: Vec<_> = thread::scope(|scope| {
+            let binding: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        start.wait();
+                        Listener::bind(&address, &TcpOptions::default()).ok()
+                    })
+                })
+                .collect();
+            let bound = binding
+                .into_iter()
+                .filter_map(|one| one.join().expect("no panic"));
+            bound.collect()
+        });
+        assert_eq!(
+            listeners.len(),
+            1,
+            "nobody took a living one for a stale one"
+        );
+        let _dialled = connect(&address, &TcpOptions::default(), soon()).expect("it listens");
+        listeners[0]
+            .accept(Some(soon()))
+            .expect("at the one that has the path");
+    }
+}
+
+#[test]
+fn abstract_names_have_no_file() {
+    let name = format!("unix:@{}", path().display());
+    let address: Address = name.parse().expect("an address");
+    let listener = Listener::bind(&address, &TcpOptions::default()).expect("a free name");
+    assert_eq!(listener.local_address().to_string(), name);
+    let dialled = connect(&address, &TcpOptions::default(), soon()).expect("a connection");
+    let (accepted, _) = listener.accept(Some(soon())).expect("the connection");
+    carries(dialled, accepted);
+    assert!(!PathBuf::from(&name["unix:".len()..]).exists());
+    assert!(
+        Listener::bind(&address, &TcpOptions::default()).is_err(),
+        "it is taken"
+    );
+    drop(listener);
+    listen(&name);
+}
+
+#[test]
+fn vsock_carries_octets() {
+    // Context 1 is this machine, where the kernel has the loopback transport.
+    let address: Address = "vsock:1:4294967295".parse().expect("an address");
+    let listener = match Listener::bind(&address, &TcpOptions::default()) {
+        Ok(listener) => listener,
+        Err(error) => {
+            eprintln!("SKIPPED vsock_carries_octets: {error}");
+            return;
+        }
+    };
+    let bound = listener.local_address().clone();
+    let dialled = match connect(&bound, &TcpOptions::default(), soon()) {
+        Ok(channel) => channel,
+        Err(error) => {
+            eprintln!("SKIPPED vsock_carries_octets: {error}");
+            return;
+        }
+    };
+    assert!(
+        dialled.describe().starts_with("vsock "),
+        "{}",
+        dialled.describe()
+    );
+    let (accepted, _) = listener.accept(Some(soon())).expect("the connection");
+    carries(dialled, accepted);
 }
 
 #[test]

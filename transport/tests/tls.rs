@@ -1,23 +1,29 @@
 //! The TLS kind: the whole suite, and who is let in, who is not, and what both are told.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use multifd_transport::tls::{TlsClient, TlsConfigError, TlsPem, TlsServer};
+use multifd_transport::adopt::{Part, Protection, from_fd};
+use multifd_transport::tls::{
+    Clients, PeerName, TlsClient, TlsConfigError, TlsFiles, TlsPem, TlsServer, TlsSide,
+};
 use multifd_transport::{
     Address, Channel, ChannelError, ChannelOptions, ConnectError, EstablishError, ListenError,
     Listener, TcpOptions, Unavailable, conformance_tests, connect, connect_with,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, date_time_ymd,
+    KeyPair, SanType, date_time_ymd,
 };
 
 conformance_tests!(tls, tls_pair);
+conformance_tests!(tls_adopted, adopted_pair);
 
 /// What a test is given to wait, on a machine that is busy with other things.
 const LATE_MAX: Duration = Duration::from_secs(10);
@@ -54,7 +60,19 @@ impl Authority {
 
     /// A certificate for a name, and its key.
     fn certify(&self, name: &str, age: Age) -> (Vec<u8>, Vec<u8>) {
-        let mut params = CertificateParams::new([name.to_owned()]).expect("a name");
+        self.certify_all(&[name], age)
+    }
+
+    /// As [`certify`](Self::certify), for several names; those with `://` are URIs.
+    fn certify_all(&self, names: &[&str], age: Age) -> (Vec<u8>, Vec<u8>) {
+        let (uris, names): (Vec<&str>, Vec<&str>) =
+            names.iter().partition(|name| name.contains("://"));
+        let names: Vec<_> = names.into_iter().map(str::to_owned).collect();
+        let mut params = CertificateParams::new(names).expect("names");
+        params.subject_alt_names.extend(
+            uris.into_iter()
+                .map(|uri| SanType::URI(uri.parse().expect("a URI"))),
+        );
         params.extended_key_usages = vec![
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
@@ -96,7 +114,11 @@ fn options(client: Option<TlsClient>, server: Option<TlsServer>) -> ChannelOptio
 }
 
 fn listen(server: &TlsPem) -> Listener {
-    let server = TlsServer::new(server).expect("certificates");
+    let clients = match server.authorities {
+        Some(_) => Clients::OfAuthority,
+        None => Clients::Anybody,
+    };
+    let server = TlsServer::new(server, clients).expect("certificates");
     let address = "tls:127.0.0.1:0".parse().expect("an address");
     Listener::bind_with(&address, &options(None, Some(server))).expect("a free port")
 }
@@ -152,7 +174,7 @@ fn refused_afterwards(client: &TlsPem, server: &TlsPem) -> (ChannelError, Listen
 
 fn establish_error<T>(result: Result<T, ConnectError>) -> EstablishError {
     match result.err().expect("no channel") {
-        ConnectError::Establish { source, .. } => source,
+        ConnectError::Establish { cause, .. } => cause,
         other => panic!("{other}"),
     }
 }
@@ -336,7 +358,7 @@ fn an_expired_certificate_and_one_of_the_future_are_refused_as_such() {
         assert!(matches!(
             accepted,
             Err(ListenError::Establish {
-                source: EstablishError::Refused(_),
+                cause: EstablishError::Refused(_),
                 ..
             })
         ));
@@ -523,7 +545,7 @@ fn what_is_missing_is_named_before_anything_is_sent() {
         matches!(
             &error,
             ConnectError::Unavailable {
-                source: Unavailable::NotConfigured { .. },
+                cause: Unavailable::NotConfigured { .. },
                 ..
             }
         ),
@@ -550,13 +572,14 @@ fn certificates_and_keys_of_no_use_are_refused_with_the_reason() {
         key: None,
         ..good.clone()
     };
-    let error = text(TlsServer::new(&without_key).expect_err("no key"));
+    let error = text(TlsServer::new(&without_key, Clients::OfAuthority).expect_err("no key"));
     assert!(error.contains("without its key"), "{error}");
     let only_authority = TlsPem {
         authorities: good.authorities.clone(),
         ..TlsPem::default()
     };
-    let error = text(TlsServer::new(&only_authority).expect_err("no certificate"));
+    let error =
+        text(TlsServer::new(&only_authority, Clients::OfAuthority).expect_err("no certificate"));
     assert!(error.contains("certificate and key"), "{error}");
     let no_pem = TlsPem {
         authorities: Some(b"nothing of the kind".to_vec()),
@@ -568,7 +591,10 @@ fn certificates_and_keys_of_no_use_are_refused_with_the_reason() {
         key: Some(OURS.certify("x", Age::Valid).1),
         ..good.clone()
     };
-    assert!(TlsServer::new(&other_key).is_err(), "another's key");
+    assert!(
+        TlsServer::new(&other_key, Clients::OfAuthority).is_err(),
+        "another's key"
+    );
     let error = TlsPem::read(Some("/nowhere/ca.pem".as_ref()), None, None)
         .expect_err("no such file")
         .to_string();
@@ -577,4 +603,369 @@ fn certificates_and_keys_of_no_use_are_refused_with_the_reason() {
         !format!("{good:?}").contains("PRIVATE"),
         "the key is never printed"
     );
+}
+
+/// TLS over a socket pair that somebody else connected.
+fn adopted_pair() -> (Box<dyn Channel>, Box<dyn Channel>) {
+    static SIDE: LazyLock<TlsPem> = LazyLock::new(|| OURS.side(Age::Valid));
+    let client = TlsClient::new(&SIDE).expect("certificates");
+    let server = TlsServer::new(&SIDE, Clients::OfAuthority).expect("certificates");
+    let options = options(Some(client), Some(server));
+    let plain = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let dialled = TcpStream::connect(plain.local_addr().expect("bound")).expect("a connection");
+    let accepted = plain.accept().expect("the connection").0;
+    let part = Part::Dialled("127.0.0.1");
+    let mut left = from_fd(dialled.into(), Protection::Tls, part, &options).expect("a channel");
+    let mut right =
+        from_fd(accepted.into(), Protection::Tls, Part::Accepted, &options).expect("a channel");
+    assert_eq!(
+        left.binding(),
+        None,
+        "before the handshake there are no keys"
+    );
+    thread::scope(|scope| {
+        let other = scope.spawn(|| right.establish(soon()).expect("a handshake"));
+        left.establish(soon()).expect("a handshake");
+        other.join().expect("no panic");
+    });
+    (left, right)
+}
+
+#[test]
+fn a_binding_is_there_and_another_on_each_connection() {
+    let (left, right) = tls_pair();
+    let ours = left.binding().expect("TLS has keys");
+    assert_eq!(right.binding(), Some(ours));
+    assert_ne!(tls_pair().0.binding(), Some(ours));
+}
+
+#[test]
+fn nobody_is_let_in_without_an_authority_unless_that_is_asked_for() {
+    let mut pem = OURS.side(Age::Valid);
+    pem.authorities = None;
+    for clients in [Clients::OfAuthority, Clients::Named(names(&["a.example"]))] {
+        let error = TlsServer::new(&pem, clients).expect_err("no authority");
+        let text = error.to_string();
+        assert!(
+            text.contains("anybody connect has to be asked for"),
+            "{text}"
+        );
+    }
+    TlsServer::new(&pem, Clients::Anybody).expect("it was asked for");
+    let with_authority = OURS.side(Age::Valid);
+    let nobody = TlsServer::new(&with_authority, Clients::Named(Vec::new()));
+    assert!(nobody.is_err(), "an empty list");
+}
+
+fn names(texts: &[&str]) -> Vec<PeerName> {
+    texts
+        .iter()
+        .map(|text| text.parse().expect("a name"))
+        .collect()
+}
+
+/// A side of our authority whose certificate is for these names.
+fn side_for(names: &[&str]) -> TlsPem {
+    let (certificate, key) = OURS.certify_all(names, Age::Valid);
+    TlsPem {
+        authorities: Some(OURS.pem()),
+        certificate: Some(certificate),
+        key: Some(key),
+    }
+}
+
+const SPIFFE: &str = "spiffe://cluster.example/ns/vms/sa/migration";
+
+#[test]
+fn a_server_lets_in_only_the_names_that_it_was_given() {
+    let cases: &[(&[&str], &[&str], bool)] = &[
+        (&["src.example"], &["other.example", "src.example"], true),
+        (&["src.example", SPIFFE], &[SPIFFE], true),
+        (&["10.1.2.3"], &["10.1.2.3"], true),
+        (&["*.hosts.example"], &["src.hosts.example"], true),
+        (&["other.example"], &["src.example"], false),
+        (&["src.example"], &[SPIFFE], false),
+        (
+            &["x", "spiffe://cluster.example/ns/vms/sa/other"],
+            &[SPIFFE],
+            false,
+        ),
+        (
+            &["x", "spiffe://cluster.example/ns/vms/sa/migration/more"],
+            &[SPIFFE],
+            false,
+        ),
+    ];
+    for (presented, wanted, good) in cases {
+        let clients = Clients::Named(names(wanted));
+        let server = TlsServer::new(&OURS.side(Age::Valid), clients).expect("certificates");
+        let address = "tls:127.0.0.1:0".parse().expect("an address");
+        let listener =
+            Listener::bind_with(&address, &options(None, Some(server))).expect("a free port");
+        let (heard, accepted) = thread::scope(|scope| {
+            let accepting = scope.spawn(|| listener.accept(Some(soon())));
+            let channel =
+                dial(listener.local_address(), &side_for(presented)).expect("half a handshake");
+            let (mut send, mut receive, closer) = channel.split();
+            receive.set_deadline(Some(
+                Instant::now() + Duration::from_secs(if *good { 0 } else { 10 }),
+            ));
+            let _ = send.send(&[0; 128], &[]);
+            let heard = receive.receive(&mut [0; 8]);
+            closer.shutdown();
+            (heard, accepting.join().expect("no panic"))
+        });
+        assert_eq!(
+            accepted.is_ok(),
+            *good,
+            "{presented:?} where {wanted:?} may be"
+        );
+        if let Err(error) = accepted {
+            let text = error.to_string();
+            assert!(
+                text.contains("the peer may only be: ") && text.contains(wanted[0]),
+                "{text}"
+            );
+            assert!(text.contains(presented[0]) || presented[0] == "x", "{text}");
+            assert_eq!(error.code(), "establish-certificate");
+            let heard = heard.expect_err("refused").to_string();
+            assert!(
+                heard.contains("does not accept this side's certificate"),
+                "{heard}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_client_may_ask_for_a_listed_name_instead_of_the_host() {
+    for (presented, wanted, good) in [
+        (["x", SPIFFE], SPIFFE, true),
+        (["dest.example", SPIFFE], "dest.example", true),
+        (
+            ["127.0.0.1", "spiffe://cluster.example/other"],
+            SPIFFE,
+            false,
+        ),
+    ] {
+        let listener = listen(&side_for(&presented));
+        let client = TlsClient::new(&OURS.side(Age::Valid))
+            .and_then(|client| client.with_peers(names(&[wanted])))
+            .expect("certificates");
+        let options = options(Some(client), None);
+        thread::scope(|scope| {
+            let accepting = scope.spawn(|| listener.accept(Some(soon())).map(drop));
+            let dialled = connect_with(listener.local_address(), &options, soon());
+            assert_eq!(
+                dialled.is_ok(),
+                good,
+                "{presented:?} where {wanted} is asked for"
+            );
+            if let Err(error) = &dialled {
+                assert!(
+                    error.to_string().contains("the peer may only be"),
+                    "{error}"
+                );
+            }
+            drop(dialled);
+            let _ = accepting.join().expect("no panic");
+        });
+    }
+    // A list of names does not replace the authority.
+    let stranger = Authority::new();
+    let (certificate, key) = stranger.certify_all(&["x", SPIFFE], Age::Valid);
+    let server = TlsPem {
+        authorities: Some(OURS.pem()),
+        certificate: Some(certificate),
+        key: Some(key),
+    };
+    let listener = listen(&server);
+    let client = TlsClient::new(&OURS.side(Age::Valid))
+        .and_then(|client| client.with_peers(names(&[SPIFFE])))
+        .expect("certificates");
+    let options = options(Some(client), None);
+    thread::scope(|scope| {
+        scope.spawn(|| listener.accept(Some(soon())).map(drop));
+        let error = establish_error(connect_with(listener.local_address(), &options, soon()));
+        assert!(error.to_string().contains("no authority (CA)"), "{error}");
+    });
+}
+
+#[test]
+fn names_that_are_none_are_refused() {
+    for text in ["", "two words", "spiffe://with space/x", "http://\u{202e}x"] {
+        assert!(text.parse::<PeerName>().is_err(), "{text:?}");
+    }
+    for text in ["a.example", "10.0.0.1", "::1", SPIFFE] {
+        assert_eq!(text.parse::<PeerName>().expect(text).to_string(), text);
+    }
+}
+
+/// A directory that no other test uses, with these files.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(files: &[(&str, &[u8])]) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("multifd-tls-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path).expect("a new directory");
+        let directory = Self(path);
+        directory.write(files);
+        directory
+    }
+
+    fn write(&self, files: &[(&str, &[u8])]) {
+        for (name, octets) in files {
+            fs::write(self.0.join(name), octets).expect("a file");
+        }
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn directories_are_read_as_the_field_lays_them_out() {
+    let (ca, side) = (OURS.pem(), OURS.side(Age::Valid));
+    let (certificate, key) = (
+        side.certificate.as_deref().unwrap(),
+        side.key.as_deref().unwrap(),
+    );
+    let qemu = Directory::new(&[
+        ("ca-cert.pem", &ca),
+        ("server-cert.pem", certificate),
+        ("server-key.pem", key),
+    ]);
+    let files = TlsFiles::in_directory(&qemu.0, TlsSide::Server).expect("as QEMU has it");
+    assert_eq!(files.certificate, Some(qemu.0.join("server-cert.pem")));
+    assert_eq!(files.read().expect("files").key.as_deref(), Some(key));
+    let files = TlsFiles::in_directory(&qemu.0, TlsSide::Client).expect("without a certificate");
+    assert_eq!((files.certificate, files.key), (None, None));
+    qemu.write(&[("client-cert.pem", certificate)]);
+    let error = TlsFiles::in_directory(&qemu.0, TlsSide::Client).expect_err("no key");
+    assert!(
+        error.to_string().contains("client-key.pem is missing"),
+        "{error}"
+    );
+
+    let secret = Directory::new(&[("ca.crt", &ca), ("tls.crt", certificate), ("tls.key", key)]);
+    for side in [TlsSide::Client, TlsSide::Server] {
+        let files = TlsFiles::in_directory(&secret.0, side).expect("as Kubernetes has it");
+        assert_eq!(files.authorities, Some(secret.0.join("ca.crt")));
+        assert_eq!(files.key, Some(secret.0.join("tls.key")));
+    }
+    secret.write(&[("ca-cert.pem", &ca)]);
+    let error = TlsFiles::in_directory(&secret.0, TlsSide::Server).expect_err("two");
+    assert!(error.to_string().contains("there are both"), "{error}");
+    let empty = Directory::new(&[]);
+    let error = TlsFiles::in_directory(&empty.0, TlsSide::Server).expect_err("none");
+    let text = error.to_string();
+    assert!(
+        text.contains("ca-cert.pem") && text.contains("ca.crt"),
+        "{text}"
+    );
+}
+
+/// The certificate that the listener shows, as far as this client accepts it.
+fn shake(listener: &Listener, client: &ChannelOptions) -> Result<(), String> {
+    thread::scope(|scope| {
+        let accepting = scope.spawn(|| listener.accept(Some(soon())).map(drop));
+        let dialled = connect_with(listener.local_address(), client, soon());
+        let result = dialled.map(drop).map_err(|error| error.to_string());
+        let _ = accepting.join().expect("no panic");
+        result
+    })
+}
+
+#[test]
+fn certificates_renewed_on_disk_are_used_from_then_on_by_both_sides() {
+    // The old ones ran out; a listener and a dialler that live on pick the new ones up.
+    let expired = OURS.side(Age::Expired);
+    let valid = OURS.side(Age::Valid);
+    let put = |directory: &Directory, side: &TlsPem| {
+        directory.write(&[
+            ("tls.crt", side.certificate.as_deref().unwrap()),
+            ("tls.key", side.key.as_deref().unwrap()),
+        ]);
+    };
+    let (server, client) = (
+        Directory::new(&[("ca.crt", &OURS.pem())]),
+        Directory::new(&[("ca.crt", &OURS.pem())]),
+    );
+    put(&server, &expired);
+    put(&client, &expired);
+    let files = |directory: &Directory, side| TlsFiles::in_directory(&directory.0, side).unwrap();
+    let accepting = TlsServer::from_files(files(&server, TlsSide::Server), Clients::OfAuthority);
+    let address = "tls:127.0.0.1:0".parse().expect("an address");
+    let listener = Listener::bind_with(&address, &options(None, accepting.ok())).expect("a port");
+    let dialling = TlsClient::from_files(files(&client, TlsSide::Client)).expect("files");
+    let dialling = options(Some(dialling), None);
+
+    let error = shake(&listener, &dialling).expect_err("expired");
+    assert!(error.contains("it has expired"), "{error}");
+    put(&server, &valid);
+    // The server's is good now; the client learns at its first receive that its own is not.
+    let refused = thread::scope(|scope| {
+        let accepted = scope.spawn(|| listener.accept(Some(soon())).map(drop));
+        let channel = connect_with(listener.local_address(), &dialling, soon()).expect("a server");
+        let (mut send, mut receive, _) = channel.split();
+        receive.set_deadline(Some(soon()));
+        let _ = send.send(&[0; 128], &[]);
+        let heard = receive
+            .receive(&mut [0; 8])
+            .expect_err("refused")
+            .to_string();
+        drop((send, receive));
+        (heard, accepted.join().expect("no panic").is_err())
+    });
+    assert!(
+        refused.0.contains("this side's certificate has expired"),
+        "{}",
+        refused.0
+    );
+    assert!(refused.1);
+    put(&client, &valid);
+    shake(&listener, &dialling).expect("both are renewed");
+}
+
+#[test]
+fn a_half_written_pair_leaves_the_old_one_in_use() {
+    let old = OURS.side(Age::Valid);
+    let new = OURS.side(Age::Valid);
+    let part = |part: &Option<Vec<u8>>| part.clone().expect("a part");
+    let directory = Directory::new(&[
+        ("ca.crt", &OURS.pem()),
+        ("tls.crt", &part(&old.certificate)),
+        ("tls.key", &part(&old.key)),
+    ]);
+    let files = TlsFiles::in_directory(&directory.0, TlsSide::Server).expect("a layout");
+    let server = TlsServer::from_files(files.clone(), Clients::Anybody).expect("files");
+    let address = "tls:127.0.0.1:0".parse().expect("an address");
+    let listener = Listener::bind_with(&address, &options(None, Some(server))).expect("a port");
+    let client = TlsPem {
+        authorities: Some(OURS.pem()),
+        ..TlsPem::default()
+    };
+    let client = options(Some(TlsClient::new(&client).expect("an authority")), None);
+    let half = part(&new.certificate);
+    let steps: [&[(&str, &[u8])]; 4] = [
+        &[("tls.crt", &half[..half.len() / 2])],
+        &[("tls.crt", &half)],
+        &[("tls.key", b"")],
+        &[("tls.key", &part(&new.key))],
+    ];
+    for (step, files) in steps.into_iter().enumerate() {
+        directory.write(files);
+        shake(&listener, &client).unwrap_or_else(|error| panic!("step {step}: {error}"));
+    }
+    // Gone altogether, as in the moment of a swap.
+    fs::remove_file(directory.0.join("tls.crt")).expect("ours");
+    shake(&listener, &client).expect("the pair that was read last");
+    // A program that starts in such a moment is told.
+    assert!(TlsServer::from_files(files, Clients::Anybody).is_err());
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use multifd_transport::{Address, Channel, ChannelOptions, TcpOptions};
+use multifd_transport::{Address, Channel, ChannelOptions, Listener};
 use multifd_wire::ChannelRef;
 
 /// Makes connections to the destination. Called again whenever a channel is to be replaced.
@@ -34,8 +34,8 @@ impl<D: Dial + ?Sized> Dial for Arc<D> {
 pub struct Dialer {
     /// Where the destination listens.
     pub address: Address,
-    /// For TCP.
-    pub options: TcpOptions,
+    /// What the kinds need; `TcpOptions` can be turned into it.
+    pub options: ChannelOptions,
 }
 
 impl Dial for Dialer {
@@ -44,7 +44,7 @@ impl Dial for Dialer {
         _: ChannelRef,
         deadline: Instant,
     ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(multifd_transport::connect(
+        Ok(multifd_transport::connect_with(
             &self.address,
             &self.options,
             deadline,
@@ -93,6 +93,26 @@ impl Dial for SpreadDialer {
             &self.options,
             deadline,
         )?)
+    }
+}
+
+/// Takes what the destination dials, so that only the source has to be reachable. At the destination a
+/// [listener that calls](Listener::calling) belongs to it.
+///
+/// Whoever connects is told what a source says, which is its session's ticket. So this is for TLS, where the certificates say who
+/// that is, and for sockets that nobody else can reach.
+pub struct CalledDialer {
+    /// Where the destination dials.
+    pub listener: Listener,
+}
+
+impl Dial for CalledDialer {
+    fn dial(
+        &self,
+        _: ChannelRef,
+        deadline: Instant,
+    ) -> Result<Box<dyn Channel>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.listener.accept(Some(deadline))?.0)
     }
 }
 

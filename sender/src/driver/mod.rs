@@ -39,7 +39,7 @@ use multifd_wire::{
 };
 
 pub use self::ask::{AskTicket, ask};
-pub use self::dial::{Dial, Dialer, SpreadDialer};
+pub use self::dial::{CalledDialer, Dial, Dialer, SpreadDialer};
 use crate::config::Config;
 use crate::device::DeviceSource;
 use crate::error::{Error, Fault};

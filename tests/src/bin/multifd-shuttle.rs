@@ -132,7 +132,7 @@ impl Shuttle {
             sources: vec![guest.tracking_source()?],
             dial: Box::new(tx::Dialer {
                 address: address.parse()?,
-                options: TcpOptions::default(),
+                options: TcpOptions::default().into(),
             }),
             config,
             spawner: None,

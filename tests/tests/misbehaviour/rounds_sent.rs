@@ -272,7 +272,7 @@ fn lanes_that_nobody_reads_are_given_up() {
     let fake = FakeDestination::listen();
     let dialer = tx::Dialer {
         address: fake.address.clone(),
-        options: TcpOptions::default(),
+        options: TcpOptions::default().into(),
     };
     let source = Source::sized(64 << 20, Box::new(dialer), tx_builder().build().unwrap());
     let mut taking = fake.set_up();

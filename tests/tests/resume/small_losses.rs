@@ -119,7 +119,7 @@ fn asked(reply: Option<HelloReply>, states: &[OutcomeState]) -> Result<OutcomeSt
     let fake = FakeDestination::listen();
     let dial = tx::Dialer {
         address: fake.address.clone(),
-        options: TcpOptions::default(),
+        options: TcpOptions::default().into(),
     };
     let session = SessionId::new([3; 16]);
     let ticket = tx::AskTicket::new(session.value(), [9; 16]);

@@ -362,3 +362,14 @@ pub fn no_descriptor_stays_open(kind: Kind) {
         kind.name
     );
 }
+
+/// [`Channel::binding`](crate::Channel::binding).
+pub(super) fn a_binding_is_that_of_one_connection_and_the_same_at_both_ends(kind: Kind) {
+    let ((left, right), (other, _peer)) = ((kind.pair)(), (kind.pair)());
+    assert_eq!(left.binding(), right.binding(), "one connection");
+    assert_eq!(left.binding(), left.binding(), "asked twice");
+    if let (Some(one), Some(other)) = (left.binding(), other.binding()) {
+        assert_ne!(one, other, "two connections");
+        assert_ne!(one, [0; crate::BINDING_BYTES]);
+    }
+}

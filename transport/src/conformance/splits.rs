@@ -1,12 +1,14 @@
 //! A property: however a stream is cut into sends on one side and receives on the other, it is the same stream.
 
 use std::thread;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 use super::{Kind, Noise, guest, read, span};
 use crate::channel::IoSource;
+use crate::error::ChannelError;
 
 /// One piece of a send.
 #[derive(Clone, Copy, Debug)]
@@ -156,4 +158,33 @@ fn receive(
 
 fn fail(error: crate::ChannelError) -> TestCaseError {
     TestCaseError::fail(error.to_string())
+}
+
+/// [`ReceiveHalf::peek`](crate::ReceiveHalf::peek): a banner that is shorter than what was expected.
+pub(super) fn what_came_can_be_looked_at_after_an_error(kind: Kind) {
+    let (mut left, mut right) = kind.ends();
+    let banner = b"SSH-2.0-something";
+    left.send.send(banner, &[]).expect("send");
+    let soon = Instant::now() + Duration::from_millis(300);
+    right.receive.set_deadline(Some(soon));
+    let error = right.receive.receive(&mut [0; 128]).expect_err("too short");
+    assert!(
+        matches!(error, ChannelError::Deadline { bytes_done: 0 }),
+        "{error}"
+    );
+    let mut seen = [0; 64];
+    assert_eq!(right.receive.peek(&mut seen), banner.len());
+    assert_eq!(&seen[..banner.len()], banner);
+    assert_eq!(
+        right.receive.peek(&mut seen[..4]),
+        4,
+        "as much as there is room for"
+    );
+    // It was looked at and not taken; after an end it is still there.
+    drop(left);
+    right
+        .receive
+        .set_deadline(Some(Instant::now() + Duration::from_secs(30)));
+    right.receive.receive(&mut [0; 128]).expect_err("the end");
+    assert_eq!(right.receive.peek(&mut seen), banner.len());
 }

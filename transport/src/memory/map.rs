@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 
-use super::{Span, SpanError};
+use super::{FileRegion, Span, SpanError};
 
 /// Why memory could not be mapped or prepared.
 #[derive(Debug, thiserror::Error)]
@@ -22,24 +22,44 @@ pub enum MapError {
         bytes: u64,
     },
     /// The kernel refused the mapping.
-    #[error("cannot map {bytes} octets for region {region_index}: {source}")]
+    #[error("cannot map {bytes} octets for region {region_index}: {cause}")]
     Map {
         /// The region.
         region_index: u32,
         /// The size asked for.
         bytes: u64,
         /// The kernel's reason.
-        source: io::Error,
+        cause: io::Error,
+    },
+    /// The file does not have the region's octets: to reach for them would kill the process.
+    #[error(
+        "region {region_index} is to be octets {offset} to {end} of a file that has {file_bytes}: make the file that long first"
+    )]
+    File {
+        /// The region.
+        region_index: u32,
+        /// Where it begins in the file.
+        offset: u64,
+        /// Where it ends in the file.
+        end: u64,
+        /// The file's size.
+        file_bytes: u64,
+    },
+    /// A region of vm-memory has no address in this process.
+    #[error("region {region_index} is not mapped into this process as a whole")]
+    NoAddress {
+        /// The region.
+        region_index: u32,
     },
     /// The kernel refused the advice.
-    #[error("{advice} was refused for region {region_index}: {source}")]
+    #[error("{advice} was refused for region {region_index}: {cause}")]
     Advice {
         /// The region.
         region_index: u32,
         /// The kernel's name of the advice.
         advice: &'static str,
         /// The kernel's reason.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The range does not lie inside a region.
     #[error(transparent)]
@@ -97,7 +117,7 @@ impl Mapping {
         let failed = || MapError::Map {
             region_index,
             bytes,
-            source: io::Error::last_os_error(),
+            cause: io::Error::last_os_error(),
         };
         if whole == libc::MAP_FAILED {
             return Err(failed());
@@ -113,44 +133,54 @@ impl Mapping {
         })
     }
 
-    /// Maps `bytes` octets of a file from octet `offset` on, shared with whoever else maps it.
-    pub(super) fn shared(
-        region_index: u32,
-        file: &File,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<Self, MapError> {
+    /// Maps a part of a file, shared.
+    pub(super) fn of_file(region_index: u32, region: &FileRegion<'_>) -> Result<Self, MapError> {
+        let bytes = region.layout.bytes;
         let size = || MapError::Size {
             region_index,
             bytes,
         };
-        let len = usize::try_from(bytes).ok().filter(|&len| len > 0);
-        let len = len.ok_or_else(size)?;
-        let offset = libc::off_t::try_from(offset).map_err(|_| size())?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that exists.
-        let base = unsafe {
+        let failed = |cause| MapError::Map {
+            region_index,
+            bytes,
+            cause,
+        };
+        let len = usize::try_from(bytes)
+            .ok()
+            .filter(|&len| len > 0)
+            .ok_or_else(size)?;
+        let end = region.offset.checked_add(bytes).ok_or_else(size)?;
+        let offset = libc::off_t::try_from(region.offset).map_err(|_| size())?;
+        let file = region.file.try_clone_to_owned().map(File::from);
+        let file_bytes = file.and_then(|file| file.metadata()).map_err(failed)?.len();
+        if end > file_bytes {
+            return Err(MapError::File {
+                region_index,
+                offset: region.offset,
+                end,
+                file_bytes,
+            });
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that exists, and the descriptor is borrowed.
+        let whole = unsafe {
             libc::mmap(
                 ptr::null_mut(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
-                file.as_raw_fd(),
+                region.file.as_raw_fd(),
                 offset,
             )
         };
-        let failed = || MapError::Map {
-            region_index,
-            bytes,
-            source: io::Error::last_os_error(),
-        };
-        if base == libc::MAP_FAILED {
-            return Err(failed());
+        let error = || failed(io::Error::last_os_error());
+        if whole == libc::MAP_FAILED {
+            return Err(error());
         }
-        let base = NonNull::new(base.cast::<u8>()).ok_or_else(failed)?;
+        let whole = NonNull::new(whole.cast::<u8>()).ok_or_else(error)?;
         Ok(Self {
-            whole: base,
+            whole,
             whole_bytes: len,
-            base,
+            base: whole,
         })
     }
 
@@ -186,12 +216,12 @@ pub(super) fn advise(region_index: u32, span: Span<'_>, advice: Advice) -> Resul
         if result == 0 {
             return Ok(());
         }
-        let source = io::Error::last_os_error();
-        if source.kind() != io::ErrorKind::Interrupted {
+        let cause = io::Error::last_os_error();
+        if cause.kind() != io::ErrorKind::Interrupted {
             return Err(MapError::Advice {
                 region_index,
                 advice: name,
-                source,
+                cause,
             });
         }
     }

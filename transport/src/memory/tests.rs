@@ -313,7 +313,7 @@ fn rust_vmm_memory_keeps_its_regions_and_its_contents() {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
     let ranges = [(GuestAddress(0), 8_192), (GuestAddress(1 << 20), 4_096)];
     let theirs = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
-    let ours = GuestMemory::from_vm_memory(Arc::clone(&theirs));
+    let ours = GuestMemory::from_vm_memory(Arc::clone(&theirs)).unwrap();
     let layout = |guest_address, bytes| RegionLayout {
         guest_address,
         bytes,
@@ -336,4 +336,129 @@ fn rust_vmm_memory_keeps_its_regions_and_its_contents() {
         b"theirs",
         "our clone keeps the mapping alive"
     );
+}
+
+/// A region that is none of vm-memory's own, as embedders have: it wraps one and adds what the VMM wants to know of it.
+#[derive(Debug)]
+struct Slot {
+    inner: vm_memory::GuestRegionMmap<()>,
+    _plugged: bool,
+}
+
+impl vm_memory::GuestMemoryRegion for Slot {
+    type B = ();
+
+    fn len(&self) -> u64 {
+        self.inner.len()
+    }
+
+    fn start_addr(&self) -> vm_memory::GuestAddress {
+        self.inner.start_addr()
+    }
+
+    fn bitmap(&self) {}
+
+    fn get_slice(
+        &self,
+        offset: vm_memory::MemoryRegionAddress,
+        count: usize,
+    ) -> vm_memory::guest_memory::Result<vm_memory::VolatileSlice<'_, ()>> {
+        self.inner.get_slice(offset, count)
+    }
+}
+
+impl vm_memory::GuestMemoryRegionBytes for Slot {}
+
+#[test]
+fn regions_of_any_type_are_taken() {
+    use vm_memory::Bytes;
+    let slot = |address, bytes| Slot {
+        inner: vm_memory::GuestRegionMmap::from_range(
+            vm_memory::GuestAddress(address),
+            bytes,
+            None,
+        )
+        .unwrap(),
+        _plugged: true,
+    };
+    let regions = vec![slot(0, 8_192), slot(1 << 30, 4_096)];
+    let theirs = Arc::new(vm_memory::GuestRegionCollection::from_regions(regions).unwrap());
+    let ours = GuestMemory::from_vm_memory(Arc::clone(&theirs)).unwrap();
+    assert_eq!(ours.layout(1).unwrap().guest_address, 1 << 30);
+    ours.span(1, 7, 4).unwrap().copy_from(b"ours");
+    let mut octets = [0; 4];
+    theirs
+        .read_slice(&mut octets, vm_memory::GuestAddress((1 << 30) + 7))
+        .unwrap();
+    assert_eq!(&octets, b"ours");
+}
+
+fn file(bytes: u64) -> std::fs::File {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("multifd-memory-{}-{number}", std::process::id());
+    let path = std::env::temp_dir().join(name);
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    std::fs::remove_file(path).unwrap();
+    file.set_len(bytes).unwrap();
+    file
+}
+
+fn part(file: &std::fs::File, bytes: u64, offset: u64) -> FileRegion<'_> {
+    FileRegion {
+        layout: RegionLayout {
+            guest_address: 0,
+            bytes,
+        },
+        file: std::os::fd::AsFd::as_fd(file),
+        offset,
+    }
+}
+
+#[test]
+fn parts_of_files_are_shared_with_the_file() {
+    use std::os::unix::fs::FileExt;
+    let file = file(3 * 4_096);
+    let memory =
+        GuestMemory::from_files(&[part(&file, 4_096, 8_192), part(&file, 8_192, 0)]).unwrap();
+    memory.span(0, 5, 4).unwrap().copy_from(b"ours");
+    file.write_all_at(b"theirs", 4_096).unwrap();
+    let mut octets = [0; 4];
+    file.read_exact_at(&mut octets, 8_192 + 5).unwrap();
+    assert_eq!(&octets, b"ours");
+    drop(file);
+    assert_eq!(read(memory.span(1, 4_096, 6).unwrap()), b"theirs");
+}
+
+#[test]
+fn a_file_that_is_too_short_is_refused_instead_of_killing_later() {
+    let file = file(8_192);
+    for (bytes, offset) in [
+        (8_193, 0),
+        (4_096, 8_192),
+        (1, u64::MAX - 1),
+        (u64::MAX, 4_096),
+    ] {
+        let error = GuestMemory::from_files(&[part(&file, bytes, offset)]).unwrap_err();
+        assert!(
+            matches!(error, MapError::File { .. } | MapError::Size { .. }),
+            "{bytes} at {offset}: {error}"
+        );
+    }
+    let error = GuestMemory::from_files(&[part(&file, 4_096, 4_096), part(&file, 8_192, 4_096)]);
+    let text = error.unwrap_err().to_string();
+    assert!(
+        text.contains("region 1") && text.contains("has 8192"),
+        "{text}"
+    );
+    assert!(matches!(
+        GuestMemory::from_files(&[part(&file, 4_096, 100)]),
+        Err(MapError::Map { .. })
+    ));
 }

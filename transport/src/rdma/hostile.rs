@@ -10,6 +10,7 @@ use super::super::Listening;
 use super::super::sys::{Sge, Signaled};
 use super::super::wire::{Credit, HEADER_BYTES, Header, Kind};
 use super::*;
+use crate::listener::Listen;
 use crate::memory::{GuestMemory, RegionLayout};
 
 fn devices(test: &str) -> Vec<String> {
@@ -39,8 +40,8 @@ struct Attacker {
 /// Both ends of a connection that was made by the rules.
 fn meet(host: &str) -> (Attacker, Link) {
     let address: SocketAddr = format!("{host}:0").parse().expect("an address");
-    let listening = Listening::bind(address, 4).expect("a listener");
-    let address = listening.address().expect("bound");
+    let listening = Listening::bind_one(address).expect("a listener");
+    let address = listening.id.addresses().0.expect("bound");
     thread::scope(|scope| {
         let victim = scope.spawn(|| {
             let event = loop {
@@ -416,13 +417,13 @@ fn a_greeting_of_something_else_and_silence_end_accepting_in_time() {
     for device in devices("a_greeting_of_something_else_and_silence_end_accepting_in_time") {
         for silent in [false, true] {
             let address: SocketAddr = format!("{device}:0").parse().expect("an address");
-            let listening = Listening::bind(address, 4).expect("a listener");
-            let address = listening.address().expect("bound");
+            let listening = Listening::bind_one(address).expect("a listener");
+            let address = listening.id.addresses().0.expect("bound");
             thread::scope(|scope| {
                 let victim = scope.spawn(|| {
                     let mut channel = loop {
-                        match listening.next().expect("a request") {
-                            Some(channel) => break channel,
+                        match listening.try_accept().expect("a request") {
+                            Some((channel, _)) => break channel,
                             None => thread::sleep(Duration::from_millis(5)),
                         }
                     };

@@ -58,6 +58,10 @@ impl ReceiveHalf for RdmaReceive {
         Ok(bytes_done)
     }
 
+    fn peek(&self, to: &mut [u8]) -> usize {
+        self.ahead.peek(to)
+    }
+
     fn buffered(&self) -> usize {
         self.ahead.len()
     }

@@ -53,6 +53,10 @@ impl ReceiveHalf for StreamReceive {
         Ok(bytes_done)
     }
 
+    fn peek(&self, to: &mut [u8]) -> usize {
+        self.ahead.peek(to)
+    }
+
     fn buffered(&self) -> usize {
         self.ahead.len()
     }
@@ -120,11 +124,7 @@ impl StreamReceive {
         let Some((_, rest)) = buf.split_at_mut_checked(drained) else {
             return Ok(());
         };
-        let mut bulk = Bulk {
-            bytes_done: drained as u64,
-            bytes_wanted,
-            wait: self.patience.start(),
-        };
+        let mut bulk = Bulk::new(drained as u64, bytes_wanted, self.patience);
         let mut list = self.scratch.landing_list();
         list.push_octets(rest);
         let beyond = bulk.receive(&self.link, &mut list, &mut [].iter(), self.ahead.room())?;
@@ -134,11 +134,7 @@ impl StreamReceive {
 
     fn receive_spans(&mut self, spans: &[Span<'_>]) -> Result<(), ChannelError> {
         let bytes_wanted = spans.iter().map(|span| span.len() as u64).sum();
-        let mut bulk = Bulk {
-            bytes_done: 0,
-            bytes_wanted,
-            wait: self.patience.start(),
-        };
+        let mut bulk = Bulk::new(0, bytes_wanted, self.patience);
         let mut spans = spans.iter();
         let mut list = self.scratch.landing_list();
         while self.ahead.len() > 0
@@ -161,11 +157,26 @@ struct Bulk {
     bytes_done: u64,
     bytes_wanted: u64,
     wait: Wait,
+    /// The last call found nothing: the next one is made when the rest is there.
+    dry: bool,
 }
 
 impl Bulk {
+    fn new(bytes_done: u64, bytes_wanted: u64, patience: Patience) -> Self {
+        Self {
+            bytes_done,
+            bytes_wanted,
+            wait: patience.start(),
+            dry: false,
+        }
+    }
+
     /// Fills what `list` holds and then `spans`. Whatever follows the last octet wanted and comes with it lands in `room`, the
     /// room of the read-ahead; returns how many octets that was.
+    ///
+    /// The wait is a `ppoll` and never a receive that sleeps: `ppoll` compares the low-water mark with all that lies in the
+    /// socket, whenever it came. A receive takes what lies there, and then sleeps until as much *again* has come as the mark says,
+    /// which may be more than the peer still owes.
     fn receive<'d>(
         &mut self,
         link: &Link,
@@ -173,33 +184,30 @@ impl Bulk {
         spans: &mut std::slice::Iter<'_, Span<'d>>,
         room: &'d mut [u8],
     ) -> Result<usize, ChannelError> {
+        let socket = link.socket.as_fd();
         let mut room = Some(room);
         fill_landing(list, spans, &mut room);
-        let mut low_water = LowWater::new(link.socket.as_fd());
-        // First what is there; then sleep until the rest is.
-        let mut empty = false;
+        let mut low_water = LowWater::new(socket);
         while self.bytes_done < self.bytes_wanted {
             let pace = self.wait.pace().check(self.bytes_done)?;
-            let how = if empty {
-                low_water.raise(self.bytes_wanted - self.bytes_done);
-                blocking(pace)
-            } else {
-                Blocking::No
-            };
-            match list.receive(link.socket.as_fd(), how) {
+            if std::mem::take(&mut self.dry) {
+                low_water.set(self.bytes_wanted - self.bytes_done);
+                link.sleep(pace, Ready::Receive)?;
+            }
+            match list.receive(socket, Blocking::No) {
                 Ok(0) => return Err(link.end(self.bytes_done, self.bytes_wanted)),
                 Ok(count) => {
-                    empty = false;
                     self.bytes_done += count as u64;
                     list.advance(count);
                     self.wait.moved();
+                    // It gave less than it might have: it has no more.
+                    self.dry = !list.is_done();
                     if list.is_done() {
                         list.clear();
                         fill_landing(list, spans, &mut room);
                     }
                 }
-                Err(error) if is_try_again(&error) && !empty => empty = true,
-                Err(error) if is_try_again(&error) => link.wait(pace, Ready::Receive)?,
+                Err(error) if is_try_again(&error) => self.dry = true,
                 Err(error) => return Err(link.error(error, self.bytes_done, self.bytes_wanted)),
             }
         }
@@ -212,35 +220,37 @@ impl Bulk {
 /// packet. Whatever happens it is back at one octet afterwards, since a head must wake at once.
 struct LowWater<'l> {
     socket: BorrowedFd<'l>,
-    raised: bool,
+    mark: i32,
 }
 
 impl<'l> LowWater<'l> {
-    /// Less than this is not worth two system calls.
+    /// Less than this is not worth a system call.
     const BYTES_MIN: u64 = 16 << 10;
     /// A body has no more; the kernel lowers it further to half of its buffer.
     const BYTES_MAX: u64 = 1 << 20;
 
     fn new(socket: BorrowedFd<'l>) -> Self {
-        Self {
-            socket,
-            raised: false,
-        }
+        Self { socket, mark: 1 }
     }
 
-    fn raise(&mut self, bytes_missing: u64) {
-        if bytes_missing >= Self::BYTES_MIN {
-            sys::set_low_water(self.socket, bytes_missing.min(Self::BYTES_MAX) as i32);
-            self.raised = true;
+    /// Wakes when `bytes_missing` octets are there, or at once if they are few. Never leaves a mark that is higher than what is
+    /// missing: it would be waited for in vain.
+    fn set(&mut self, bytes_missing: u64) {
+        let mark = if bytes_missing < Self::BYTES_MIN {
+            1
+        } else {
+            bytes_missing.min(Self::BYTES_MAX) as i32
+        };
+        if mark != self.mark {
+            sys::set_low_water(self.socket, mark);
+            self.mark = mark;
         }
     }
 }
 
 impl Drop for LowWater<'_> {
     fn drop(&mut self) {
-        if self.raised {
-            sys::set_low_water(self.socket, 1);
-        }
+        self.set(0);
     }
 }
 
@@ -263,7 +273,11 @@ fn fill_landing<'d>(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::mem::MaybeUninit;
     use std::thread;
+
+    use socket2::{SockRef, Socket};
 
     use super::*;
     use crate::memory::{GuestMemory, RegionLayout};
@@ -320,15 +334,76 @@ mod tests {
     }
 
     #[test]
-    fn a_raised_mark_reaches_the_kernel_and_falls_when_dropped() {
+    fn a_mark_reaches_the_kernel_follows_what_is_missing_and_falls_when_dropped() {
         let (_send, receive) = connection();
         let socket = receive.poll_fd().unwrap();
         let mut mark = LowWater::new(socket);
-        mark.raise(LowWater::BYTES_MIN - 1);
+        mark.set(LowWater::BYTES_MIN - 1);
         assert_eq!(sys::low_water(socket), 1, "not worth it");
-        mark.raise(100_000);
+        mark.set(100_000);
         assert_eq!(sys::low_water(socket), 100_000);
+        mark.set(20_000);
+        assert_eq!(sys::low_water(socket), 20_000);
+        mark.set(LowWater::BYTES_MIN - 1);
+        assert_eq!(sys::low_water(socket), 1, "not what is no longer missing");
+        mark.set(100_000);
         drop(mark);
         assert_eq!(sys::low_water(socket), 1);
+    }
+
+    /// Octets that come after a call found nothing, and before the wait for the rest begins, count for that wait.
+    #[test]
+    fn a_wait_for_the_rest_counts_what_came_before_it_began() {
+        const THERE: usize = 70_000;
+        const LATER: usize = 130_000;
+        static OCTETS: [u8; LATER] = [9; LATER];
+        let memory = GuestMemory::anonymous(&[RegionLayout {
+            guest_address: 0,
+            bytes: (THERE + LATER) as u64,
+        }])
+        .unwrap();
+        let kinds: [fn() -> (Socket, Socket); 2] = [tcp_sockets, || {
+            Socket::pair(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap()
+        }];
+        for sockets in kinds {
+            // A machine that is busy makes a run slow; the fault made every run take a whole tick.
+            let shortest = (0..5).map(|_| {
+                let (from, to) = sockets();
+                let link = Link::new(to, "to".into());
+                (&from).write_all(&OCTETS[..THERE]).unwrap();
+                let mut seen = [MaybeUninit::uninit(); THERE];
+                while SockRef::from(&link.socket).peek(&mut seen).unwrap() < THERE {
+                    thread::yield_now();
+                }
+                let sender = thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(20));
+                    (&from).write_all(&OCTETS).unwrap();
+                    from
+                });
+                let mut scratch = Scratch::new();
+                let mut list = scratch.landing_list();
+                let span = memory.span(0, 0, (THERE + LATER) as u64).unwrap();
+                let mut bulk = Bulk::new(0, (THERE + LATER) as u64, Patience::default());
+                bulk.dry = true;
+                let start = Instant::now();
+                let beyond = bulk.receive(&link, &mut list, &mut [span].iter(), &mut []);
+                let took = start.elapsed();
+                assert_eq!(beyond.unwrap(), 0);
+                sender.join().unwrap();
+                took
+            });
+            let shortest = shortest.min().unwrap();
+            assert!(shortest < super::super::TICK / 2, "{shortest:?}");
+        }
+    }
+
+    /// As the channels' own: with the buffers of a connection on one host, and the limit on sleeping.
+    fn tcp_sockets() -> (Socket, Socket) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let from = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let to = Socket::from(listener.accept().unwrap().0);
+        assert!(TcpOptions::default().fit(&to).is_ok());
+        to.set_read_timeout(Some(super::super::TICK)).unwrap();
+        (from.into(), to)
     }
 }

@@ -1,7 +1,7 @@
 //! The channel and what its halves share.
 
 use std::io::{self, IoSlice};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ use super::config::TlsServer;
 use super::handshake::{self, Step};
 use super::receive::TlsReceive;
 use super::send::TlsSend;
-use crate::channel::{Approach, Channel, Closer, ReceiveHalf, SendHalf};
+use crate::channel::{Approach, BINDING_BYTES, Channel, Closer, ReceiveHalf, SendHalf};
 use crate::error::{ChannelError, EstablishError};
 use crate::stream::Link;
 
@@ -35,7 +35,7 @@ pub(crate) fn accepted(
     server: &TlsServer,
 ) -> io::Result<Box<dyn Channel>> {
     socket.set_nonblocking(true)?;
-    let connection = ServerConnection::new(server.config.clone()).map_err(io::Error::other)?;
+    let connection = ServerConnection::new(server.config()).map_err(io::Error::other)?;
     let connection = Connection::Server(connection);
     Ok(Box::new(TlsChannel::new(connection, socket, name)))
 }
@@ -97,6 +97,18 @@ impl Channel for TlsChannel {
 
     fn describe(&self) -> String {
         self.name.to_string()
+    }
+
+    fn binding(&self) -> Option<[u8; BINDING_BYTES]> {
+        // RFC 9266 section 2: this label, no context, 32 octets.
+        let label = b"EXPORTER-Channel-Binding";
+        self.connection
+            .export_keying_material([0; BINDING_BYTES], label, None)
+            .ok()
+    }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.socket.as_fd())
     }
 }
 

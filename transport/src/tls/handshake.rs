@@ -8,15 +8,19 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustls::{AlertDescription, CertificateError, Connection, Error};
+use rustls::{AlertDescription, CertificateError, Connection, Error, IoState};
 use socket2::Socket;
 
 use super::channel::{Flushed, flush};
 use crate::error::{ChannelError, EstablishError};
+use crate::stranger::{Stranger, WithoutTls};
 use crate::sys::{self, Ready};
 
 /// How long a peer that was refused is given to read why.
 const FAREWELL_MAX: Duration = Duration::from_secs(1);
+
+/// Octets that are read at a time.
+const READ_BYTES: usize = 4096;
 
 /// What is read of a peer that was refused, at most.
 const FAREWELL_BYTES_MAX: usize = 64 << 10;
@@ -78,9 +82,11 @@ pub(super) fn advance(
     socket: &Socket,
     bytes: usize,
 ) -> Result<Step, EstablishError> {
+    let dialled = matches!(connection, Connection::Client(_));
+    let mut octets = [0; READ_BYTES];
     let mut state = connection
         .process_new_packets()
-        .map_err(|error| meaning(&error))?;
+        .map_err(|error| meaning(&error, &[], dialled))?;
     loop {
         let flushed = flush(connection, socket).map_err(|error| ended(&error))?;
         if let Flushed::Some(_) = flushed {
@@ -89,12 +95,16 @@ pub(super) fn advance(
         if !connection.is_handshaking() && state.plaintext_bytes_to_read() >= bytes {
             return Ok(Step::Done);
         }
-        match connection.read_tls(&mut &*socket) {
+        match (&*socket).read(&mut octets) {
             Ok(0) => return Err(EstablishError::Channel(ChannelError::Closed)),
-            Ok(_) => {
-                state = connection
-                    .process_new_packets()
-                    .map_err(|error| meaning(&error))?;
+            Ok(count) => {
+                let octets = &octets[..count];
+                state = take(connection, octets).map_err(|error| {
+                    // Before the two sides agreed on anything, this is the first that the peer said.
+                    let unknown = connection.protocol_version().is_none();
+                    let first = if unknown { octets } else { &[] };
+                    meaning(&error, first, dialled)
+                })?;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -103,6 +113,18 @@ pub(super) fn advance(
             Err(error) => return Err(ended(&error)),
         }
     }
+}
+
+/// Gives rustls what came from the socket, all of it.
+fn take(connection: &mut Connection, mut octets: &[u8]) -> Result<IoState, Error> {
+    let mut state = connection.process_new_packets()?;
+    while !octets.is_empty() {
+        if connection.read_tls(&mut octets).is_err() {
+            return Err(Error::General("more came than a handshake has".to_owned()));
+        }
+        state = connection.process_new_packets()?;
+    }
+    Ok(state)
 }
 
 /// Sends the alert that rustls made, and reads until the peer closes, so that the alert is not destroyed by a reset.
@@ -144,8 +166,21 @@ fn ended(error: &io::Error) -> EstablishError {
     })
 }
 
-/// What an error of rustls means for somebody who wants to mend it.
-fn meaning(error: &Error) -> EstablishError {
+/// What an error of rustls means for somebody who wants to mend it. `first`: what the peer said first.
+fn meaning(error: &Error, first: &[u8], dialled: bool) -> EstablishError {
+    match (error, Stranger::look_at(first)) {
+        (Error::InvalidMessage(_), Some(stranger @ Stranger::Other { .. })) => {
+            let stranger = &stranger;
+            EstablishError::Protocol {
+                protocol: "TLS",
+                text: WithoutTls { stranger, dialled }.to_string(),
+            }
+        }
+        _ => meaning_of(error),
+    }
+}
+
+fn meaning_of(error: &Error) -> EstablishError {
     match error {
         Error::InvalidCertificate(wrong) => EstablishError::Certificate(certificate(wrong)),
         Error::NoCertificatesPresented => {
@@ -168,11 +203,12 @@ fn certificate(wrong: &CertificateError) -> String {
             "its signature is wrong, or of another authority (CA) with the same name".to_owned()
         }
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
-            format!("it has expired, or this host's clock is wrong ({wrong})")
+            format!("it has expired, or this host's clock is wrong ({wrong}): renew it at the peer")
         }
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
             format!("it is not valid yet, or this host's clock is wrong ({wrong})")
         }
+        CertificateError::Other(other) => other.0.to_string(),
         other => other.to_string(),
     }
 }
@@ -187,7 +223,7 @@ pub(super) fn explain(alert: AlertDescription) -> String {
             "the peer does not know the authority (CA) that signed this side's certificate"
         }
         AlertDescription::CertificateExpired => {
-            "the peer says that this side's certificate has expired"
+            "the peer says that this side's certificate has expired: renew it"
         }
         AlertDescription::CertificateRevoked => {
             "the peer says that this side's certificate is revoked"

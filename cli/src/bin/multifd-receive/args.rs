@@ -7,7 +7,7 @@ use clap::Parser;
 use multifd_cli::flags::{Output, Silence, TlsFiles, Transport};
 use multifd_cli::units;
 use multifd_receiver::{Config, Overcommit};
-use multifd_transport::tls::TlsServer;
+use multifd_transport::tls::{Clients, TlsServer};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 use multifd_wire::Token;
 
@@ -156,7 +156,11 @@ impl Args {
             .collect::<Result<_, _>>()?;
         let mut options = ChannelOptions::default();
         if self.tls.tls_cert.is_some() {
-            options.tls_server = Some(TlsServer::new(&self.tls.read()?)?);
+            let clients = match self.tls.tls_ca {
+                Some(_) => Clients::OfAuthority,
+                None => Clients::Anybody,
+            };
+            options.tls_server = Some(TlsServer::new(&self.tls.read()?, clients)?);
         }
         let by_tls = |address: &Address| address.kind() == AddressKind::Tls;
         anyhow::ensure!(
