@@ -299,7 +299,7 @@ fn migrate(source: &GuestMemory, channels: usize, settings: &Settings) -> Figure
         memory: source.clone(),
         dial: Box::new(tx::Dialer {
             address,
-            options: options.into().into(),
+            options: options.into(),
         }),
         config,
         spawner: None,

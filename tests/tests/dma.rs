@@ -120,7 +120,7 @@ fn send(
         sources,
         dial: Box::new(tx::Dialer {
             address,
-            options: options.into().into(),
+            options: options.into(),
         }),
         config,
         spawner: None,

@@ -112,7 +112,7 @@ fn migrate(memory: &GuestMemory, pairs: &[Pair]) -> Done {
         sources,
         dial: Box::new(tx::Dialer {
             address,
-            options: options.into().into(),
+            options: options.into(),
         }),
         config,
         spawner: None,

@@ -271,8 +271,7 @@ impl Control {
         self.id = SessionId::new(id);
         let hello =
             Hello::start(self.id, features, self.wanted()).with_pass(self.shared.config.pass());
-        let deadline = Instant::now() + self.shared.config.hello_deadline();
-        let opened = first_contact(&self.dial, &*self.spawner, &self.inbox, hello, deadline)
+        let opened = first_contact(&self.shared, &self.dial, &*self.spawner, &self.inbox, hello)
             .inspect_err(|fault| self.shared.counters.note_fault(ChannelRef::Control, fault))
             .map_err(hello_error)?;
         self.take_control(opened)?;

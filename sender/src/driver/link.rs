@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use crossbeam_channel::Sender;
 use multifd_session::common::ChannelFault;
-use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
+use multifd_transport::{
+    Channel, ChannelError, Closer, ReceiveHalf, STRANGER_BYTES, SendHalf, Stranger,
+};
 use multifd_wire::frame::{
     DeviceLoaded, Grant, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed, Running,
     SwitchoverAck,
@@ -47,8 +49,12 @@ pub(super) fn open(
     rx.set_deadline(Some(deadline));
     tx.send(&hello.encode(), &[]).map_err(failed)?;
     let mut octets = [0u8; HELLO_REPLY_BYTES];
-    rx.receive(&mut octets).map_err(failed)?;
-    let reply = HelloReply::decode(&octets)?;
+    rx.receive(&mut octets)
+        .map_err(|error| unanswered(error, &*rx))?;
+    let reply = HelloReply::decode(&octets).map_err(|error| match stranger(&octets) {
+        Some(stranger) => stranger,
+        None => error.into(),
+    })?;
     let agreement = accept(hello, &reply).map_err(|e| match e {
         Incompatible::Refused { reason, text } => Fault::Refused {
             reason,
@@ -65,6 +71,32 @@ pub(super) fn open(
         agreement,
         description,
     })
+}
+
+/// What it means that no answer came to a hello: what came instead, if it was anything.
+fn unanswered(error: ChannelError, rx: &dyn ReceiveHalf) -> Fault {
+    let mut octets = [0; STRANGER_BYTES];
+    let heard = rx.peek(&mut octets);
+    stranger(&octets[..heard]).unwrap_or_else(|| failed(error))
+}
+
+/// The code of a peer that speaks something else.
+pub(super) const STRANGER: &str = "channel-stranger";
+
+/// The fault of a peer that speaks something else. None speaks as a destination does, if only the beginning of it.
+fn stranger(octets: &[u8]) -> Option<Fault> {
+    /// What an answer begins with (SPEC: HELLO-1).
+    const BEGINNING: &[u8] = b"MULTIFD\n";
+    let known = octets.len().min(BEGINNING.len());
+    if octets.get(..known) == BEGINNING.get(..known) {
+        return None;
+    }
+    let text = Stranger::look_at(octets)?.to_string();
+    Some(Fault::Channel(ChannelFault::new(
+        "channel-stranger",
+        false,
+        text,
+    )))
 }
 
 /// The sending direction of the control channel.

@@ -22,6 +22,7 @@ mod link;
 mod mismatch;
 mod redial;
 mod scan;
+mod tries;
 mod work;
 
 use std::fmt;

@@ -12,6 +12,7 @@ use multifd_wire::{ChannelRef, Hello};
 
 use super::lane::{LaneCommand, serve};
 use super::link::{Open, open, read_outcome};
+use super::tries::open_first;
 use super::{Dial, LaneState, Note, Shared};
 use crate::error::Fault;
 
@@ -143,18 +144,16 @@ pub(super) fn lane_life(
     orders: &Receiver<LaneCommand>,
     notes: &Sender<Note>,
 ) -> Result<(), Fault> {
-    let (at, deadline) = (
-        ChannelRef::Lane(state.id),
-        Instant::now() + shared.config.hello_deadline(),
-    );
-    let channel = match attempt {
-        Attempt::First => dial
-            .dial(at, deadline)
-            .map_err(|e| Fault::Dial(e.to_string()))?,
-        Attempt::Again { round_trip } => dial_again(shared, dial, at, round_trip)?,
+    let at = ChannelRef::Lane(state.id);
+    let opened = match attempt {
+        Attempt::First => open_first(shared, dial, at, hello)?,
+        Attempt::Again { round_trip } => {
+            let deadline = Instant::now() + shared.config.hello_deadline();
+            let channel = dial_again(shared, dial, at, round_trip)?;
+            shared.check_stop()?;
+            open(channel, hello, deadline)?
+        }
     };
-    shared.check_stop()?;
-    let opened = open(channel, hello, deadline)?;
     let (mut tx, rx) = (opened.tx, opened.rx);
     tx.set_stall(Some(shared.config.stall()));
     let _ = notes.send(Note::LaneUp {

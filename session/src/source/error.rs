@@ -47,7 +47,7 @@ pub enum Fault {
     Dial(String),
     /// Somebody takes connections there, and says nothing that a destination says.
     #[error(
-        "no multifd-receive answers at {at}: {why}. Perhaps another service listens there, or only one of the two sides uses TLS"
+        "no multifd-receive answers at {at}: {why}. Perhaps it is busy with others, or another service listens there, or only one of the two sides uses TLS"
     )]
     NoAnswer {
         /// The channel.

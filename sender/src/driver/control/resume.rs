@@ -215,6 +215,8 @@ impl Control {
                     Next::GiveUp => Duration::ZERO,
                 };
                 tracing::debug!(%fault, ?pause, "the destination can't be reached yet");
+                let error = Error::new(Phase::Suspended, fault).at(ChannelRef::Control);
+                self.session.hindered(error);
             }
         }
     }

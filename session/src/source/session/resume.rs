@@ -57,9 +57,13 @@ impl Session {
         matches!(self.state, State::Rejoining { .. })
     }
 
-    /// A lane could not be opened. Nothing follows as long as others can be (SPEC: RESUME-14).
+    /// A channel could not be opened on the way back. Nothing follows as long as others can be, or another try is left (SPEC:
+    /// RESUME-14); the last one is told if it comes to nothing.
     pub fn hindered(&mut self, error: Error) {
-        if self.is_rejoining() {
+        if matches!(
+            self.state,
+            State::Suspended { .. } | State::Asking { .. } | State::Rejoining { .. }
+        ) {
             self.hindrance = Some(error);
         }
     }
@@ -254,7 +258,14 @@ impl Session {
         let doubt = self.doubt.take();
         // The channel is that of the first error: what came of it is not about another one.
         let at = doubt.as_ref().map_or(ChannelRef::None, Error::channel);
-        let why = doubt.map(|error| error.fault().to_string());
+        // What stood in the way last: an end of TLS, say, which the first error knows nothing of.
+        let last = self.hindrance.take().map(|error| error.fault().to_string());
+        let why = doubt.map(|error| match (error.fault().to_string(), last) {
+            (why, Some(last)) if last != why => {
+                format!("{why}; the last attempt to come back ended with: {last}")
+            }
+            (why, _) => why,
+        });
         let error = match (self.state, why) {
             (State::Suspended { .. } | State::Rejoining { .. }, Some(why)) => Error::new(
                 Phase::Suspended,

@@ -1424,6 +1424,24 @@ fn a_lane_that_is_lost_on_the_way_back_ends_nothing_and_is_named_if_none_comes()
 }
 
 #[test]
+fn what_stood_in_the_way_back_last_is_told_beside_why_the_link_was_lost() {
+    let mut session = kept(11, vec![lost()]);
+    let (early, late) = ("nobody listens", "TLS: its certificate has expired");
+    for text in [early, late] {
+        let error = Error::new(Phase::Suspended, Fault::Dial(text.into()));
+        session.hindered(error.at(ChannelRef::Control));
+    }
+    let effects = session.handle(Event::Tick, NOW + KEPT);
+    let Some(Effect::Finish(Outcome::Failed(error))) = effects.last() else {
+        panic!("{effects:?}");
+    };
+    assert_eq!(error.code(), "sender.channel.not-reconnected");
+    let text = error.to_string();
+    assert!(text.contains(late) && !text.contains(early), "{text}");
+    assert!(text.contains("the link was lost because"), "{text}");
+}
+
+#[test]
 fn after_a_resume_devices_are_waited_for_stopped_and_saved_once_more() {
     // Everything of them had been saved when the link was lost.
     let mut session = devices_kept(12, vec![lost(), Event::Reconnected, Event::Granted]);
