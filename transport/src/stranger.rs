@@ -67,17 +67,16 @@ impl Stranger {
 }
 
 impl fmt::Display for Stranger {
-    /// A sentence without its full stop that says what is there and what to do, for the side that dialled without TLS.
+    /// What is there and what to do, for the side that dialled without TLS: to be put behind `no multifd-receive answers there:`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TlsAlert | Self::TlsHandshake => f.write_str(
-                "what answers there speaks TLS: dial it as tls:HOST:PORT, with the certificate of its authority (CA)",
+                "it speaks TLS: dial it as tls:HOST:PORT, with the certificate of its authority (CA)",
             ),
             Self::Other {
                 protocol,
                 beginning,
             } => {
-                f.write_str("no multifd-receive answers there: ")?;
                 Self::began(f, *protocol, beginning)?;
                 f.write_str("; check host and port")
             }

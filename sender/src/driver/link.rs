@@ -80,9 +80,6 @@ fn unanswered(error: ChannelError, rx: &dyn ReceiveHalf) -> Fault {
     stranger(&octets[..heard]).unwrap_or_else(|| failed(error))
 }
 
-/// The code of a peer that speaks something else.
-pub(super) const STRANGER: &str = "channel-stranger";
-
 /// The fault of a peer that speaks something else. None speaks as a destination does, if only the beginning of it.
 fn stranger(octets: &[u8]) -> Option<Fault> {
     /// What an answer begins with (SPEC: HELLO-1).

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use multifd_transport::{ConnectError, ListenError};
 use multifd_wire::{ChannelRef, Hello, Reason};
 
-use super::link::{Open, STRANGER, open};
+use super::link::{Open, open};
 use super::{Dial, Shared};
 use crate::error::Fault;
 
@@ -86,10 +86,9 @@ fn once(
     })
 }
 
-/// What it means that there was no answer to a hello. One that was told apart says so itself.
+/// What it means that there was no answer to a hello.
 fn named(fault: Fault, at: String) -> Fault {
     match &fault {
-        Fault::Channel(error) if error.code() == STRANGER => fault,
         Fault::Channel(_) | Fault::Malformed(_) if !fault.is_damage() => Fault::NoAnswer {
             at,
             why: Box::new(fault),

@@ -14,6 +14,9 @@ pub struct ChannelFault {
 }
 
 impl ChannelFault {
+    /// The code of a peer that speaks something else, whose cause says what.
+    pub const STRANGER: &'static str = "channel-stranger";
+
     /// `code` is the stable name of this failure. `sent_nothing`: if the channel failed while it sent, it certainly took nothing, so
     /// that the peer can have none of it.
     pub fn new(

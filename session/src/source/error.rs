@@ -46,9 +46,7 @@ pub enum Fault {
     #[error("could not connect: {0}")]
     Dial(String),
     /// Somebody takes connections there, and says nothing that a destination says.
-    #[error(
-        "no multifd-receive answers at {at}: {why}. Perhaps it is busy with others, or another service listens there, or only one of the two sides uses TLS"
-    )]
+    #[error("no multifd-receive answers at {at}: {why}{}", perhaps(why))]
     NoAnswer {
         /// The channel.
         at: String,
@@ -433,4 +431,12 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         std::error::Error::source(&*self.fault)
     }
+}
+
+/// What an answer that did not come may mean, where nothing came that tells.
+fn perhaps(why: &Fault) -> &'static str {
+    if why.code() == ChannelFault::STRANGER {
+        return "";
+    }
+    ". Perhaps it is busy with others, or another service listens there, or only one of the two sides uses TLS"
 }
