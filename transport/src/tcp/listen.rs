@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use socket2::{SockAddr, Socket};
 
-use super::{OptionRefused, TcpOptions, name, print, socket};
+use super::{OptionRefused, TcpOptions, print, socket};
 use crate::accept;
 use crate::address::{Address, HostPort};
 use crate::adopt::Protection;
@@ -73,7 +73,7 @@ impl TcpListening {
                     ..
                 },
             ) => {
-                let name = name("tls", &socket)?;
+                let name = super::name("tls", &socket)?;
                 crate::tls::accepted(socket, &name, &server)
             }
             (Protection::Tls, _) => Err(io::Error::other("no certificate to accept TLS with")),
