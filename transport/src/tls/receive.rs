@@ -87,12 +87,11 @@ impl ReceiveHalf for TlsReceive {
 
     fn peek(&self, to: &mut [u8]) -> usize {
         let mut connection = self.link.lock();
-        let octets = connection.reader().fill_buf().map_or(0, |octets| {
+        connection.reader().fill_buf().map_or(0, |octets| {
             let count = octets.len().min(to.len());
             to[..count].copy_from_slice(&octets[..count]);
             count
-        });
-        octets
+        })
     }
 
     fn buffered(&self) -> usize {
