@@ -20,8 +20,9 @@ pub use multifd_sender::report::{
 #[cfg(feature = "vfio")]
 pub use multifd_sender::vfio;
 pub use multifd_sender::{
-    AskTicket, Config, ConfigBuilder, ConfigError, Dial, Dialer, DirtyScan, Error, Fault, Handle,
-    Reclaimed, SpreadDialer, Vmm, WhenAckLate, WhenDestinationLost, WhenNotConverging, ask,
+    AskTicket, CalledDialer, Config, ConfigBuilder, ConfigError, Dial, Dialer, DirtyScan, Error,
+    Fault, Handle, Reclaimed, SpreadDialer, Vmm, WhenAckLate, WhenDestinationLost,
+    WhenNotConverging, ask,
 };
 
 use crate::tracking::Source;
