@@ -1,4 +1,5 @@
 //! Connecting and listening: addresses, deadlines, refusals, options, and the path of a Unix socket.
+#![allow(clippy::print_stderr)] // says what is skipped
 
 use std::fs;
 use std::net::TcpListener;
