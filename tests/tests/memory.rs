@@ -64,7 +64,7 @@ fn migrate(
     let reception = reception.unwrap();
     let dial = Box::new(tx::Dialer {
         address,
-        options: TcpOptions::default(),
+        options: TcpOptions::default().into(),
     });
     let migration = tx::Migration::start(tx::Parts {
         vmm: machine,
@@ -309,7 +309,7 @@ fn through_proxy(
         sources,
         dial: Box::new(tx::Dialer {
             address: format!("tcp:{}", proxy.address()).parse().unwrap(),
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         }),
         config: tx::Config::builder()
             .downtime_limit(Duration::from_secs(60))
@@ -387,7 +387,7 @@ fn a_guest_without_room_is_refused_in_set_up_and_runs_on() {
         sources,
         dial: Box::new(tx::Dialer {
             address,
-            options: TcpOptions::default(),
+            options: TcpOptions::default().into(),
         }),
         config: config(),
         spawner: None,
