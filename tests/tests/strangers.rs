@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use multifd_tests::bounded::{Destination, rx_builder, within};
 use multifd_tests::model::DestinationMachine;
 use multifd_tests::peer::Peer;
-use multifd_transport::tls::{TlsClient, TlsPem, TlsServer};
+use multifd_transport::tls::{Clients, TlsClient, TlsPem, TlsServer};
 use multifd_transport::{Address, ChannelOptions, Listener, connect_with};
 use multifd_wire::{Features, Hello, HelloReply, Reason, SessionId, Token};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -132,7 +132,11 @@ fn the_same_by_tls() {
         let options = |client: Option<&TlsPem>| {
             let mut options = ChannelOptions::default();
             options.tls_client = client.map(|pem| TlsClient::new(pem).expect("certificates"));
-            options.tls_server = Some(TlsServer::new(&server).expect("certificates"));
+            let clients = match server.authorities {
+                Some(_) => Clients::OfAuthority,
+                None => Clients::Anybody,
+            };
+            options.tls_server = Some(TlsServer::new(&server, clients).expect("certificates"));
             options
         };
         let anywhere = "tls:127.0.0.1:0".parse().expect("an address");
