@@ -321,6 +321,7 @@ mod tests {
         );
     }
 
+    // SPEC: ZEROS-3
     #[test]
     fn zeros_clear_written_memory_heal_damage_and_empty_the_digest() {
         let l = landing();

@@ -422,11 +422,7 @@ pub fn accepted(session: SessionId) -> HelloReply {
 /// The same, with features.
 #[must_use]
 pub fn accepted_with(session: SessionId, features: Features) -> HelloReply {
-    HelloReply::Accepted {
-        version: VERSION,
-        features,
-        session,
-    }
+    HelloReply::accepted(VERSION, features, session)
 }
 
 /// PREPARED with this digest.

@@ -5,9 +5,9 @@
 use multifd_transport::Channel;
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{
-    Commit, Config, Device, DeviceChunk, DeviceFlags, DeviceMark, Devices, Final, Grant, KeepAlive,
-    LaneMark, Mark, Pages, RawDevice, RawRegion, RawRun, Regions, RoundEnd, SetupEnd, Switchover,
-    VmState, Zeros, blob_parts,
+    Asks, Commit, Config, Device, DeviceChunk, DeviceFlags, DeviceMark, Devices, Final, Grant,
+    KeepAlive, LaneMark, Mark, Pages, RawDevice, RawRegion, RawRun, Regions, RoundEnd, SetupEnd,
+    Switchover, VmState, Zeros, blob_parts,
 };
 use multifd_wire::{
     Body, DeviceId, Digest, Features, Frame, Generation, Hello, HelloReply, Incarnation, Kind,
@@ -471,6 +471,8 @@ impl<'d> FakeSource<'d> {
         self.control.send(KeepAlive {
             stamp_us: STAMP,
             echo_us: 0,
+            held_us: 0,
+            asks: Asks::Answer,
         });
         loop {
             let heard = self.control.hear_kind(Kind::KeepAlive);
@@ -536,6 +538,8 @@ impl<'d> FakeSource<'d> {
             self.control.send(KeepAlive {
                 stamp_us: 1,
                 echo_us: alive.stamp_us,
+                held_us: 0,
+                asks: Asks::Nothing,
             });
         }
     }

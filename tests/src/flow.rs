@@ -134,7 +134,7 @@ fn spend(left: &mut u64, octets: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use multifd_wire::frame::BlobPart;
-    use multifd_wire::frame::{KeepAlive, VmState};
+    use multifd_wire::frame::{Asks, KeepAlive, VmState};
     use multifd_wire::{Body, Frame, Sequence};
 
     use super::*;
@@ -158,6 +158,8 @@ mod tests {
         Frame::from(KeepAlive {
             stamp_us: 1,
             echo_us: 0,
+            held_us: 0,
+            asks: Asks::Nothing,
         })
         .encode(Sequence::new(1), Body::None, &mut octets)
         .unwrap();

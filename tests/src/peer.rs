@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use multifd_transport::{Channel, ChannelError, Closer, IoSource, ReceiveHalf, SendHalf};
-use multifd_wire::frame::KeepAlive;
+use multifd_wire::frame::{Asks, KeepAlive};
 use multifd_wire::{
     Body, ChannelRef, Frame, HEADER_BYTES, HELLO_BYTES, HELLO_REPLY_BYTES, Header, Hello,
     HelloReply, Kind, Phase, Reason, Sequence,
@@ -138,6 +138,8 @@ impl Peer {
             let frame = KeepAlive {
                 stamp_us,
                 echo_us: 0,
+                held_us: 0,
+                asks: Asks::Answer,
             };
             encode(sequence, frame, Body::None)
         });

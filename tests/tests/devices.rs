@@ -95,6 +95,7 @@ fn new_initial_bytes_are_loaded_and_acknowledged_before_the_guest_is_paused() {
     assert!(device.initial_bytes >= 4 * MIB, "{device:?}");
 }
 
+// SPEC: SWACK-2
 #[test]
 fn the_switchover_waits_for_a_slow_acknowledgement_with_the_guest_running() {
     let (began, host) = (Instant::now(), Host::watch());
@@ -113,6 +114,7 @@ fn the_switchover_waits_for_a_slow_acknowledgement_with_the_guest_running() {
     );
 }
 
+// SPEC: SWACK-2
 #[test]
 fn past_the_acknowledgement_deadline_it_goes_on_or_fails_as_the_user_chose() {
     let plan = |choice| {
@@ -290,6 +292,7 @@ fn every_failure_point_leaves_guest_and_devices_running_at_the_source() {
     }
 }
 
+// SPEC: SEC-3
 #[test]
 fn damage_that_no_checksum_sees_is_found_by_the_device_that_loads_it() {
     let mut plan = Plan::new(&["model:name=x,size=2M"]);

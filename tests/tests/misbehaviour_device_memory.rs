@@ -151,6 +151,7 @@ fn run(act: Act) {
     assert!(!end.running && end.discarded);
 }
 
+// SPEC: CREDIT-4
 #[test]
 fn what_is_held_of_a_device_stays_within_its_window() {
     // Once, so that what is only made once is there already; and what the heap keeps of one act counts in the next.

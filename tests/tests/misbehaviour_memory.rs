@@ -10,7 +10,7 @@ use multifd_tests::fake_source::{FakeSource, run};
 use multifd_tests::model::DestinationMachine;
 use multifd_tests::peer::{Craft, altered, encode};
 use multifd_tests::resident::{peak_bytes, resident_bytes};
-use multifd_wire::frame::{BlobPart, Config, KeepAlive, Pages, RawRegion, Regions, Zeros};
+use multifd_wire::frame::{Asks, BlobPart, Config, KeepAlive, Pages, RawRegion, Regions, Zeros};
 use multifd_wire::{Body, Kind, Region, RegionId, Round};
 use zerocopy::byteorder::little_endian::U32;
 
@@ -279,6 +279,8 @@ fn flooded() {
                 source.control.send(KeepAlive {
                     stamp_us,
                     echo_us: 0,
+                    held_us: 0,
+                    asks: Asks::Answer,
                 });
             }
         }
@@ -362,6 +364,7 @@ fn to_sources() {
     }
 }
 
+// SPEC: GEN-6, SEC-4
 #[test]
 fn no_number_of_the_peer_becomes_memory() {
     // Once by the rules, so that what is only made once is there already.

@@ -149,6 +149,7 @@ fn attempt(
     finished
 }
 
+// SPEC: SETUP-4
 #[test]
 fn a_second_attempt_is_right_and_nothing_of_the_first_is_left() {
     let here = memory(BYTES);

@@ -35,6 +35,7 @@ fn seeds(mode: Mode, least: u64, at_most: Duration) -> Vec<sim::Verdict> {
         .collect()
 }
 
+// SPEC: LANE-4
 #[test]
 fn no_seed_breaks_a_promise() {
     let verdicts = seeds(Mode::Faults, 500, Duration::from_secs(20));

@@ -160,6 +160,7 @@ fn hello(features: Features) -> Hello {
     Hello::start(SessionId::new([7; 16]), Features::NONE, features)
 }
 
+/// SPEC: HELLO-8, SEC-7
 #[test]
 fn only_a_source_with_the_pass_may_begin() {
     let pass = Token::new([3; 16]);

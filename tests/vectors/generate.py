@@ -107,22 +107,29 @@ def seed(target, name, raw):
 
 # --- structures -----------------------------------------------------------------------------------------------------
 
+def parameters(out, values):
+    for bit, key, value in values:
+        out.u16(bit + 1, "parameter.feature").u16(key, "parameter.key").u32(value, "parameter.value")
+    return out.zero(8 * (6 - len(values)), "unused parameters")
+
+
 def hello(intent=1, token=bytes(16), lane=0, incarnation=0, magic=MAGIC, versions=(1, 1), role=1, channel=0,
-          mandatory=0, optional=3, session=SESSION, reserved=bytes(52), crc=None):
+          mandatory=0, optional=3, session=SESSION, values=(), reserved=0, crc=None):
     out = Octets().put(magic, "magic")
     out.u16(versions[0], "version_min").u16(versions[1], "version_max").u8(role, "role").u8(channel, "channel")
     out.u16(intent, "intent").hex64(mandatory, "features_mandatory").hex64(optional, "features_optional")
     out.put(session, "session").put(token, "token").u32(lane, "lane").u32(incarnation, "incarnation")
-    out.put(reserved, "reserved")
+    parameters(out, values).u32(reserved, "reserved")
     return out.hex32(zlib.crc32(out.raw()) if crc is None else crc, "crc")
 
 
 def hello_reply(version=1, status=0, reason=0, features=3, session=SESSION, role=2, text=b"", text_bytes=None,
-                magic=MAGIC, reserved=(bytes(7), bytes(6), bytes(12)), crc=None):
+                magic=MAGIC, values=(), reserved=(bytes(7), bytes(6), bytes(12)), crc=None):
     out = Octets().put(magic, "magic").u16(version, "version").u16(status, "status").u32(reason, "reason")
     out.hex64(features, "features").put(session, "session").u8(role, "role").put(reserved[0], "reserved")
     out.u16(len(text) if text_bytes is None else text_bytes, "text_bytes").put(reserved[1], "reserved")
-    out.text(text, "text").zero(184 - len(text), "rest of text").put(reserved[2], "reserved")
+    out.text(text, "text").zero(136 - len(text), "rest of text")
+    parameters(out, values).put(reserved[2], "reserved")
     return out.hex32(zlib.crc32(out.raw()) if crc is None else crc, "crc")
 
 
@@ -266,8 +273,9 @@ def progress(landed, zero_pages, frames, cpu_us, round_number, lanes):
     return out.u64(cpu_us, "cpu_us").u32(round_number, "round").u32(lanes, "lanes").zero(8)
 
 
-def keep_alive(stamp_us, echo_us):
-    return Octets().u64(stamp_us, "stamp_us").u64(echo_us, "echo_us")
+def keep_alive(stamp_us, echo_us=0, held_us=0, flags=1):
+    out = Octets().u64(stamp_us, "stamp_us").u64(echo_us, "echo_us").u64(held_us, "held_us")
+    return out.u32(flags, "flags").zero(4)
 
 
 def lane_down(lane, incarnation, reason):
@@ -346,8 +354,8 @@ def term(region, page, value):
 
 def digest_file():
     lines = ["name: digest", "structure: digest", "expect: accept", "spec: DIGEST-1 DIGEST-2 DIGEST-3",
-             "; a line is: the octet that fills the page, region, page, CRC-32, value, term, sum of the terms so far",
-             "terms:"]
+             "terms:",
+             "; a line is: the octet that fills the page, region, page, CRC-32, value, term, sum of the terms so far"]
     total = 0
     cases = [(0x00, 0, 0), (0x11, 0, 0), (0x11, 0, 1), (0x11, 1, 0), (0xA5, 0, 3), (0xFF, 1023, (1 << 40) - 1),
              (0x00, 5, 77), (0x01, 7, 123456789)]
@@ -377,6 +385,9 @@ def accepted():
     yes("hello-resume", "hello", "HELLO-5 RESUME-1", hello(3, SECRET, mandatory=3, optional=0))
     yes("hello-ask", "hello", "HELLO-5 ASK-1", hello(4, SECRET, optional=0))
     yes("hello-later-version", "hello", "VER-2", hello(versions=(1, 9), optional=0xFFFF))
+    yes("hello-parameters", "hello", "PARAM-1 PARAM-3",
+        hello(optional=3 | 1 << 40 | 1 << 63, values=[(40, 0, 65536), (40, 7, 1), (63, 0, 0xFFFFFFFF)]))
+    yes("reply-parameters", "hello_reply", "PARAM-1 PARAM-2", hello_reply(values=[(1, 0, 5)]))
     yes("reply-accepted", "hello_reply", "REPLY-2", hello_reply())
     yes("reply-refused", "hello_reply", "REPLY-3",
         hello_reply(0, 1, 12, 0, text="beschäftigt: try again".encode()))
@@ -413,7 +424,8 @@ def accepted():
     each("switchover_ack", "SWITCHOVER_ACK", "SWACK-1", switchover_ack(0, 1, 1048576, 2200), 9)
     each("device_loaded", "DEVICE_LOADED", "LOADED-1", device_loaded(1, 65536, 800, 90), 10)
     each("progress", "PROGRESS", "PROG-1", progress(1036288, 515, 18, 6400, 1, 4), 11)
-    each("keep_alive", "KEEP_ALIVE", "ALIVE-1", keep_alive(1000001, 999000), 12)
+    each("keep_alive", "KEEP_ALIVE", "ALIVE-1", keep_alive(1000001, 999000, 250, 0), 12)
+    each("keep_alive-asks", "KEEP_ALIVE", "ALIVE-5", keep_alive(1), 12)
     each("lane_down", "LANE_DOWN", "LANE-1", lane_down(3, 1, 18), 13)
     each("switchover", "SWITCHOVER", "SWITCH-1", switchover(6), 14)
     each("vm_state", "VM_STATE", "BLOB-1", blob(3, 1, 0, 0, 8), 15, b"cpu-zero")
@@ -455,8 +467,18 @@ def rejected():
     no("hello-join-without-ticket", "hello", bad + "value", "HELLO-8", hello(2, channel=1))
     no("hello-control-lane", "hello", bad + "reserved", "HELLO-9", hello(lane=1))
     no("hello-lane", "hello", bad + "value", "LIMIT-9", hello(2, TICKET, lane=256, channel=1))
-    no("hello-reserved", "hello", bad + "reserved", "GEN-3", hello(reserved=bytes(51) + b"\x80"))
+    no("hello-reserved", "hello", bad + "reserved", "GEN-3", hello(reserved=1 << 31))
     no("hello-feature-twice", "hello", bad + "value", "FEAT-2", hello(mandatory=1, optional=1))
+    no("hello-parameters-falling", "hello", bad + "value", "PARAM-1", hello(values=[(1, 0, 1), (0, 0, 1)]))
+    no("hello-parameters-twice", "hello", bad + "value", "PARAM-1", hello(values=[(1, 0, 1), (1, 0, 1)]))
+    no("hello-parameters-gap", "hello", bad + "value", "PARAM-1", hello(values=[(-1, 0, 0), (1, 0, 1)]))
+    no("hello-parameters-of-nothing", "hello", bad + "reserved", "PARAM-1", hello(values=[(-1, 0, 1)]))
+    no("hello-parameters-no-bit", "hello", bad + "value", "PARAM-2", hello(values=[(64, 0, 1)]))
+    no("hello-parameters-not-named", "hello", bad + "value", "PARAM-2", hello(values=[(2, 0, 1)]))
+    no("hello-parameters-in-a-resume", "hello", bad + "value", "PARAM-2",
+       hello(3, SECRET, mandatory=3, optional=0, values=[(1, 0, 1)]))
+    no("reply-parameters-not-agreed", "hello_reply", bad + "value", "PARAM-2", hello_reply(values=[(2, 0, 1)]))
+    no("reply-parameters-refused", "hello_reply", bad + "value", "PARAM-2", hello_reply(0, 1, 12, 0, values=[(0, 0, 1)]))
     no("reply-magic", "hello_reply", bad + "magic", "HELLO-2", hello_reply(magic=b"HTTP/1.1"))
     no("reply-crc", "hello_reply", bad + "hello-crc", "REPLY-1", hello_reply(crc=1))
     no("reply-status", "hello_reply", bad + "value", "REPLY-1", hello_reply(status=2))
@@ -464,13 +486,13 @@ def rejected():
     no("reply-refused-without-reason", "hello_reply", bad + "value", "REPLY-3", hello_reply(0, 1, 0, 0))
     no("reply-role", "hello_reply", bad + "value", "REPLY-1", hello_reply(role=1))
     no("reply-control-character", "hello_reply", bad + "text", "TEXT-1", hello_reply(0, 1, 12, 0, text=b"\x1b[2J"))
-    no("reply-text-too-long", "hello_reply", bad + "text", "LIMIT-13", hello_reply(0, 1, 12, 0, text_bytes=185))
-    no("reply-text-tail", "hello_reply", bad + "reserved", "TEXT-2",
+    no("reply-text-too-long", "hello_reply", bad + "text", "LIMIT-13 REPLY-4", hello_reply(0, 1, 12, 0, text_bytes=137))
+    no("reply-text-tail", "hello_reply", bad + "reserved", "TEXT-2 REPLY-4",
        hello_reply(0, 1, 12, 0, text=b"busy!", text_bytes=4))
 
     no("header-crc", "frame", bad + "header-crc", "HEAD-2", frame("COMMIT", commit(1), header_crc=0))
     no("header-reserved", "frame", bad + "reserved", "HEAD-3", frame("COMMIT", commit(1), reserved=1))
-    no("unknown-mandatory", "frame", bad + "unknown-kind", "EXT-1", frame(0x7FFE, Octets()))
+    no("unknown-mandatory", "frame", bad + "unknown-kind", "EXT-1 HEAD-4", frame(0x7FFE, Octets()))
     no("unknown-optional-too-long", "frame", bad + "table-bytes", "LIMIT-1", frame(0xFFFE, Octets(), table_bytes=65537))
     no("unknown-optional-body-too-long", "frame", bad + "body-bytes", "LIMIT-2",
        frame(0xFFFE, Octets(), body_bytes=MIB + 1))
@@ -478,7 +500,7 @@ def rejected():
     no("table-crc", "frame", bad + "table-crc", "HEAD-6", frame("COMMIT", commit(1), table_crc=5))
     no("body-where-none", "frame", bad + "body-bytes", "HEAD-5", frame("COMMIT", commit(1), body=b"x"))
     no("body-crc-of-nothing", "frame", bad + "value", "HEAD-7", frame("COMMIT", commit(1), body_crc=1))
-    no("body-crc", "frame", bad + "body-crc", "HEAD-7",
+    no("body-crc", "frame", bad + "body-crc", "HEAD-7 ERR-4",
        frame("DEVICE_CHUNK", device_chunk(0, 0, 0, 0), body=b"x", body_crc=1))
     no("grant-no-ticket", "frame", bad + "value", "GRANT-1", frame("GRANT", grant(ticket=bytes(16))))
     no("grant-no-lanes", "frame", bad + "value", "GRANT-2", frame("GRANT", grant(0)))
@@ -487,7 +509,8 @@ def rejected():
     no("config-part-past-end", "frame", bad + "value", "BLOB-2", frame("CONFIG", blob(part=1, blob_bytes=5)))
     no("config-too-long", "frame", bad + "value", "LIMIT-10",
        frame("CONFIG", blob(part=16, blob_bytes=16 * MIB + 1), body=b"x"))
-    no("config-too-many", "frame", bad + "value", "LIMIT-11", frame("CONFIG", blob(index=64)))
+    no("config-empty-second-part", "frame", bad + "value", "BLOB-3", frame("CONFIG", blob(part=1)))
+    no("config-too-many", "frame", bad + "value", "LIMIT-11 BLOB-1", frame("CONFIG", blob(index=64)))
     no("regions-count", "frame", bad + "count", "REGION-5", frame("REGIONS", regions(count=3)))
     no("regions-flags", "frame", bad + "reserved", "REGION-5", frame("REGIONS", regions(flags=1)))
     no("regions-none", "frame", bad + "table-bytes", "REGION-1", frame("REGIONS", regions([])))
@@ -497,7 +520,7 @@ def rejected():
             ("empty", "alignment", "REGION-2", [(0, 0, 0)]),
             ("wraps", "wraps", "REGION-3", [(0, (1 << 64) - PAGE, PAGE)]),
             ("overlap", "overlap", "REGION-3", [(0, PAGE, 2 * PAGE), (1, 0, 2 * PAGE)]),
-            ("pages", "pages", "LIMIT-15", [(0, 0, 1 << 52), (1, 1 << 52, PAGE)])]:
+            ("pages", "pages", "LIMIT-15 REGION-4", [(0, 0, 1 << 52), (1, 1 << 52, PAGE)])]:
         no("layout-" + name, "frame", "wire.layout." + code, rule, frame("REGIONS", regions(entries)))
     no("devices-flags", "frame", bad + "reserved", "DEVICE-2", frame("DEVICES", devices([(0, 16, 0, 0, 1, b"a")])))
     no("devices-ack-without-pre-copy", "frame", bad + "value", "DEVICE-5",
@@ -529,6 +552,11 @@ def rejected():
        pages(0, [(0, 0, 1)], [page(1)], run_count=2))
     no("zeros-count", "frame", bad + "count", "ZEROS-2", frame("ZEROS", zeros(0, [(0, 0, 3)], page_count=4)))
     no("zeros-count-under-runs", "frame", bad + "count", "ZEROS-2", frame("ZEROS", zeros(0, [(0, 0, 3)], page_count=2)))
+    no("zeros-none", "frame", bad + "table-bytes", "ZEROS-1", frame("ZEROS", zeros(0, [])))
+    no("zeros-with-a-body", "frame", bad + "body-bytes", "ZEROS-1", frame("ZEROS", zeros(0, [(0, 0, 1)]), body=page(0)))
+    no("credit-none", "frame", bad + "table-bytes", "CREDIT-1", frame("CREDIT", credit([])))
+    no("credit-device", "frame", bad + "value", "LIMIT-8", frame("CREDIT", credit([(256, 1)])))
+    no("sequence", "stream", "wire.misbehaved.sequence", "HEAD-8", frame("COMMIT", commit(1), sequence=1))
     no("zeros-empty-run", "frame", bad + "value", "RUN-2", frame("ZEROS", zeros(0, [(0, 0, 0)])))
     no("round_end-flags", "frame", bad + "reserved", "ROUND-4", frame("ROUND_END", round_end(0, 2, 0, 0)))
     no("round_end-pages", "frame", bad + "value", "LIMIT-15",
@@ -549,6 +577,8 @@ def rejected():
     no("switchover_ack-generation", "frame", bad + "value", "SWACK-1",
        frame("SWITCHOVER_ACK", switchover_ack(0, 0, 1, 1)))
     no("keep_alive-stamp", "frame", bad + "value", "ALIVE-1", frame("KEEP_ALIVE", keep_alive(0, 1)))
+    no("keep_alive-held-nothing", "frame", bad + "value", "ALIVE-4", frame("KEEP_ALIVE", keep_alive(1, 0, 1)))
+    no("keep_alive-flags", "frame", bad + "reserved", "GEN-3", frame("KEEP_ALIVE", keep_alive(1, 0, 0, 3)))
     no("lane_down-reason", "frame", bad + "value", "REASON-1", frame("LANE_DOWN", lane_down(0, 0, 0)))
     no("final-no-memory", "frame", bad + "value", "FINAL-1", frame("FINAL", final(0, 0, 0, 0)))
     no("stream_open-stream", "frame", bad + "value", "LIMIT-18", frame("STREAM_OPEN", stream_open(1024)))
@@ -587,20 +617,21 @@ def sessions():
     def plain(kind, table, body=b""):
         return lambda sequence: frame(kind, table, sequence, body)
 
-    stream("session-control-source", "SETUP-1 SWITCH-1 FINAL-1 COMMIT-1", [
+    stream("session-control-source", "SETUP-1 SWITCH-1 STATE-1 FINAL-1 COMMIT-1 ALIVE-5 RUNNING-2", [
         plain("CONFIG", blob(blob_bytes=5), b"hello"), plain("REGIONS", regions()),
         plain("DEVICES", devices(one_device)), plain("SETUP_END", setup_end(1, 2, 1, 1)),
-        plain("KEEP_ALIVE", keep_alive(5, 0)), plain("SWITCHOVER", switchover(1)),
+        plain("KEEP_ALIVE", keep_alive(5)), plain("SWITCHOVER", switchover(1)),
         plain("VM_STATE", blob(3, 1, 0, 0, 8), b"cpu-zero"), plain("FINAL", final(1, 1, end, 768)),
-        plain("COMMIT", commit(end))])
-    stream("session-control-destination", "READY-1 ACK-1 CLOSED-1 PREP-1 RUNNING-1", [
-        plain("GRANT", grant()), plain("READY", ready(1)), plain("PROGRESS", progress(0, 0, 0, 900, 0, 1)),
+        plain("COMMIT", commit(end)), plain("KEEP_ALIVE", keep_alive(5005, 9000, 3, 0))])
+    stream("session-control-destination", "READY-1 READY-2 ACK-1 CLOSED-1 CLOSED-4 PREP-1 RUNNING-1 RUNNING-2 ALIVE-4", [
+        plain("GRANT", grant()), plain("READY", ready(1)), plain("KEEP_ALIVE", keep_alive(8000, 5, 2, 0)),
+        plain("PROGRESS", progress(0, 0, 0, 900, 0, 1)),
         plain(0xFFFE, Octets().put(b"\x01\x02\x03", "what a later version put here"), b"later"),
         plain("SWITCHOVER_ACK", switchover_ack(0, 1, 4, 20)), plain("CREDIT", credit([(0, 33554436)])),
         plain("ACK", ack([(0, 0, 5)])), plain("ROUND_CLOSED", round_closed(0, 2, 766, live, 2500)),
-        plain("DEVICE_LOADED", device_loaded(0, 9, 30, 5)), plain("ACK", ack([(0, 0, 11)])),
+        plain("DEVICE_LOADED", device_loaded(0, 8, 30, 5)), plain("ACK", ack([(0, 0, 11)])),
         plain("ROUND_CLOSED", round_closed(1, 1, 0, end, 300)), plain("PREPARED", prepared(end, 10, 20, 30)),
-        plain("RUNNING", running(150, 7000, 12288))])
+        plain("RUNNING", running(150, 7000, 769 * PAGE)), plain("KEEP_ALIVE", keep_alive(9000, 5, 1002))])
     stream("session-data", "PAGES-3 ZEROS-1 ROUND-3 DEVSTREAM-1", [
         lambda sequence: pages(0, [(0, 1, 1), (1, 16, 1)], [first, second], sequence),
         plain("ZEROS", zeros(0, [(0, 0, 1), (0, 2, 254), (1, 0, 16), (1, 17, 495)])),
@@ -610,6 +641,202 @@ def sessions():
         plain("DEVICE_CHUNK", device_chunk(0, 0, 2, 4), b"stop"), plain("DEVICE_MARK", device_mark(0, 2, 1, 3, 8)),
         plain("DEVICE_CHUNK", device_chunk(0, 1, 4, 8), b"c"), plain("DEVICE_MARK", device_mark(0, 3, 1, 5, 9)),
         plain("ROUND_END", round_end(1, 1, 1, 0))])
+
+
+class Talk:
+    """A session of several channels, in an order in which it can have happened. Each block is what one side writes to one channel."""
+
+    def __init__(self, name, rules, what):
+        self.name, self.rules = name, rules
+        self.lines = [f"; {what}"]
+        self.sequences = {}
+
+    def say(self, side, channel, octets, mark=">"):
+        self.lines.append(f"{mark} {side} {channel}")
+        for raw, remark in octets.lines:
+            self.lines += show(raw, remark)
+        return self
+
+    def frame(self, side, channel, kind, table, body=b""):
+        sequence = self.sequences.get((side, channel), 0)
+        self.sequences[side, channel] = sequence + 1
+        return self.say(side, channel, frame(kind, table, sequence, body))
+
+    def pages(self, channel, round_number, entries, contents, mark=">"):
+        sequence = self.sequences.get(("source", channel), 0)
+        self.sequences["source", channel] = sequence + 1
+        return self.say("source", channel, pages(round_number, entries, contents, sequence), mark)
+
+    def open(self, channel, hello_octets, reply_octets):
+        return self.say("source", channel, hello_octets).say("destination", channel, reply_octets)
+
+    def close(self, channel):
+        self.lines.append(f"! {channel} is lost")
+        return self
+
+    def set_up(self, control, lanes, table=(), ticket=TICKET, features=3, incarnation=0):
+        self.frame("destination", control, "GRANT", grant(ticket=ticket))
+        self.frame("source", control, "CONFIG", blob(blob_bytes=5), b"hello")
+        self.frame("source", control, "REGIONS", regions(SMALL)).frame("source", control, "DEVICES", devices(table))
+        self.frame("source", control, "SETUP_END", setup_end(1, 1, len(table), lanes, 8 * PAGE))
+        for lane in range(lanes):
+            self.join(lane, incarnation, ticket, features)
+        return self.frame("destination", control, "READY", ready(lanes, 300 if incarnation else 4000))
+
+    def join(self, lane, incarnation=0, ticket=TICKET, features=3):
+        return self.open(f"lane-{lane}-{incarnation}", hello(2, ticket, lane=lane, incarnation=incarnation, channel=1,
+                                                             mandatory=features, optional=0), hello_reply(features=features))
+
+    def to_the_end(self, control, lanes, round_number, region_page, content, digest, pages_so_far):
+        """The paused round with one page on the first lane, and the commit."""
+        self.frame("source", control, "SWITCHOVER", switchover(round_number))
+        self.frame("source", control, "VM_STATE", blob(3, 1, 0, 0, 8), b"cpu-zero")
+        self.pages(lanes[0], round_number, [(0, region_page, 1)], [content])
+        for place, lane in enumerate(lanes):
+            self.frame("source", lane, "ROUND_END", round_end(round_number, 1, 0 if place else 1, 0))
+        self.frame("source", control, "FINAL", final(round_number, 1, digest, 8))
+        marks = [(int(lane.split("-")[1]), int(lane.split("-")[2]), self.sequences["source", lane]) for lane in lanes]
+        self.frame("destination", control, "ACK", ack(marks))
+        self.frame("destination", control, "ROUND_CLOSED", round_closed(round_number, 1, 0, digest, 700))
+        self.frame("destination", control, "PREPARED", prepared(digest, 10, 20, 30))
+        self.frame("source", control, "COMMIT", commit(digest))
+        return self
+
+    def running(self, control, pages_landed):
+        self.frame("destination", control, "RUNNING", running(150, 7000, pages_landed * PAGE))
+        self.frame("destination", control, "KEEP_ALIVE", keep_alive(900000))
+        return self.frame("source", control, "KEEP_ALIVE", keep_alive(800000, 900000, 4, 0))
+
+    def write(self):
+        text = [f"name: {self.name}", "structure: session", "expect: accept", f"spec: {self.rules}", "blocks:"]
+        (HERE / f"{self.name}.txt").write_text("\n".join(text + self.lines) + "\n")
+
+
+SMALL = [(0, 0x100000, 8 * PAGE)]
+
+
+def talks():
+    """Whole sessions of one region of eight pages, each of another shape."""
+    one, two, three = page(0x11), page(0x22), page(0x33)
+    v = lambda number, content: term(0, number, page_value(content))
+    base = v(0, one) + v(1, two) & MASK
+    done = base + v(5, three) & MASK
+
+    def begin(name, rules, what, lanes=2, table=(), features=3):
+        talk = Talk(name, rules, what)
+        talk.open("control-0", hello(optional=features), hello_reply(features=features))
+        return talk.set_up("control-0", lanes, table, features=features)
+
+    def round_zero(talk, control="control-0", lanes=("lane-0-0", "lane-1-0")):
+        talk.pages(lanes[0], 0, [(0, 0, 2)], [one, two])
+        talk.frame("source", lanes[1], "ZEROS", zeros(0, [(0, 2, 6)]))
+        talk.frame("source", lanes[0], "ROUND_END", round_end(0, 0, 2, 0))
+        talk.frame("source", lanes[1], "ROUND_END", round_end(0, 0, 0, 6))
+        talk.frame("destination", control, "ACK", ack([(0, 0, 2), (1, 0, 2)]))
+        return talk.frame("destination", control, "ROUND_CLOSED", round_closed(0, 2, 6, base, 900))
+
+    plain = round_zero(begin("session-plain", "SETUP-1 JOIN-1 JOIN-5 JOIN-6 ROUND-1 ROUND-3 ROUND-5 CLOSED-1 CLOSED-3 SWITCH-1 "
+                             "FINAL-1 FINAL-3 PREP-1 COMMIT-1 COMMIT-2 RUNNING-1 RUNNING-2 DIGEST-3 DIGEST-6 FEAT-4",
+                             "two lanes, two rounds, no device"))
+    plain.to_the_end("control-0", ["lane-0-0", "lane-1-0"], 1, 5, three, done, 8).running("control-0", 9).write()
+
+    lost = begin("session-lane-lost", "LANE-1 LANE-2 LANE-3 LANE-5 ROUND-6 JOIN-3 ACK-1 CLOSED-2",
+                 "lane 1 is lost in round 0 with a frame that was not acknowledged, and comes back in round 1")
+    lost.pages("lane-0-0", 0, [(0, 0, 1)], [one]).pages("lane-1-0", 0, [(0, 1, 1)], [two], "?").close("lane-1-0")
+    lost.frame("destination", "control-0", "LANE_DOWN", lane_down(1, 0, 18))
+    lost.frame("source", "control-0", "LANE_DOWN", lane_down(1, 0, 18))
+    lost.frame("source", "lane-0-0", "ZEROS", zeros(0, [(0, 2, 6)]))
+    lost.frame("source", "lane-0-0", "ROUND_END", round_end(0, 0, 1, 6))
+    lost.frame("destination", "control-0", "ACK", ack([(0, 0, 3)]))
+    lost.frame("destination", "control-0", "ROUND_CLOSED", round_closed(0, 1, 6, v(0, one), 900))
+    lost.join(1, 1)
+    lost.pages("lane-1-1", 1, [(0, 1, 1)], [two]).frame("source", "lane-1-1", "ROUND_END", round_end(1, 0, 1, 0))
+    lost.frame("source", "lane-0-0", "ROUND_END", round_end(1, 0, 0, 0))
+    lost.frame("destination", "control-0", "ACK", ack([(0, 0, 4), (1, 1, 2)]))
+    lost.frame("destination", "control-0", "ROUND_CLOSED", round_closed(1, 1, 0, base, 500))
+    lost.to_the_end("control-0", ["lane-0-0", "lane-1-1"], 2, 5, three, done, 8).running("control-0", 9).write()
+
+    damaged = begin("session-page-damaged", "BACK-1 BACK-2 BACK-3 PAGES-6 CLOSED-2 DIGEST-6 ACK-1",
+                    "page 1 arrives with other octets than its checksum says, is given back, and is sent again", 1)
+    damaged.pages("lane-0-0", 0, [(0, 0, 1)], [one])
+    broken = pages_table(0, [(0, 1, 1)], [two])
+    damaged.say("source", "lane-0-0", frame("PAGES", broken, 1, three))
+    damaged.sequences["source", "lane-0-0"] = 2
+    damaged.frame("source", "lane-0-0", "ZEROS", zeros(0, [(0, 2, 6)]))
+    damaged.frame("source", "lane-0-0", "ROUND_END", round_end(0, 0, 2, 6))
+    damaged.frame("destination", "control-0", "GIVE_BACK", give_back(0, 0, 1, 1, [(0, 1, 1)]))
+    damaged.frame("destination", "control-0", "ACK", ack([(0, 0, 4)]))
+    wrong = v(0, one) + v(1, three) & MASK
+    damaged.frame("destination", "control-0", "ROUND_CLOSED", round_closed(0, 1, 6, wrong, 900, 1))
+    damaged.to_the_end("control-0", ["lane-0-0"], 1, 1, two, base, 8).running("control-0", 8).write()
+
+    device = [(0, 15, 4, 9, 1024, b"net0")]
+    devs = begin("session-devices", "DEVSTREAM-1 DEVSTREAM-3 DEVSTREAM-4 DEVSTREAM-5 DEVSTREAM-7 DEVSTREAM-8 DEVSTREAM-9 SWACK-1 SWACK-3 "
+                 "LOADED-1 CREDIT-1 CREDIT-2", "one device on two lanes: initial bytes, a restart, and again to the end", 2, device)
+    devs.frame("source", "lane-0-0", "DEVICE_CHUNK", device_chunk(0, 0, 0, 0), b"init")
+    devs.frame("source", "lane-1-0", "DEVICE_MARK", device_mark(0, 1, 1, 1, 4))
+    devs.frame("destination", "control-0", "SWITCHOVER_ACK", switchover_ack(0, 1, 4, 20))
+    devs.frame("destination", "control-0", "CREDIT", credit([(0, 33554436)]))
+    devs.frame("source", "lane-1-0", "DEVICE_MARK", device_mark(0, 4, 1, 2, 4))
+    devs.frame("source", "lane-0-0", "DEVICE_CHUNK", device_chunk(0, 0, 3, 4), b"again")
+    devs.frame("source", "lane-1-0", "DEVICE_MARK", device_mark(0, 1, 2, 4, 9))
+    devs.frame("destination", "control-0", "SWITCHOVER_ACK", switchover_ack(0, 2, 5, 20))
+    devs.pages("lane-0-0", 0, [(0, 0, 2)], [one, two])
+    devs.frame("source", "lane-1-0", "ZEROS", zeros(0, [(0, 2, 6)]))
+    devs.frame("source", "lane-0-0", "ROUND_END", round_end(0, 0, 2, 0))
+    devs.frame("source", "lane-1-0", "ROUND_END", round_end(0, 0, 0, 6))
+    devs.frame("destination", "control-0", "ACK", ack([(0, 0, 4), (1, 0, 5)]))
+    devs.frame("destination", "control-0", "ROUND_CLOSED", round_closed(0, 2, 6, base, 900))
+    # The second lane overtakes the first: items are put in order by their index.
+    devs.frame("source", "lane-1-0", "DEVICE_MARK", device_mark(0, 2, 2, 6, 13))
+    devs.frame("source", "lane-0-0", "DEVICE_CHUNK", device_chunk(0, 0, 5, 9), b"stop")
+    devs.frame("source", "lane-0-0", "DEVICE_CHUNK", device_chunk(0, 1, 7, 13), b"c")
+    devs.frame("source", "lane-0-0", "DEVICE_MARK", device_mark(0, 3, 2, 8, 14))
+    devs.to_the_end("control-0", ["lane-0-0", "lane-1-0"], 1, 5, three, done, 8)
+    devs.running("control-0", 9).write()
+
+    again = round_zero(begin("session-resume", "RESUME-1 RESUME-2 RESUME-5 RESUME-6 RESUME-7 RESUME-9 RESUME-10 RESUME-14 LANDED-1 LANDED-2 "
+                             "GRANT-1 READY-2", "the control channel is lost in round 1, in which page 5 landed and page 6 did not"))
+    again.pages("lane-0-0", 1, [(0, 5, 1)], [three]).pages("lane-1-0", 1, [(0, 6, 1)], [three], "?").close("control-0").close("lane-0-0").close("lane-1-0")
+    new = bytes(range(0x50, 0x60))
+    again.open("control-1", hello(3, SECRET, mandatory=3, optional=0), hello_reply())
+    again.set_up("control-1", 2, ticket=new, incarnation=1)
+    again.frame("destination", "control-1", "LANDED", landed(1, [(0, 0, 3), (1, 0, 2)]))
+    again.pages("lane-1-1", 1, [(0, 6, 1)], [three])
+    again.frame("source", "lane-0-1", "ROUND_END", round_end(1, 0, 0, 0))
+    again.frame("source", "lane-1-1", "ROUND_END", round_end(1, 0, 1, 0))
+    again.frame("destination", "control-1", "ACK", ack([(0, 1, 1), (1, 1, 2)]))
+    most = done + v(6, three) & MASK
+    again.frame("destination", "control-1", "ROUND_CLOSED", round_closed(1, 2, 0, most, 900))
+    again.to_the_end("control-1", ["lane-0-1", "lane-1-1"], 2, 7, three, most + v(7, three) & MASK, 8)
+    again.running("control-1", 11).write()
+
+    asked = round_zero(begin("session-ask", "ASK-1 ASK-2 ASK-4 COMMIT-3 COMMIT-4 COMMIT-5", "the control channel is lost behind COMMIT"))
+    asked.to_the_end("control-0", ["lane-0-0", "lane-1-0"], 1, 5, three, done, 8).close("control-0")
+    asked.open("control-1", hello(4, SECRET, optional=0), hello_reply(features=0))
+    asked.frame("destination", "control-1", "OUTCOME", outcome(3)).write()
+
+    ended = round_zero(begin("session-abort", "ABORT-1 ABORT-2 ABORT-3", "the user of the source cancels in round 1"))
+    ended.frame("source", "control-0", "ABORT", abort(1, 2, NONE, b"cancelled")).write()
+
+    setup = Talk("session-lane-lost-in-set-up", "LANE-1 LANE-2 LANE-10 JOIN-3 SETUP-1 READY-1", "lane 0 is lost before READY and dialled again")
+    setup.open("control-0", hello(), hello_reply()).frame("destination", "control-0", "GRANT", grant())
+    setup.frame("source", "control-0", "REGIONS", regions(SMALL)).frame("source", "control-0", "DEVICES", devices([]))
+    setup.frame("source", "control-0", "SETUP_END", setup_end(0, 1, 0, 1, 8 * PAGE)).join(0).close("lane-0-0")
+    setup.frame("destination", "control-0", "LANE_DOWN", lane_down(0, 0, 18))
+    setup.frame("source", "control-0", "LANE_DOWN", lane_down(0, 0, 18)).join(0, 1)
+    setup.frame("destination", "control-0", "READY", ready(1, 4000))
+    setup.frame("source", "control-0", "ABORT", abort(1, 2, NONE, b"cancelled")).write()
+
+    refused = Talk("session-refusals", "VER-3 FEAT-1 FEAT-3 HELLO-10 REPLY-3 JOIN-1 RESUME-1", "what is refused in a reply, channel by channel")
+    no = lambda reason, text, session=SESSION: hello_reply(0, 1, reason, 0, session=session, text=text)
+    refused.open("control-0", hello(versions=(2, 9)), no(13, b"no version in common"))
+    refused.open("control-1", hello(mandatory=1 << 40, optional=0), no(14, b"feature 40 is not offered"))
+    refused.open("control-2", hello(crc=0), no(20, b"wrong checksum", bytes(16)))
+    refused.open("control-3", hello(session=bytes(16)), no(2, b"no session", bytes(16)))
+    refused.open("control-4", hello(3, SECRET, mandatory=3, optional=0), no(15, b"no such session"))
+    refused.open("lane-0-0", hello(2, TICKET, channel=1, mandatory=3, optional=0), no(15, b"no such session"))
+    refused.write()
 
 
 def layout_seeds():
@@ -633,6 +860,7 @@ def main():
     accepted()
     rejected()
     sessions()
+    talks()
     digest_file()
     layout_seeds()
 

@@ -47,6 +47,7 @@ fn failure<T>(result: Result<T, ConnectError>) -> ConnectError {
     result.err().expect("no connection")
 }
 
+// SPEC: BELOW-1
 #[test]
 fn tcp_says_both_ends_and_carries_octets() {
     let listener = listen("127.0.0.1:0");

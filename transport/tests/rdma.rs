@@ -55,6 +55,7 @@ fn pair() -> (Box<dyn Channel>, Box<dyn Channel>) {
     pair_at(&host, RdmaOptions::default())
 }
 
+// SPEC: BELOW-7
 #[test]
 fn every_check_of_the_suite_passes_on_every_device() {
     let only = std::env::var("MULTIFD_CHECK").ok();

@@ -316,6 +316,7 @@ fn what_comes_with_the_end_of_the_handshake_is_not_lost() {
     assert_eq!(&said, b"first words");
 }
 
+// SPEC: BELOW-3
 #[test]
 fn an_end_that_was_not_announced_is_no_clean_end() {
     let (left, right) = tls_pair();
@@ -332,6 +333,7 @@ fn an_end_that_was_not_announced_is_no_clean_end() {
     );
 }
 
+// SPEC: BELOW-3
 #[test]
 fn a_server_of_another_authority_is_refused_and_told() {
     let other = Authority::new();
@@ -398,6 +400,7 @@ fn a_certificate_for_another_name_is_refused_unless_that_name_is_asked_for() {
     });
 }
 
+// SPEC: BELOW-3
 #[test]
 fn a_client_without_a_certificate_is_refused_where_one_is_asked_for() {
     let client = TlsPem {
@@ -444,6 +447,7 @@ fn a_server_without_an_authority_takes_clients_without_certificates() {
     accepted.expect("the connection");
 }
 
+// SPEC: BELOW-2
 #[test]
 fn a_peer_that_speaks_something_else_is_found_out_at_once() {
     // A plain TCP destination at the port that a TLS source dials.

@@ -11,10 +11,10 @@
 //!       +---------------------------------------------------------------+
 //!    48 | token: pass (start), ticket (join), resume secret (resume, ask)|
 //!       +---------------+---------------+-------------------------------+
-//!    64 | lane          | incarnation   | reserved ...                  |
+//!    64 | lane          | incarnation   | parameters, 48 octets ...     |
 //!       +---------------+---------------+---------------+---------------+
-//!   112 | ... reserved, 52 octets in all                | crc of 0..124 |
-//!       +-----------------------------------------------+---------------+
+//!   112 | ... parameters                | reserved      | crc of 0..124 |
+//!       +-------------------------------+---------------+---------------+
 //! ```
 //!
 //! A hello has a fixed size so that nothing is allocated for a peer before it has shown that it belongs here.
@@ -27,6 +27,8 @@ use crate::error::Malformed;
 use crate::feature::Features;
 use crate::id::{Incarnation, LaneId, SessionId, Token};
 use crate::kind::{ChannelKind, Role};
+use crate::limits::PARAMETERS_MAX;
+use crate::parameter::{self, Parameters};
 
 /// The size of a hello in octets. SPEC: HELLO-1
 pub const HELLO_BYTES: usize = 128;
@@ -153,7 +155,8 @@ struct Raw {
     token: [u8; 16],
     lane: U32,
     incarnation: U32,
-    reserved: [u8; 52],
+    parameters: [parameter::Raw; PARAMETERS_MAX],
+    reserved: U32,
     crc: U32,
 }
 
@@ -184,6 +187,8 @@ pub struct Hello {
     pub lane: LaneId,
     /// The incarnation of that lane; 0 on a control channel.
     pub incarnation: Incarnation,
+    /// Values of the features; none in a hello that does not start a session.
+    pub parameters: Parameters,
 }
 
 impl Hello {
@@ -201,6 +206,7 @@ impl Hello {
             token: Token::NONE,
             lane: LaneId::new(0),
             incarnation: Incarnation::new(0),
+            parameters: Parameters::NONE,
         }
     }
 
@@ -271,7 +277,8 @@ impl Hello {
             token: self.token.value(),
             lane: U32::new(self.lane.value()),
             incarnation: U32::new(self.incarnation.value()),
-            reserved: [0; 52],
+            parameters: self.parameters.encode(),
+            reserved: U32::ZERO,
             crc: U32::ZERO,
         };
         raw.crc = U32::new(raw.crc());
@@ -299,8 +306,9 @@ impl Hello {
             token: Token::new(raw.token),
             lane: codec::lane("hello.lane", raw.lane.get())?,
             incarnation: Incarnation::new(raw.incarnation.get()),
+            parameters: raw.parameters()?,
         };
-        codec::reserved_octets("hello.reserved", &raw.reserved)?;
+        codec::reserved("hello.reserved", u64::from(raw.reserved.get()))?;
         hello.check()?;
         Ok(hello)
     }
@@ -317,7 +325,7 @@ impl Hello {
     }
 
     /// Refuses fields that contradict each other.
-    // SPEC: HELLO-6, HELLO-7, HELLO-8, HELLO-9, FEAT-2
+    // SPEC: HELLO-6, HELLO-7, HELLO-8, HELLO-9, FEAT-2, PARAM-2
     fn check(&self) -> Result<(), Malformed> {
         if self.channel != self.intent.channel() {
             return Err(refused("hello.intent", u64::from(self.intent.as_u16())));
@@ -334,6 +342,12 @@ impl Hello {
         }
         if self.token.is_none() && self.intent != Intent::Start {
             return Err(refused("hello.token", 0));
+        }
+        if self.intent != Intent::Start && self.parameters != Parameters::NONE {
+            return Err(refused(
+                "hello.parameters",
+                self.parameters.features().value(),
+            ));
         }
         if self.channel == ChannelKind::Control {
             codec::reserved("hello.lane", u64::from(self.lane.value()))?;
@@ -376,6 +390,12 @@ impl Raw {
             Some(Role::Source) => Ok(Role::Source),
             _ => Err(refused("hello.role", u64::from(self.role))),
         }
+    }
+
+    /// The values of the features that the hello names.
+    fn parameters(&self) -> Result<Parameters, Malformed> {
+        let named = self.features_mandatory.get() | self.features_optional.get();
+        Parameters::decode("hello.parameters", &self.parameters, Features::new(named))
     }
 
     /// The checksum of everything before the checksum itself.

@@ -9,8 +9,10 @@
 //!       +-------------------------------+---+---------------------------+
 //!    32 | ... session                   |rol| reserved, 7 octets        |
 //!       +-------+-----------------------+---+---------------------------+
-//!    48 | bytes | reserved, 6 octets    | text, 184 octets ...          |
+//!    48 | bytes | reserved, 6 octets    | text, 136 octets ...          |
 //!       +-------+-----------------------+-------------------------------+
+//!   192 | parameters, 48 octets ...                                     |
+//!       +---------------------------------------------------------------+
 //!   240 | reserved, 12 octets                           | crc of 0..252 |
 //!       +-----------------------------------------------+---------------+
 //! ```
@@ -25,7 +27,8 @@ use crate::feature::Features;
 use crate::hello::MAGIC;
 use crate::id::SessionId;
 use crate::kind::Role;
-use crate::limits::REPLY_TEXT_BYTES_MAX;
+use crate::limits::{PARAMETERS_MAX, REPLY_TEXT_BYTES_MAX};
+use crate::parameter::{self, Parameters};
 use crate::text::Text;
 
 /// The size of a reply in octets. SPEC: REPLY-1
@@ -52,6 +55,7 @@ struct Raw {
     text_bytes: U16,
     reserved_b: [u8; 6],
     text: [u8; REPLY_TEXT_BYTES_MAX],
+    parameters: [parameter::Raw; PARAMETERS_MAX],
     reserved_c: [u8; 12],
     crc: U32,
 }
@@ -69,6 +73,8 @@ pub enum HelloReply {
         features: Features,
         /// The session of the hello.
         session: SessionId,
+        /// Values of those features.
+        parameters: Parameters,
     },
     /// The channel will be closed.
     Refused {
@@ -82,6 +88,17 @@ pub enum HelloReply {
 }
 
 impl HelloReply {
+    /// An acceptance without parameters.
+    #[must_use]
+    pub const fn accepted(version: u16, features: Features, session: SessionId) -> Self {
+        Self::Accepted {
+            version,
+            features,
+            session,
+            parameters: Parameters::NONE,
+        }
+    }
+
     /// A refusal whose text is cut to what fits.
     #[must_use]
     pub fn refused(reason: Reason, text: &str, session: SessionId) -> Self {
@@ -132,6 +149,7 @@ impl HelloReply {
             text_bytes: U16::ZERO,
             reserved_b: [0; 6],
             text: [0; REPLY_TEXT_BYTES_MAX],
+            parameters: Parameters::NONE.encode(),
             reserved_c: [0; 12],
             crc: U32::ZERO,
         };
@@ -140,11 +158,13 @@ impl HelloReply {
                 version,
                 features,
                 session,
+                parameters,
             } => Raw {
                 version: U16::new(*version),
                 status: U16::new(ACCEPTED),
                 features: U64::new(features.value()),
                 session: session.value(),
+                parameters: parameters.encode(),
                 ..blank
             },
             Self::Refused {
@@ -218,18 +238,22 @@ impl Raw {
                 value: 0,
             });
         }
+        let features = Features::new(self.features.get());
+        let parameters = Parameters::decode("hello_reply.parameters", &self.parameters, features)?;
         Ok(HelloReply::Accepted {
             version,
-            features: Features::new(self.features.get()),
+            features,
             session,
+            parameters,
         })
     }
 
     /// A refusal has a reason, and neither version nor features.
-    // SPEC: REPLY-3
+    // SPEC: REPLY-3, PARAM-2
     fn refused(&self) -> Result<HelloReply, Malformed> {
         codec::reserved("hello_reply.version", u64::from(self.version.get()))?;
         codec::reserved("hello_reply.features", self.features.get())?;
+        Parameters::decode("hello_reply.parameters", &self.parameters, Features::NONE)?;
         let reason = Reason::from_u32(self.reason.get()).ok_or(Malformed::Value {
             field: "hello_reply.reason",
             value: 0,

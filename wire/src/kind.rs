@@ -236,7 +236,7 @@ kinds! {
     Credit        = 0x0023, "CREDIT",         Destination, Control, [Rounds, Switchover], list(8, 16, 1, DEVICES_MAX);
     SwitchoverAck = 0x0024, "SWITCHOVER_ACK", Destination, Control, [Rounds, Switchover], fixed(24);
     DeviceLoaded  = 0x0025, "DEVICE_LOADED",  Destination, Control, [Rounds, Switchover], fixed(32);
-    KeepAlive     = 0x0027, "KEEP_ALIVE",     Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], fixed(16);
+    KeepAlive     = 0x0027, "KEEP_ALIVE",     Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], fixed(32);
     LaneDown      = 0x0028, "LANE_DOWN",      Both,        Control, [Setup, Rounds, Switchover, Commit], fixed(16);
     Switchover    = 0x0030, "SWITCHOVER",     Source,      Control, [Rounds, Switchover, Commit], fixed(16);
     VmState       = 0x0031, "VM_STATE",       Source,      Control, [Switchover], with_body(fixed(32), 0);

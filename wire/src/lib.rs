@@ -45,6 +45,8 @@ pub mod kind;
 pub mod layout;
 pub mod limits;
 pub mod negotiate;
+pub mod parameter;
+pub mod pulse;
 pub mod role;
 pub mod text;
 pub mod values;
@@ -65,6 +67,8 @@ pub use id::{
 };
 pub use kind::Kind;
 pub use layout::{Layout, PageRun, Region};
+pub use parameter::{Parameter, Parameters};
+pub use pulse::Pulse;
 pub use role::{ChannelKind, Role};
 pub use text::Text;
 pub use values::PageValues;

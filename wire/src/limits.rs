@@ -43,7 +43,7 @@ pub const BLOBS_MAX: usize = 64;
 pub const TEXT_BYTES_MAX: usize = 512;
 
 /// Octets of the text of a refusal: what is left in the fixed reply. SPEC: LIMIT-13
-pub const REPLY_TEXT_BYTES_MAX: usize = 184;
+pub const REPLY_TEXT_BYTES_MAX: usize = 136;
 
 /// Octets of a device's name. SPEC: LIMIT-14
 pub const DEVICE_NAME_BYTES_MAX: usize = 64;
@@ -65,3 +65,6 @@ pub const STREAM_BYTES_MAX: u64 = 1 << 56;
 
 /// Streams in one STREAM_CREDIT frame: 6 KiB of table. SPEC: LIMIT-20
 pub const STREAM_CREDITS_MAX: usize = 256;
+
+/// Parameters of a hello and of a reply: what fits where neither grows. SPEC: LIMIT-21
+pub const PARAMETERS_MAX: usize = 6;

@@ -80,11 +80,8 @@ pub fn answer(hello: &Hello, offer: &Offer) -> HelloReply {
             session,
         );
     }
-    HelloReply::Accepted {
-        version,
-        features: wanted.intersection(offer.features),
-        session,
-    }
+    // No feature of this version has values; those of others are passed over (SPEC: PARAM-3).
+    HelloReply::accepted(version, wanted.intersection(offer.features), session)
 }
 
 /// The answer to octets that [`Hello::decode`] refused: a peer of a later version is told so, any other what is wrong.
@@ -111,6 +108,7 @@ pub fn accept(hello: &Hello, reply: &HelloReply) -> Result<Agreement, Incompatib
             version,
             features,
             session,
+            parameters: _,
         } => (version, features, session),
         HelloReply::Refused { reason, text, .. } => {
             let text = text.as_str().into();

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use multifd_transport::{Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::{
-    Abort, Frame, KeepAlive, OutcomeState, RawStreamCredit, StreamCredits, StreamEndKind,
-    StreamOpen, StreamOutcome,
+    Abort, Asks, Frame, OutcomeState, RawStreamCredit, StreamCredits, StreamEndKind, StreamOpen,
+    StreamOutcome,
 };
 use multifd_wire::limits::STREAM_CREDITS_MAX;
-use multifd_wire::{ChannelKind, ChannelRef, Phase, Reason, Role, StreamId, Text};
+use multifd_wire::{ChannelKind, ChannelRef, Phase, Pulse, Reason, Role, StreamId, Text};
 
 use super::core::Core;
 use super::frames::{Fault, Receiving, Sending};
@@ -35,9 +35,8 @@ const LOOSE_END_MAX: Duration = Duration::from_secs(1);
 const ROUND_TRIP_MAX: Duration = Duration::from_millis(500);
 
 /// What the reader tells the writer.
-#[derive(Default)]
 struct Heard {
-    stamp_us: u64,
+    pulse: Pulse,
     answer: bool,
 }
 
@@ -52,7 +51,11 @@ pub(crate) fn serve(
     sending.tx.set_stall(Some(SILENCE_MAX));
     receiving.rx.set_deadline(None);
     receiving.rx.set_stall(Some(SILENCE_MAX));
-    let heard = Arc::new(std::sync::Mutex::new(Heard::default()));
+    let heard = Arc::new(std::sync::Mutex::new(Heard {
+        // The hello was another's to time; the horizon has a bound of its own.
+        pulse: Pulse::new(ROUND_TRIP_MAX),
+        answer: false,
+    }));
     let (theirs, told) = (Arc::clone(shared), Arc::clone(&heard));
     spawn("brg-control-in", move || {
         loop {
@@ -126,26 +129,23 @@ fn write_loop(
             shared.wake_all();
             return Ok(());
         }
-        let answer = {
-            let heard = heard
+        let since = said_at.map_or(Duration::MAX, |at| now.saturating_sub(at));
+        let alive = {
+            let mut heard = heard
                 .lock()
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
-            heard.answer
+            // SPEC: ALIVE-2, ALIVE-5
+            if std::mem::take(&mut heard.answer) {
+                Some(heard.pulse.answer(shared.now()))
+            } else if since >= ALIVE {
+                said_at = Some(now);
+                Some(heard.pulse.ask(shared.now()))
+            } else {
+                None
+            }
         };
-        let since = said_at.map_or(Duration::MAX, |at| now.saturating_sub(at));
-        if since >= ALIVE || (answer && shared.role == Role::Source) {
-            said_at = Some(now);
-            let echo_us = {
-                let mut heard = heard
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner);
-                heard.answer = false;
-                heard.stamp_us
-            };
-            sending.send(KeepAlive {
-                stamp_us: micros(shared.now()).max(1),
-                echo_us,
-            })?;
+        if let Some(alive) = alive {
+            sending.send(alive)?;
         }
         let core = shared.lock();
         if core.is_current(epoch) {
@@ -156,10 +156,6 @@ fn write_loop(
             ));
         }
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What is due by time alone.
@@ -290,12 +286,12 @@ fn read(
             let mut heard = heard
                 .lock()
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
-            heard.answer = alive.stamp_us != heard.stamp_us;
-            heard.stamp_us = alive.stamp_us;
+            let seen = heard.pulse.heard(&alive, shared.now());
+            heard.answer |= seen.asks == Asks::Answer;
             drop(heard);
-            // The source answers at once, so that the destination, which grants what is large, measures the round trip.
-            if alive.echo_us > 0 && shared.role == Role::Destination {
-                measure(shared, alive.echo_us);
+            // The destination, which grants what is large, measures the round trip.
+            if let (Some(trip), Role::Destination) = (seen.round_trip, shared.role) {
+                measure(shared, trip);
             }
             shared.control.notify_all();
         }
@@ -319,10 +315,9 @@ fn read(
     Ok(())
 }
 
-fn measure(shared: &Shared, echo_us: u64) {
-    let seen = micros(shared.now()).saturating_sub(echo_us);
+fn measure(shared: &Shared, seen: Duration) {
     let mut core = shared.lock();
-    let seen = Duration::from_micros(seen).min(ROUND_TRIP_MAX);
+    let seen = seen.min(ROUND_TRIP_MAX);
     let best = core.round_trip.map_or(seen, |before| before.min(seen));
     core.round_trip = Some(best);
     core.streams.set_horizon(shared.config.horizon + best);

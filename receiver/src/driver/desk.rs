@@ -197,6 +197,7 @@ fn random_token() -> Result<Token, Refusal> {
 mod tests {
     use super::*;
 
+    // SPEC: SEC-6
     #[test]
     fn each_wrong_token_waits_twice_as_long_as_the_one_before_up_to_a_bound() {
         let wrong = WrongTokens::default();

@@ -239,14 +239,13 @@ impl LaneThread {
             .map_err(failed)?;
         bad.clear();
         landing.landed(runs, pages.checksums, bad);
-        self.shared
-            .counters
-            .pages
-            .fetch_add(pages.checksums.len() as u64, Ordering::Relaxed);
+        let counters = &self.shared.counters;
+        let damaged: u64 = bad.iter().map(|run| u64::from(run.count())).sum();
+        // SPEC: PAGES-6, CLOSED-1
+        let landed = (pages.checksums.len() as u64).saturating_sub(damaged);
+        counters.pages.fetch_add(landed, Ordering::Relaxed);
         if !bad.is_empty() {
-            let pages = bad.iter().map(|run| u64::from(run.count())).sum();
-            let counters = &self.shared.counters;
-            counters.note_mismatch(ChannelRef::Lane(self.id), header.kind().name(), pages);
+            counters.note_mismatch(ChannelRef::Lane(self.id), header.kind().name(), damaged);
             // Before the frame counts as handled: the give-back must overtake its acknowledgement (SPEC: BACK-2).
             let _ = self.notes.send(Note::Damaged {
                 lane: self.id,

@@ -14,14 +14,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_tracking::{CollectPhase, Source};
 use multifd_transport::{ChannelError, Closer, Spawner};
 use multifd_wire::frame::{
-    Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, KeepAlive, LaneDown, LaneMark,
+    Abort, Asks, Commit, Config as ConfigFrame, Devices, Final, Grant, LaneDown, LaneMark,
     RawRegion, RawRun, Ready, Regions, SetupEnd, Switchover, VmState, blob_parts,
 };
 use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
 use multifd_wire::negotiate::Agreement;
 use multifd_wire::{
-    ChannelRef, Features, Frame, Hello, Incarnation, Kind, LaneId, Misbehaved, Phase, Reason,
-    Round, Sequence, SessionId, Text, Token,
+    ChannelRef, Features, Frame, Hello, Incarnation, Kind, LaneId, Misbehaved, Phase, Pulse,
+    Reason, Round, Sequence, SessionId, Text, Token,
 };
 
 use super::ask::AskTicket;
@@ -155,6 +155,8 @@ pub(super) struct Control {
     mismatches: Mismatches,
     timeline: Timeline,
     outcome: Option<Outcome>,
+    /// Stamps and echoes on this control channel.
+    pulse: Pulse,
     keep_alive_due: Duration,
     cpu: Duration,
 }
@@ -214,6 +216,7 @@ impl Control {
             later: VecDeque::new(),
             timeline: Timeline::default(),
             outcome: None,
+            pulse: Pulse::new(Duration::MAX),
             keep_alive_due: Duration::ZERO,
             cpu: Duration::ZERO,
         }
@@ -321,11 +324,8 @@ impl Control {
                 } else {
                     period
                 };
-            let stamp_us = micros(now).max(1);
-            self.send(KeepAlive {
-                stamp_us,
-                echo_us: 0,
-            });
+            let alive = self.pulse.ask(now);
+            self.send(alive);
         }
         if self.settle_deadline().is_some_and(|due| now >= due) {
             let what = "the destination to say what it has of a lost lane";
@@ -941,19 +941,16 @@ impl Control {
                 self.timeline.running(&running);
                 self.drive(Event::Running);
             }
-            Inbound::KeepAlive {
-                stamp_us,
-                echo_us: 0,
-            } => self.send(KeepAlive {
-                stamp_us: micros(self.shared.now()).max(1),
-                echo_us: stamp_us,
-            }),
-            Inbound::KeepAlive { echo_us, .. } => {
-                let time = self
-                    .shared
-                    .now()
-                    .saturating_sub(Duration::from_micros(echo_us));
-                self.drive(Event::RoundTrip(time));
+            Inbound::KeepAlive(alive) => {
+                let now = self.shared.now();
+                let heard = self.pulse.heard(&alive, now);
+                if heard.asks == Asks::Answer {
+                    let answer = self.pulse.answer(now);
+                    self.send(answer);
+                }
+                if let Some(time) = heard.round_trip {
+                    self.drive(Event::RoundTrip(time));
+                }
             }
             Inbound::LaneDown {
                 lane,
@@ -1090,11 +1087,8 @@ impl Control {
             match told.recv_timeout(self.shared.config.keep_alive()) {
                 Ok(done) => break Some(done),
                 Err(RecvTimeoutError::Timeout) if self.control.is_some() => {
-                    let stamp_us = micros(self.shared.now()).max(1);
-                    self.try_send(KeepAlive {
-                        stamp_us,
-                        echo_us: 0,
-                    })?;
+                    let alive = self.pulse.ask(self.shared.now());
+                    self.try_send(alive)?;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break None,
@@ -1598,8 +1592,4 @@ fn failure(error: Error) -> Event {
     } else {
         Event::Failed(error)
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

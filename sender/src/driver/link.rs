@@ -1,7 +1,7 @@
 //! Frames over a channel: the hello exchange, the control channel's two directions.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use multifd_session::common::ChannelFault;
@@ -9,8 +9,8 @@ use multifd_transport::{
     Channel, ChannelError, Closer, ReceiveHalf, STRANGER_BYTES, SendHalf, Stranger,
 };
 use multifd_wire::frame::{
-    DeviceLoaded, Grant, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed, Running,
-    SwitchoverAck,
+    DeviceLoaded, Grant, KeepAlive, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed,
+    Running, SwitchoverAck,
 };
 use multifd_wire::limits::TABLE_BYTES_MAX;
 use multifd_wire::negotiate::{Agreement, accept};
@@ -35,6 +35,8 @@ pub(super) struct Open {
     pub(super) closer: Closer,
     pub(super) agreement: Agreement,
     pub(super) description: String,
+    /// From the hello to its reply: a round trip, or longer than one.
+    pub(super) round_trip: Duration,
 }
 
 /// Says hello and reads the answer (SPEC: HELLO-1).
@@ -47,10 +49,12 @@ pub(super) fn open(
     let (mut tx, mut rx, closer) = channel.split();
     tx.set_deadline(Some(deadline));
     rx.set_deadline(Some(deadline));
+    let asked = Instant::now();
     tx.send(&hello.encode(), &[]).map_err(failed)?;
     let mut octets = [0u8; HELLO_REPLY_BYTES];
     rx.receive(&mut octets)
         .map_err(|error| unanswered(error, &*rx))?;
+    let round_trip = asked.elapsed();
     let reply = HelloReply::decode(&octets).map_err(|error| match stranger(&octets) {
         Some(stranger) => stranger,
         None => error.into(),
@@ -70,6 +74,7 @@ pub(super) fn open(
         closer,
         agreement,
         description,
+        round_trip,
     })
 }
 
@@ -158,10 +163,7 @@ pub(super) enum Inbound {
     Loaded(DeviceLoaded),
     Prepared(Prepared),
     Running(Running),
-    KeepAlive {
-        stamp_us: u64,
-        echo_us: u64,
-    },
+    KeepAlive(KeepAlive),
     LaneDown {
         lane: LaneId,
         incarnation: Incarnation,
@@ -297,10 +299,7 @@ fn owned(frame: Frame<'_>, devices: bool) -> Result<Inbound, Misbehaved> {
         Frame::Credit(_) if devices => Inbound::Other,
         Frame::Prepared(prepared) => Inbound::Prepared(prepared),
         Frame::Running(running) => Inbound::Running(running),
-        Frame::KeepAlive(alive) => Inbound::KeepAlive {
-            stamp_us: alive.stamp_us,
-            echo_us: alive.echo_us,
-        },
+        Frame::KeepAlive(alive) => Inbound::KeepAlive(alive),
         Frame::LaneDown(down) => Inbound::LaneDown {
             lane: down.lane,
             incarnation: down.incarnation,

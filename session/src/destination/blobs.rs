@@ -118,6 +118,7 @@ mod tests {
         assert_eq!((blobs[0].kind, blobs[0].version), (9, 2));
     }
 
+    // SPEC: BLOB-2, BLOB-4, FINAL-5
     #[test]
     fn refuses_parts_out_of_order_and_blobs_that_are_half_there() {
         let big = vec![7u8; (2 << 20) + 5];

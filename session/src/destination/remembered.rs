@@ -57,8 +57,9 @@ impl Remembered {
         self.stamp_us = Some(stamp_us);
     }
 
-    pub(super) fn echo(&mut self, echo_us: u64) {
-        self.echoed |= self.stamp_us == Some(echo_us);
+    /// A KEEP_ALIVE of the source came, of which it can be asked whether it shows that a stamp was read.
+    pub(super) fn echo(&mut self, has_read: impl Fn(u64) -> bool) {
+        self.echoed |= self.stamp_us.is_some_and(has_read);
     }
 
     /// Until when the source may have to ask.

@@ -24,10 +24,10 @@ pub use resume::DAMAGES_MAX;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use multifd_wire::frame::{Final, KeepAlive};
+use multifd_wire::frame::{Asks, Final, KeepAlive};
 use multifd_wire::{
     ChannelKind, ChannelRef, Digest, Features, Frame, Incarnation, Kind, LaneId, Layout,
-    Misbehaved, PageRun, Phase, Role, Round,
+    Misbehaved, PageRun, Phase, Pulse, Role, Round,
 };
 
 use super::blobs::Assembler;
@@ -83,6 +83,8 @@ pub struct Session {
     deadlines: Deadlines,
     /// The sending direction of the control channel.
     control: Encoder,
+    /// Stamps and echoes on it.
+    pulse: Pulse,
     secrets: Option<Secrets>,
     /// What is damaged when a session comes back, until it was said.
     damaged: Vec<PageRun>,
@@ -112,6 +114,7 @@ impl Session {
             loads: Loads::default(),
             deadlines: Deadlines::new(now),
             control: Encoder::default(),
+            pulse: Pulse::new(Duration::MAX),
             secrets: None,
             damaged: Vec::new(),
             damages: 0,
@@ -267,14 +270,15 @@ impl Session {
     }
 
     fn keep_alive(&mut self, alive: KeepAlive, now: Duration, out: &mut Vec<Effect>) -> Done {
-        self.remembered.echo(alive.echo_us);
-        if alive.echo_us != 0 || !self.is_connected() {
+        // SPEC: RUNNING-2
+        let pulse = &self.pulse;
+        self.remembered
+            .echo(|stamp_us| pulse.has_read(&alive, stamp_us));
+        // SPEC: ALIVE-5
+        if self.pulse.heard(&alive, now).asks == Asks::Nothing || !self.is_connected() {
             return Ok(());
         }
-        let answer = KeepAlive {
-            stamp_us: stamp(now),
-            echo_us: alive.stamp_us,
-        };
+        let answer = self.pulse.answer(now);
         self.send(answer, out)
     }
 
@@ -424,11 +428,6 @@ impl Session {
             (_, event) => Err(internal(format!("{event:?}"))),
         }
     }
-}
-
-/// Microseconds of the session's own clock, as stamps have them: never 0 (SPEC: ALIVE-1).
-fn stamp(now: Duration) -> u64 {
-    micros(now).max(1)
 }
 
 fn micros(time: Duration) -> u64 {

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use multifd_wire::frame::{
-    Abort, BlobPart, Commit, Config as ConfigFrame, Credit, Device, DeviceFlags, DeviceLoaded,
-    Devices, Final, KeepAlive, LaneDown, LaneMark, OutcomeState, RawDevice, RawRegion, Regions,
-    SetupEnd, Switchover, SwitchoverAck, VmState, blob_parts,
+    Abort, Asks, BlobPart, Commit, Config as ConfigFrame, Credit, Device, DeviceFlags,
+    DeviceLoaded, Devices, Final, KeepAlive, LaneDown, LaneMark, OutcomeState, RawDevice,
+    RawRegion, Regions, SetupEnd, Switchover, SwitchoverAck, VmState, blob_parts,
 };
 use multifd_wire::{
     Body, ChannelKind, ChannelRef, DeviceId, Digest, Features, Frame, Generation, HEADER_BYTES,
@@ -267,7 +267,18 @@ impl Driver {
             ALIVE => {
                 let (stamp_us, echo_us) =
                     (1 + u64::from(script.below(9)), u64::from(script.below(3)));
-                self.say(KeepAlive { stamp_us, echo_us }.into(), &[]);
+                let asks = if script.below(2) == 0 {
+                    Asks::Answer
+                } else {
+                    Asks::Nothing
+                };
+                let alive = KeepAlive {
+                    stamp_us,
+                    echo_us,
+                    held_us: 0,
+                    asks,
+                };
+                self.say(alive.into(), &[]);
             }
             LANE_DOWN => {
                 let down = LaneDown {

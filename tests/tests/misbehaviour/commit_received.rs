@@ -15,6 +15,7 @@ fn other(digest: Digest) -> Digest {
     Digest::new(digest.value() ^ 1)
 }
 
+// SPEC: FINAL-4
 #[test]
 fn final_with_another_digest_ends_it_with_reason_7() {
     let destination = Destination::start();

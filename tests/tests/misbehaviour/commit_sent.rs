@@ -11,7 +11,7 @@ use multifd_tests::fake_destination::{FakeDestination, Taking, prepared, running
 use multifd_tests::host::Host;
 use multifd_tests::model::{DestinationMachine, Refuse};
 use multifd_tests::peer::{PATIENCE, encode};
-use multifd_wire::frame::{Abort, LaneDown, RoundClosed};
+use multifd_wire::frame::{Abort, Asks, KeepAlive, LaneDown, RoundClosed};
 use multifd_wire::{Body, ChannelRef, Digest, Frame, Incarnation, Kind, LaneId, Phase, Reason};
 
 /// Long enough for whatever a busy host does late: for deadlines that are not what is tested.
@@ -56,6 +56,86 @@ fn prepared_with_another_digest_is_answered_with_reason_7_and_the_guest_runs_on(
     );
 }
 
+/// A sign of life of a destination whose clock stands.
+fn alive(echo_us: u64, held_us: u64, asks: Asks) -> KeepAlive {
+    KeepAlive {
+        stamp_us: 1,
+        echo_us,
+        held_us,
+        asks,
+    }
+}
+
+// SPEC: ALIVE-5, ALIVE-6, RUNNING-2
+#[test]
+fn echoes_that_are_late_or_lie_stretch_no_forecast_and_are_not_answered() {
+    type Lie = fn(u64) -> (u64, u64);
+    let lies: [(&str, Lie); 4] = [
+        ("late, and does not say so", |stamp| (stamp, 0)),
+        ("never sent", |_| (1, 0)),
+        ("from the future", |stamp| (stamp + (1 << 40), 0)),
+        ("held for ever", |stamp| (stamp, u64::MAX)),
+    ];
+    for (name, lie) in lies {
+        let fake = FakeDestination::listen();
+        // Three times the lie is more than this, so a source that believed it would never switch over.
+        let config = tx_builder()
+            .stall(LATE)
+            .keep_alive(STALL / 20)
+            .commit_deadline(LATE)
+            .downtime_limit(Duration::from_secs(2));
+        let source = Source::to(&fake.address, config.build().unwrap());
+        let mut taking = fake.welcome();
+        taking.grant();
+        taking.hear_tables();
+        taking.accept_lane();
+        let heard = taking.control.hear_kind(Kind::KeepAlive);
+        let Frame::KeepAlive(question) = heard.frame() else {
+            unreachable!("that kind was waited for")
+        };
+        assert_eq!(question.asks, Asks::Answer, "{name}");
+        std::thread::sleep(Duration::from_millis(800));
+        let (echo_us, held_us) = lie(question.stamp_us);
+        for _ in 0..20 {
+            taking.control.send(alive(echo_us, held_us, Asks::Nothing));
+        }
+        taking.ready(1);
+        taking.read_lanes();
+        // None of the twenty was answered: the source goes on to ask, and says nothing else.
+        let mut heard = 0;
+        let digest = loop {
+            let frame = taking.control.hear(PATIENCE).expect("no FINAL came");
+            match frame.frame() {
+                Frame::KeepAlive(alive) => {
+                    assert_eq!(alive.asks, Asks::Answer, "{name}: an answer was answered");
+                    heard += 1;
+                }
+                Frame::Final(last) => break last.digest,
+                Frame::Abort(abort) => panic!("{name}: {}", abort.text),
+                _ => {}
+            }
+        };
+        assert!(heard < 1000, "{name}: {heard} signs of life");
+        taking.control.send(prepared(digest));
+        taking.control.hear_kind(Kind::Commit);
+        taking.control.send(running());
+        // By the letter: the newest stamp is echoed here, too.
+        let farewell = KeepAlive {
+            stamp_us: 2,
+            ..alive(question.stamp_us, 7, Asks::Answer)
+        };
+        taking.control.send(farewell);
+        loop {
+            let heard = taking.control.hear_kind(Kind::KeepAlive);
+            if matches!(heard.frame(), Frame::KeepAlive(answer) if answer.echo_us == 2) {
+                break;
+            }
+        }
+        let end = source.end(GRACE);
+        assert_eq!(end.finished.report.outcome, tx::OutcomeKind::Migrated);
+    }
+}
+
 #[test]
 fn running_before_commit_is_refused_and_the_guest_runs_on() {
     let fake = FakeDestination::listen();
@@ -70,6 +150,7 @@ fn running_before_commit_is_refused_and_the_guest_runs_on() {
     );
 }
 
+// SPEC: ERR-6
 #[test]
 fn whatever_fails_after_final_gives_the_guest_back() {
     type Act = fn(&mut Taking, &Source);
@@ -310,6 +391,7 @@ fn a_cancel_after_commit_comes_too_late() {
     end.stays_paused("migrated");
 }
 
+// SPEC: BACK-4, SWITCH-2
 #[test]
 fn pages_that_are_damaged_for_ever_end_it_at_the_bound_and_the_guest_runs_on() {
     let fake = FakeDestination::listen();

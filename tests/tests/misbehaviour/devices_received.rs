@@ -109,6 +109,7 @@ fn several_devices_of_which_none_has_p2p_are_refused_in_set_up() {
     destination.fails(GRACE, "receiver.device.refused", "two without P2P");
 }
 
+// SPEC: CREDIT-3, GRANT-4
 #[test]
 fn more_than_was_granted_is_refused() {
     check(
@@ -147,6 +148,7 @@ fn more_than_was_granted_is_refused() {
     );
 }
 
+// SPEC: CREDIT-5
 #[test]
 fn a_configuration_larger_than_the_format_allows_is_refused() {
     check(

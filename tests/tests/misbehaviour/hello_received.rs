@@ -169,6 +169,7 @@ fn a_connection_that_says_nothing_is_closed_at_its_deadline_and_keeps_nobody_wai
     still_serves(destination, 20, "after all of them");
 }
 
+// SPEC: HELLO-11
 #[test]
 fn connections_that_say_nothing_are_few_and_those_beyond_are_told_at_once() {
     let destination = Destination::start();
@@ -206,6 +207,7 @@ fn connections_that_say_nothing_are_few_and_those_beyond_are_told_at_once() {
     assert!(destination.end(GRACE).running);
 }
 
+// SPEC: CHAN-1
 #[test]
 fn a_second_migration_is_told_that_it_is_busy_and_the_first_goes_on() {
     let destination = Destination::start();

@@ -56,11 +56,7 @@ fn an_answer_that_is_none_ends_it() {
         (
             "a version that was not offered",
             |p, session| {
-                let reply = HelloReply::Accepted {
-                    version: 2,
-                    features: Features::NONE,
-                    session,
-                };
+                let reply = HelloReply::accepted(2, Features::NONE, session);
                 p.raw(&reply.encode());
             },
             "wire.incompatible.version",
@@ -68,11 +64,7 @@ fn an_answer_that_is_none_ends_it() {
         (
             "a feature that was not asked for",
             |p, session| {
-                let reply = HelloReply::Accepted {
-                    version: 1,
-                    features: Features::RESUME,
-                    session,
-                };
+                let reply = HelloReply::accepted(1, Features::RESUME, session);
                 p.raw(&reply.encode());
             },
             "wire.incompatible.features",

@@ -65,6 +65,7 @@ fn mark(round: u32, pages: u64, zero_pages: u64) -> RoundEnd {
 const MISBEHAVED: Reason = Reason::Misbehaved;
 const MALFORMED: Reason = Reason::Malformed;
 
+// SPEC: SEC-5, RUN-1, RUN-3
 #[test]
 fn runs_outside_guest_memory_are_refused() {
     const PAST: &str = "wire.misbehaved.run-past-region";
@@ -259,6 +260,7 @@ fn frames_that_do_not_belong_on_a_data_channel_are_refused() {
     ]);
 }
 
+// SPEC: ERR-2, ERR-5
 #[test]
 fn octets_that_are_no_frame_are_refused() {
     check(&[
@@ -386,6 +388,7 @@ fn a_frame_cut_off_at_any_place_loses_its_lane_and_not_the_migration() {
     }
 }
 
+// SPEC: LANE-6
 #[test]
 fn the_loss_of_every_lane_ends_it_with_the_reason() {
     let destination = Destination::start();
@@ -398,6 +401,7 @@ fn the_loss_of_every_lane_ends_it_with_the_reason() {
     destination.fails(GRACE, "receiver.channel.all-lanes-lost", "no lane is left");
 }
 
+// SPEC: LANE-8
 #[test]
 fn a_lane_that_stops_inside_a_page_is_given_up_and_the_others_go_on() {
     let destination = Destination::start();

@@ -8,7 +8,7 @@ use multifd_tests::fake_source::{FakeSource, REGION_PAGES};
 use multifd_tests::model::{DestinationMachine, Refuse};
 use multifd_tests::peer::{Craft, altered, encode};
 use multifd_wire::frame::{
-    BlobPart, Commit, Config, Device, DeviceFlags, Devices, KeepAlive, LaneDown, RawDevice,
+    Asks, BlobPart, Commit, Config, Device, DeviceFlags, Devices, KeepAlive, LaneDown, RawDevice,
     RawRegion, Ready, Regions, RoundEnd, Running, SetupEnd, VmState,
 };
 use multifd_wire::{
@@ -347,7 +347,7 @@ fn octets_that_are_no_frame_are_refused() {
             MALFORMED,
             |s| {
                 s.control.instead(|number| {
-                    Craft::new(Kind::KeepAlive.code(), number, &[0; 16]).octets()
+                    Craft::new(Kind::KeepAlive.code(), number, &[0; 32]).octets()
                 });
             },
         ),
@@ -445,6 +445,7 @@ fn tables_that_describe_no_machine_are_refused() {
     ]);
 }
 
+// SPEC: CHAN-3
 #[test]
 fn a_frame_cut_off_at_any_place_ends_it() {
     type Make = fn(&FakeSource<'_>, u64) -> Vec<u8>;
@@ -515,6 +516,7 @@ fn a_source_that_leaves_is_not_waited_for() {
     }
 }
 
+// SPEC: CHAN-5, ALIVE-2
 #[test]
 fn a_source_that_stalls_in_set_up_is_given_up_however_alive_it_says_it_is() {
     // It says that it lives, and sends nothing.
@@ -586,6 +588,8 @@ fn more_than_this_side_is_set_to_hold_is_refused() {
     source.control.send(KeepAlive {
         stamp_us: 7,
         echo_us: 0,
+        held_us: 0,
+        asks: Asks::Answer,
     });
     source.control.hear_kind(Kind::KeepAlive);
     source
@@ -595,6 +599,7 @@ fn more_than_this_side_is_set_to_hold_is_refused() {
     destination.fails(GRACE, "receiver.limit", "blobs");
 }
 
+// SPEC: SETUP-3
 #[test]
 fn a_machine_that_cannot_be_built_refuses_the_migration_in_set_up() {
     for (refuse, code, reason) in [

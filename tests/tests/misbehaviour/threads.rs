@@ -9,7 +9,7 @@ use multifd_receiver as rx;
 use multifd_tests::bounded::{Destination, GRACE, rx_builder};
 use multifd_tests::fake_source::FakeSource;
 use multifd_transport::Spawner;
-use multifd_wire::frame::{KeepAlive, LaneDown};
+use multifd_wire::frame::{Asks, KeepAlive, LaneDown};
 use multifd_wire::{Frame, Incarnation, Kind, LaneId, Reason};
 
 /// How long one of ours may take to end.
@@ -126,6 +126,8 @@ fn a_lane_that_is_lost_before_ready_is_noticed_answered_and_may_be_dialled_again
     source.control.send(KeepAlive {
         stamp_us: 1,
         echo_us: 0,
+        held_us: 0,
+        asks: Asks::Answer,
     });
     source.rejoin(0, 1);
     assert_eq!(destination.handle().progress().lanes, 1);

@@ -82,6 +82,7 @@ fn who_does_not_know_session_and_secret_disturbs_nothing() {
     assert_eq!(end.finished.report.suspensions, 0);
 }
 
+// SPEC: FEAT-5
 #[test]
 fn a_session_that_is_not_kept_is_not_resumed() {
     let destination = Destination::start();
@@ -139,6 +140,7 @@ fn a_resume_of_a_live_session_ends_its_old_channels_and_goes_on() {
     assert_eq!(end.finished.report.suspensions, 1);
 }
 
+// SPEC: RESUME-11
 #[test]
 fn resumes_that_come_to_nothing_lose_nothing() {
     let destination = kept();
@@ -308,6 +310,7 @@ fn a_source_that_lost_the_link_after_commit_is_told_that_it_runs() {
     assert!(end.running && began.elapsed() < GRACE);
 }
 
+// SPEC: GRANT-3, RESUME-3
 #[test]
 fn a_suspended_session_is_freed_at_its_deadline() {
     let config = waits().suspend(2 * STALL).build().unwrap();

@@ -39,6 +39,7 @@ impl rx::Vmm for Slow {
     }
 }
 
+// SPEC: RESUME-13
 #[test]
 fn a_loss_during_the_first_set_up_is_made_good_without_building_the_machine_again() {
     // The control channel, the lanes, everything; while the machine is built, and when it is.

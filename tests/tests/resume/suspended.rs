@@ -96,6 +96,7 @@ fn again_and_again_over_the_only_way_that_is_left() {
     assert_eq!(ends.source.finished.report.suspensions, 3);
 }
 
+// SPEC: JOIN-4
 #[test]
 fn a_way_that_opens_after_the_resume_is_used_again() {
     let config = comes_back().channels(3).bandwidth(Some(24 << 20));

@@ -328,6 +328,7 @@ fn messages_without_credit_find_no_room_and_cost_the_victim_nothing() {
     }
 }
 
+// SPEC: BELOW-6, BELOW-9
 #[test]
 fn messages_that_break_the_agreement_end_the_channel_with_the_reason() {
     let good = Header {
@@ -412,6 +413,7 @@ fn credit_for_what_was_not_sent_ends_the_channel_with_the_reason() {
     }
 }
 
+// SPEC: BELOW-4
 #[test]
 fn a_greeting_of_something_else_and_silence_end_accepting_in_time() {
     for device in devices("a_greeting_of_something_else_and_silence_end_accepting_in_time") {

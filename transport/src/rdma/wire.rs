@@ -274,6 +274,7 @@ mod tests {
         }
     }
 
+    // SPEC: BELOW-5
     #[test]
     fn a_greeting_out_of_bounds_is_refused_by_name() {
         for (at, value) in [
@@ -314,6 +315,7 @@ mod tests {
         }
     }
 
+    // SPEC: BELOW-6
     #[test]
     fn a_header_reads_as_it_was_written_and_its_length_must_be_the_message_s() {
         let header = Header {
@@ -345,6 +347,7 @@ mod tests {
         );
     }
 
+    // SPEC: BELOW-8
     #[test]
     fn credit_that_is_half_written_is_no_credit() {
         let credit = Credit {

@@ -54,7 +54,7 @@ fn map(kind: Kind) -> Map {
         Kind::Credit => (vec![all(4, 4)], 8, vec![all(4, 4)], 16),
         Kind::SwitchoverAck => (vec![], 24, vec![], 0),
         Kind::DeviceLoaded => (vec![all(4, 4)], 32, vec![], 0),
-        Kind::KeepAlive => (vec![], 16, vec![], 0),
+        Kind::KeepAlive => (vec![flags(24, 1), all(25, 3), all(28, 4)], 32, vec![], 0),
         Kind::LaneDown => (vec![all(12, 4)], 16, vec![], 0),
         Kind::Switchover => (vec![all(4, 12)], 16, vec![], 0),
         Kind::Final => (vec![all(24, 16)], 40, vec![], 0),

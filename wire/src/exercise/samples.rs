@@ -6,12 +6,12 @@ use crate::PAGE_BYTES;
 use crate::code::{Phase, Reason};
 use crate::digest::Digest;
 use crate::frame::{
-    Abort, Acks, BlobPart, Body, Commit, Config, Credit, Credits, Device, DeviceChunk, DeviceFlags,
-    DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant, KeepAlive,
-    Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress, RawRun,
-    Ready, Regions, RoundClosed, RoundEnd, Running, Section, SetupEnd, StreamCredit, StreamCredits,
-    StreamData, StreamEnd, StreamEndKind, StreamOpen, StreamOutcome, Switchover, SwitchoverAck,
-    VmState, Zeros,
+    Abort, Acks, Asks, BlobPart, Body, Commit, Config, Credit, Credits, Device, DeviceChunk,
+    DeviceFlags, DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant,
+    KeepAlive, Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress,
+    RawRun, Ready, Regions, RoundClosed, RoundEnd, Running, Section, SetupEnd, StreamCredit,
+    StreamCredits, StreamData, StreamEnd, StreamEndKind, StreamOpen, StreamOutcome, Switchover,
+    SwitchoverAck, VmState, Zeros,
 };
 use crate::id::{
     ChannelRef, DeviceId, Generation, Incarnation, LaneId, PageIndex, RegionId, Round, Sequence,
@@ -373,6 +373,19 @@ fn control() -> Vec<Sample> {
             KeepAlive {
                 stamp_us: 1_000_001,
                 echo_us: 999_000,
+                held_us: 250,
+                asks: Asks::Nothing,
+            },
+            b"",
+        ),
+        sample(
+            "keep_alive-asks",
+            12,
+            KeepAlive {
+                stamp_us: 1,
+                echo_us: 0,
+                held_us: 0,
+                asks: Asks::Answer,
             },
             b"",
         ),

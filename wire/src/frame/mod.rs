@@ -60,7 +60,7 @@ pub use devices::{Device, DeviceFlags, Devices, RawDevice};
 pub use final_::Final;
 pub use give_back::{GiveBack, GiveBackReason};
 pub use grant::Grant;
-pub use keep_alive::KeepAlive;
+pub use keep_alive::{Asks, KeepAlive};
 pub use landed::Landed;
 pub use lane_down::LaneDown;
 pub use lane_mark::{LaneMark, RawLaneMark};

@@ -48,6 +48,11 @@ fn each_target_has_its_file_and_calls_its_body() {
                 .to_string()
         })
         .collect();
+    // Targets with the body of another crate are that crate's.
+    files.retain(|name| {
+        let path = repository("fuzz/fuzz_targets").join(format!("{name}.rs"));
+        fs::read_to_string(path).unwrap().contains("multifd_wire::")
+    });
     files.sort();
     assert_eq!(
         files,

@@ -12,7 +12,7 @@ fn place(region: u32, page: u64) -> (RegionId, PageIndex) {
     (RegionId::new(region), PageIndex::new(page))
 }
 
-// SPEC: DIGEST-1, DIGEST-2, DIGEST-3, DIGEST-5
+// SPEC: GEN-5, DIGEST-1, DIGEST-2, DIGEST-3, DIGEST-5
 #[test]
 fn terms_are_those_of_the_vectors() {
     let vector = vectors()

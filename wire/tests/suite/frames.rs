@@ -72,7 +72,7 @@ fn table_shorter_or_longer_than_the_header_says_is_refused() {
     }
 }
 
-// SPEC: HEAD-5, HEAD-6
+// SPEC: HEAD-1, HEAD-6, HEAD-5
 #[test]
 fn truncated_table_with_right_checksums_is_refused_at_every_length() {
     for sample in samples() {

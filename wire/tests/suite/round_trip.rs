@@ -2,7 +2,7 @@
 
 use multifd_wire::exercise::check;
 use multifd_wire::frame::{
-    Abort, Acks, BlobPart, Commit, Config, Credit, Credits, Device, DeviceChunk, DeviceFlags,
+    Abort, Acks, Asks, BlobPart, Commit, Config, Credit, Credits, Device, DeviceChunk, DeviceFlags,
     DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant, KeepAlive,
     Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress, RawCredit,
     RawDevice, RawLaneMark, RawRegion, RawRun, RawStreamCredit, Ready, Regions, RoundClosed,
@@ -170,8 +170,18 @@ fn on_the_way() -> impl Strategy<Value = Frame<'static>> {
             }
             .into()
         });
-    let alive = (1_u64.., any::<u64>())
-        .prop_map(|(stamp_us, echo_us)| KeepAlive { stamp_us, echo_us }.into());
+    let asks = prop_oneof![Just(Asks::Answer), Just(Asks::Nothing)];
+    let alive = (1_u64.., any::<u64>(), any::<u64>(), asks).prop_map(
+        |(stamp_us, echo_us, held_us, asks)| {
+            KeepAlive {
+                stamp_us,
+                echo_us,
+                held_us: if echo_us == 0 { 0 } else { held_us },
+                asks,
+            }
+            .into()
+        },
+    );
     let down = (lane(), incarnation(), reason()).prop_map(|(lane, incarnation, reason)| {
         LaneDown {
             lane,

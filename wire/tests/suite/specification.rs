@@ -89,22 +89,8 @@ fn each_rule_has_one_definition_and_numbers_have_no_gaps() {
 #[test]
 fn each_rule_that_the_code_and_the_vectors_cite_is_defined() {
     let defined: BTreeSet<String> = defined().into_iter().collect();
-    let mut files = Vec::new();
-    for folder in [
-        "wire",
-        "transport",
-        "tracking",
-        "bridge",
-        "sender",
-        "receiver",
-        "guest",
-        "tests",
-        "fuzz",
-    ] {
-        sources(&repository(folder), &mut files);
-    }
     let mut count = 0;
-    for file in files {
+    for file in code() {
         for rule in cited(&fs::read_to_string(&file).unwrap()) {
             assert!(defined.contains(&rule), "{} cites {rule}", file.display());
             count += 1;
@@ -120,6 +106,94 @@ fn each_rule_that_the_code_and_the_vectors_cite_is_defined() {
             );
         }
     }
+}
+
+/// The Rust files of the repository's own packages.
+fn code() -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for folder in fs::read_dir(repository("")).unwrap() {
+        let folder = folder.unwrap().path();
+        if folder.join("Cargo.toml").exists() {
+            sources(&folder, &mut files);
+        }
+    }
+    files
+}
+
+/// Which part of a file's citations are a test's: all of a file of tests, and those that stand at a test inside another.
+fn cited_by_tests(path: &Path, text: &str) -> Vec<String> {
+    let inside = path.strip_prefix(repository("")).unwrap();
+    let of_tests =
+        |part: &std::ffi::OsStr| ["tests", "fuzz", "tests.rs"].contains(&part.to_str().unwrap());
+    if inside.iter().any(of_tests) {
+        return cited(text);
+    }
+    let (_, module) = text
+        .split_once("#[cfg(test)]\nmod tests")
+        .unwrap_or_default();
+    let mut rules = cited(module);
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    for (at, line) in lines.iter().enumerate() {
+        let next = lines[at..].iter().find(|line| !line.starts_with("//"));
+        if line.starts_with("//") && next == Some(&"#[test]") {
+            rules.extend(cited(line));
+        }
+    }
+    rules
+}
+
+/// A rule that nothing cites is one that nobody keeps on purpose; one that no test cites, one that nobody would miss.
+#[test]
+fn each_rule_is_cited_by_a_test_or_a_vector_or_says_why_not() {
+    let mut tested: BTreeSet<String> = vectors()
+        .into_iter()
+        .flat_map(|vector| vector.spec)
+        .collect();
+    for file in code() {
+        let text = fs::read_to_string(&file).unwrap();
+        tested.extend(cited_by_tests(&file, &text));
+    }
+    let list = fs::read_to_string(repository("wire/tests/suite/untested.txt")).unwrap();
+    let excused: BTreeMap<&str, &str> = list
+        .lines()
+        .filter_map(|line| line.split_once(": "))
+        .filter(|(rule, _)| is_rule(rule))
+        .collect();
+    let defined: BTreeSet<String> = defined().into_iter().collect();
+    for (rule, why) in &excused {
+        assert!(defined.contains(*rule), "untested.txt names {rule}");
+        assert!(
+            !why.trim().is_empty(),
+            "untested.txt does not say why of {rule}"
+        );
+    }
+    let missing: Vec<&String> = defined
+        .iter()
+        .filter(|rule| !tested.contains(*rule) && !excused.contains_key(rule.as_str()))
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "cited by no test and no vector, and not in untested.txt: {missing:?}"
+    );
+}
+
+/// A rule of form can be shown to whoever reads the vectors: octets that break it.
+#[test]
+fn each_rule_of_form_has_a_vector_that_breaks_it() {
+    let broken: BTreeSet<String> = vectors()
+        .into_iter()
+        .filter(|vector| vector.expect != "accept")
+        .flat_map(|vector| vector.spec)
+        .collect();
+    // They are checked below this protocol.
+    let of_form = marks()
+        .into_iter()
+        .filter(|(rule, mark)| *mark == 'F' && !rule.starts_with("BELOW-"));
+    let missing: Vec<String> = of_form
+        .map(|(rule, _)| rule)
+        .filter(|rule| !broken.contains(rule))
+        .collect();
+    assert!(missing.is_empty(), "no vector breaks {missing:?}");
 }
 
 #[test]
@@ -260,6 +334,7 @@ fn table_of_limits_is_that_of_the_code() {
         ("STREAMS_MAX", wide(limits::STREAMS_MAX)),
         ("STREAM_BYTES_MAX", limits::STREAM_BYTES_MAX),
         ("STREAM_CREDITS_MAX", wide(limits::STREAM_CREDITS_MAX)),
+        ("PARAMETERS_MAX", wide(limits::PARAMETERS_MAX)),
     ]
     .iter()
     .zip(1..)
@@ -324,6 +399,32 @@ fn each_kind_has_a_section() {
     for kind in Kind::ALL {
         let heading = format!("### {} ({:#06x})", kind.name(), kind.code());
         assert!(text.contains(&heading), "no section {heading}");
+    }
+}
+
+/// Who keeps a rule, as its mark says.
+fn marks() -> BTreeMap<String, char> {
+    let text = specification();
+    let rule = |line: &str| {
+        let (name, rest) = line.strip_prefix("**")?.split_once("** ")?;
+        let (mark, _) = rest.split_once(' ')?;
+        let mark = mark.chars().next().filter(|_| mark.len() == 1);
+        is_rule(name).then(|| (name.to_string(), mark.unwrap_or('?')))
+    };
+    text.lines().filter_map(rule).collect()
+}
+
+#[test]
+fn each_rule_says_who_keeps_it() {
+    let marks = marks();
+    for rule in defined() {
+        if !rule.starts_with("LIMIT-") {
+            let mark = marks.get(&rule);
+            assert!(
+                mark.is_some_and(|mark| "FSKM".contains(*mark)),
+                "{rule}: {mark:?}"
+            );
+        }
     }
 }
 

@@ -66,7 +66,7 @@ fn parse(path: &Path) -> Vector {
             .iter()
             .flat_map(|line| octets(path, line))
             .collect(),
-        Some("terms:") => Vec::new(),
+        Some("terms:" | "blocks:") => Vec::new(),
         other => panic!("{}: section {other:?} is not known", path.display()),
     };
     Vector {
@@ -80,7 +80,7 @@ fn parse(path: &Path) -> Vector {
 }
 
 /// The octets of one line: pairs of hexadecimal digits, or one pair, `*` and a count.
-fn octets(path: &Path, line: &str) -> Vec<u8> {
+pub(crate) fn octets(path: &Path, line: &str) -> Vec<u8> {
     let octet = |pair: &str| {
         assert_eq!(pair.len(), 2, "{}: {line}", path.display());
         u8::from_str_radix(pair, 16).unwrap_or_else(|_| panic!("{}: {line}", path.display()))

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use multifd_wire::frame::{Abort, KeepAlive, LaneMark};
+use multifd_wire::frame::{Abort, Asks, LaneMark};
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{
-    ChannelRef, Features, Hello, Incarnation, Kind, LaneId, Misbehaved, PageIndex, Phase, Reason,
-    Round, SessionId, Text,
+    ChannelRef, Features, Hello, Incarnation, Kind, LaneId, Misbehaved, PageIndex, Phase, Pulse,
+    Reason, Round, SessionId, Text,
 };
 
 use super::super::mismatch::Mismatches;
@@ -238,6 +238,7 @@ impl Control {
             .at(ChannelRef::Control)
         })?;
         self.reader = Some(reader);
+        self.pulse = Pulse::new(opened.round_trip);
         let mut tx = opened.tx;
         tx.set_stall(Some(self.shared.config.stall()));
         self.control = Some(ControlSender::new(tx));
@@ -484,18 +485,14 @@ impl Control {
             match self.inbox.recv_deadline(until) {
                 Ok(Note::Inbound {
                     epoch,
-                    inbound:
-                        Inbound::KeepAlive {
-                            stamp_us,
-                            echo_us: 0,
-                        },
+                    inbound: Inbound::KeepAlive(alive),
                 }) if epoch == self.epoch => {
-                    let ours = super::micros(self.shared.now()).max(1);
-                    let _ = self.try_send(KeepAlive {
-                        stamp_us: ours,
-                        echo_us: stamp_us,
-                    });
-                    return;
+                    let now = self.shared.now();
+                    if self.pulse.heard(&alive, now).asks == Asks::Answer {
+                        let answer = self.pulse.answer(now);
+                        let _ = self.try_send(answer);
+                        return;
+                    }
                 }
                 Ok(Note::ControlLost { epoch, .. }) if epoch == self.epoch => {
                     self.control_lost = true;

@@ -5,11 +5,11 @@
 
 use std::time::Duration;
 
-use multifd_wire::frame::{Abort, KeepAlive, OutcomeState, Running};
+use multifd_wire::frame::{Abort, OutcomeState, Running};
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{Frame, Text};
 
-use super::{Done, Session, State, micros, stamp};
+use super::{Done, Session, State, micros};
 use crate::destination::error::{Error, Fault};
 use crate::destination::event::{Counts, Effect, Outcome};
 
@@ -41,10 +41,9 @@ impl Session {
             out,
         )?;
         // SPEC: RUNNING-2
-        let stamp_us = stamp(now);
-        self.remembered.stamp(stamp_us);
-        let echo_us = 0;
-        self.send(KeepAlive { stamp_us, echo_us }, out)
+        let question = self.pulse.ask(now);
+        self.remembered.stamp(question.stamp_us);
+        self.send(question, out)
     }
 
     /// It can't go on.

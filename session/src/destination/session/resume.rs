@@ -47,6 +47,7 @@ impl Session {
         out: &mut Vec<Effect>,
     ) -> Done {
         self.control = Encoder::default();
+        self.pulse = multifd_wire::Pulse::new(Duration::MAX);
         self.secrets = Some(secrets);
         self.deadlines.opened(&self.config, now);
         // SPEC: GRANT-3

@@ -183,6 +183,7 @@ fn the_source_is_told_the_reason_phase_and_channel_unless_it_said_so_itself() {
     assert_eq!((sends(&told, Kind::Abort), finishes(&told)), (0, 1));
 }
 
+// SPEC: PHASE-1
 #[test]
 fn a_migration_goes_through_its_states_in_order() {
     assert_eq!(trace(happy_path()), HAPPY);
@@ -269,6 +270,7 @@ fn switchover_and_final_may_come_before_the_lanes_or_after_them() {
     assert_eq!(trace(early.chain(rest).chain(lanes()).chain(tail())), HAPPY);
 }
 
+// SPEC: SWITCH-2, SWITCH-3
 #[test]
 fn the_gate_to_a_further_round_opens_with_its_switchover_and_not_before() {
     let mut session = state_after("fenced, damaged, FINAL");
@@ -319,6 +321,7 @@ fn an_end_mark_that_contradicts_switchover_ends_it() {
     assert!(words.contains(&out_of_turn), "{words:?}");
 }
 
+// SPEC: LANE-6
 #[test]
 fn a_lost_lane_is_waited_for_no_longer_and_without_any_one_is_waited_for() {
     for (state, _) in states() {
@@ -498,14 +501,18 @@ fn signs_of_life_alone_are_not_enough() {
     }
 }
 
-/// SPEC: ALIVE-1, ALIVE-2, KIND-2
+/// SPEC: ALIVE-1, ALIVE-2, ALIVE-4, KIND-2
 #[test]
 fn it_says_that_it_lives_and_answers_the_stamps_of_the_source() {
     let mut session = state_after("set-up");
     let due = Config::default().keep_alive() + MS;
     assert_eq!(say(&mut session, alive(), NOW), ["KEEP_ALIVE, echo 7"]);
     let words = say(&mut session, tick(), due);
-    assert_eq!(words, ["count", "KEEP_ALIVE"], "PROGRESS has no place here");
+    assert_eq!(
+        words,
+        ["count", "KEEP_ALIVE, echo 7"],
+        "PROGRESS has no place here"
+    );
     let mut session = state_after("rounds");
     let words = say(&mut session, tick(), due);
     assert_eq!(words, ["count", "KEEP_ALIVE", "PROGRESS"]);

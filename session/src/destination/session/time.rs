@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use multifd_wire::Phase;
-use multifd_wire::frame::{KeepAlive, Progress};
+use multifd_wire::frame::Progress;
 
-use super::{Done, Session, State, micros, stamp};
+use super::{Done, Session, State, micros};
 use crate::destination::error::{Error, Fault};
 use crate::destination::event::{Counts, Effect};
 use crate::destination::rounds::Rounds;
@@ -30,10 +30,7 @@ impl Session {
     }
 
     fn say_alive(&mut self, counts: Counts, now: Duration, out: &mut Vec<Effect>) -> Done {
-        let alive = KeepAlive {
-            stamp_us: stamp(now),
-            echo_us: 0,
-        };
+        let alive = self.pulse.ask(now);
         self.send(alive, out)?;
         // SPEC: KIND-2, PROGRESS has no place in set-up.
         if self.phase() < Phase::Rounds {

@@ -587,6 +587,7 @@ fn past_the_acknowledgement_deadline_the_users_choice_decides() {
     assert_eq!(late(WhenAckLate::GoOn).last().unwrap(), "pause");
 }
 
+// SPEC: FINAL-2
 #[test]
 fn the_last_collection_comes_after_the_state_and_every_device_were_saved() {
     for [first, second] in [["saved", "devices saved"], ["devices saved", "saved"]] {
@@ -882,6 +883,7 @@ fn an_idle_guest_takes_one_live_round_and_one_paused() {
     );
 }
 
+// SPEC: SWITCH-2
 #[test]
 fn pages_written_by_the_save_are_sent_in_a_further_round() {
     let mut session = after(7);

@@ -1,8 +1,9 @@
 //! What may be done to a session, by name; the states that it leads to; and effects in words.
 
 use multifd_wire::frame::{
-    Abort, BlobPart, Commit, Config as ConfigFrame, Device, DeviceFlags, DeviceLoaded, Devices,
-    LaneDown, LaneMark, RawDevice, RawRegion, Regions, SetupEnd, Switchover, VmState, blob_parts,
+    Abort, Asks, BlobPart, Commit, Config as ConfigFrame, Device, DeviceFlags, DeviceLoaded,
+    Devices, LaneDown, LaneMark, RawDevice, RawRegion, Regions, SetupEnd, Switchover, VmState,
+    blob_parts,
 };
 use multifd_wire::{
     Body, DeviceId, HEADER_BYTES, Header, PAGE_BYTES_U64, PageIndex, PageRun, Reason, Region,
@@ -112,7 +113,16 @@ impl Say {
                 sent(session, end.into(), &[], now)
             }
             Self::KeepAlive(stamp_us, echo_us) => {
-                let alive = KeepAlive { stamp_us, echo_us };
+                let alive = KeepAlive {
+                    stamp_us,
+                    echo_us,
+                    held_us: 0,
+                    asks: if echo_us == 0 {
+                        Asks::Answer
+                    } else {
+                        Asks::Nothing
+                    },
+                };
                 sent(session, alive.into(), &[], now)
             }
             Self::LaneDown(lane, incarnation) => {
