@@ -357,7 +357,7 @@ proptest! {
 
     #[test]
     fn devices_come_back(
-        sizes in prop::collection::vec((0_u32..16, any::<u64>(), any::<u64>(), 1..=BODY_BYTES_MAX_U64, "[^\\p{C}]{0,12}"), 0..20),
+        sizes in prop::collection::vec((0_u32..16, any::<u64>(), any::<u64>(), 1..=BODY_BYTES_MAX_U64, "[^\\p{C}\\p{Zl}\\p{Zp}]{0,12}"), 0..20),
     ) {
         let devices: Vec<Device> = (0_u32..)
             .zip(sizes)
