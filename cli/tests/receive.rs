@@ -30,6 +30,10 @@ const FLAGS: &[&str] = &[
     "--bridge",
     "--bridge-buffer",
     "--bridge-outage",
+    "--expect",
+    "--memory-ceiling",
+    "--overcommit",
+    "--pass",
     "--listen",
     "--transport",
     "--tls-ca",
@@ -114,7 +118,7 @@ fn flags_stand_under_the_heading_that_they_belong_to() {
     }
     assert!(tls.contains("--tls-key"), "{help}");
     let short = text(&run(&["-h"]).stdout);
-    assert!(short.lines().count() <= 50, "{short}");
+    assert!(short.lines().count() <= 60, "{short}");
     assert!(short.starts_with("Wait for a guest"), "{short}");
 }
 

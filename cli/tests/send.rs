@@ -26,6 +26,8 @@ const FLAGS: &[&str] = &[
     "--bandwidth",
     "--body",
     "--bridge",
+    "--expect",
+    "--pass",
     "--bridge-buffer",
     "--bridge-outage",
     "--channels",

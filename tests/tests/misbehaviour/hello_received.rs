@@ -139,7 +139,8 @@ fn a_hello_cut_off_at_any_length_is_forgotten() {
             "{bytes} octets: {end}"
         );
     }
-    still_serves(destination, HELLO_BYTES as u64, "after all of them");
+    // One that closes without a word was no hello, and so is none that was refused.
+    still_serves(destination, HELLO_BYTES as u64 - 1, "after all of them");
 }
 
 #[test]

@@ -37,7 +37,7 @@ fn an_answer_that_is_none_ends_it() {
         (
             "random octets",
             |p, _| p.raw(&[0x55; 256]),
-            "wire.malformed.magic",
+            "channel-stranger",
         ),
         (
             "a flipped bit",
