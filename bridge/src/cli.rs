@@ -119,7 +119,7 @@ fn keeper_command() -> std::process::Command {
     command
 }
 
-/// Whether this process is a [keeper](crate::keeper), for which [`keep`] is to be called instead of [`send`].
+/// Whether this process is a [keeper], for which [`keep`] is to be called instead of [`send`].
 #[must_use]
 pub fn is_keeper() -> bool {
     std::env::var_os(KEEPER).is_some()
