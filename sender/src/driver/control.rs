@@ -12,16 +12,16 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_tracking::{CollectPhase, Source};
-use multifd_transport::{ChannelError, Closer, Spawner};
+use multifd_transport::{Closer, Spawner};
 use multifd_wire::frame::{
-    Abort, Asks, Commit, Config as ConfigFrame, Devices, Final, Grant, LaneDown, LaneMark,
-    RawRegion, RawRun, Ready, Regions, SetupEnd, Switchover, VmState, blob_parts,
+    Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, RawRegion, RawRun, Regions,
+    SetupEnd, Switchover, VmState, blob_parts,
 };
 use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
 use multifd_wire::negotiate::Agreement;
 use multifd_wire::{
-    ChannelRef, Features, Frame, Hello, Incarnation, Kind, LaneId, Misbehaved, Phase, Pulse,
-    Reason, Round, Sequence, SessionId, Text, Token,
+    ChannelRef, Frame, Hello, Incarnation, LaneId, Misbehaved, Phase, Reason, Round, Sequence,
+    SessionId, Text, Token,
 };
 
 use super::ask::AskTicket;
@@ -29,68 +29,19 @@ use super::device::{Fleet, Order};
 use super::first::first_contact;
 use super::first_round::{Unused, mark_populated};
 use super::lane::LaneCommand;
-use super::link::{ControlSender, Inbound, failed};
+use super::link::ControlSender;
 use super::mismatch::{Judged, Mismatches};
-use super::redial::{Attempt, Purpose, Redial, lane_life};
+use super::redial::Purpose;
 use super::work::{RoundWork, tracked};
-use super::{Dial, Finished, LaneState, Loads, Note, Shared, lock, scan, thread_cpu};
+use super::{Dial, Finished, Loads, Note, Shared, lock, scan, thread_cpu};
 use crate::config::DirtyScan;
 use crate::error::{Error, Fault};
 use crate::report::{Report, Timeline};
 use crate::session::{Counted, Effect, Event, Outcome, Session};
-use crate::speed::LaneCount;
 use crate::vmm::{Blob, Vmm, VmmError};
 
 /// How long the end of a migration waits for the destination to close the control channel, so that a farewell is read.
-const FAREWELL: Duration = Duration::from_secs(1);
-
-/// A lost lane is settled when the destination has read what the other lanes' sockets hold of the round before; this many
-/// times the longest silence of a channel is more than that takes.
-const SETTLE_STALLS: u32 = 3;
-
-/// One lane, as the control thread sees it.
-struct Slot {
-    state: Arc<LaneState>,
-    incarnation: Incarnation,
-    /// Dropped when the lane is to end.
-    commands: Option<Sender<LaneCommand>>,
-    closer: Option<Closer>,
-    life: Life,
-    /// While its life is [`Life::Dying`] because this side lost it.
-    dying_since: Option<Duration>,
-    encoded: Option<Round>,
-    thread: Option<JoinHandle<()>>,
-    /// While it is lost and to be dialled again.
-    redial: Option<Redial>,
-    /// How often it was lost.
-    losses: u32,
-    /// It was lost with all the others, and has not come back: the report counts that as one suspension.
-    with_all: bool,
-    watch: lanes::Watch,
-    /// Why this side gave it up, until its thread has ended.
-    doomed: Option<Fault>,
-    /// While a resume is under way: the connection that was lost, which LANDED settles.
-    before: Option<Arc<LaneState>>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Life {
-    Dialling,
-    Alive,
-    /// The channel failed; what the destination has of it is not known yet.
-    Dying,
-    /// Settled. It may be dialled again.
-    Dead,
-    /// It was lost, and a new connection is being made.
-    Redialling,
-}
-
-/// The thread of one connection of a lane, and what leads to it.
-struct Spawned {
-    state: Arc<LaneState>,
-    commands: Sender<LaneCommand>,
-    thread: JoinHandle<()>,
-}
+pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
 /// The round that is under way.
 struct Open {
@@ -98,7 +49,6 @@ struct Open {
     round: Round,
     pages: u64,
     last: bool,
-    told: bool,
     octets_before: u64,
 }
 
@@ -107,8 +57,6 @@ pub(super) struct Control {
     vmm: Box<dyn Vmm>,
     sources: Vec<Box<dyn Source>>,
     tracking: bool,
-    /// Its devices are read, and its memory is in round 0, for the destination that there is now.
-    begun: bool,
     fleet: Fleet,
     dial: Arc<dyn Dial>,
     spawner: Arc<dyn Spawner>,
@@ -124,18 +72,8 @@ pub(super) struct Control {
     reader: Option<JoinHandle<()>>,
     agreement: Option<Agreement>,
     grant: Option<Grant>,
-    destination_ready: Option<Ready>,
-    lanes: Vec<Slot>,
+    lanes: Vec<lanes::Slot>,
     open: Option<Open>,
-    /// How many rounds the destination is known to have closed.
-    rounds_closed: u32,
-    /// The first round with the guest paused.
-    paused_from: Option<Round>,
-    /// Since when no lane lives.
-    alone_since: Option<Duration>,
-    watch_due: Duration,
-    /// The newest round that was opened since the destination last said how many it has closed, or ever.
-    last_opened: Option<Round>,
     /// Counts the control channels.
     epoch: u32,
     /// What a resume or a question has to show.
@@ -144,20 +82,15 @@ pub(super) struct Control {
     back: Option<resume::Back>,
     /// Counts the attempts.
     attempt: u32,
-    /// While a resume is under way.
-    resumed: Option<resume::Resumed>,
     /// Threads of channels that were given up; they end by themselves.
     stragglers: Vec<JoinHandle<()>>,
-    /// Notes of devices that came while something else was waited for.
+    /// Notes that came while something else was waited for.
     later: VecDeque<Note>,
     /// Pages that the VMM says nobody needs.
     unused: Arc<Unused>,
     mismatches: Mismatches,
     timeline: Timeline,
     outcome: Option<Outcome>,
-    /// Stamps and echoes on this control channel.
-    pulse: Pulse,
-    keep_alive_due: Duration,
     cpu: Duration,
 }
 
@@ -183,7 +116,6 @@ impl Control {
             vmm,
             sources,
             tracking: false,
-            begun: false,
             fleet: Fleet::default(),
             dial,
             spawner,
@@ -199,25 +131,16 @@ impl Control {
             reader: None,
             agreement: None,
             grant: None,
-            destination_ready: None,
             lanes: Vec::new(),
             open: None,
-            rounds_closed: 0,
-            paused_from: None,
-            alone_since: None,
-            watch_due: Duration::ZERO,
-            last_opened: None,
             epoch: 0,
             secret: None,
             back: None,
             attempt: 0,
-            resumed: None,
             stragglers: Vec::new(),
             later: VecDeque::new(),
             timeline: Timeline::default(),
             outcome: None,
-            pulse: Pulse::new(Duration::MAX),
-            keep_alive_due: Duration::ZERO,
             cpu: Duration::ZERO,
         }
     }
@@ -277,7 +200,6 @@ impl Control {
         let opened = first_contact(&self.shared, &self.dial, &*self.spawner, &self.inbox, hello)
             .inspect_err(|fault| self.shared.counters.note_fault(ChannelRef::Control, fault))
             .map_err(hello_error)?;
-        self.take_control(opened)?;
         let now = self.shared.now();
         self.session = Session::new(
             self.shared.config.clone(),
@@ -287,25 +209,14 @@ impl Control {
         if !self.fleet.is_empty() {
             self.session.expect_devices();
         }
-        Ok(())
+        self.take_control(opened)
     }
 
     /// Waits for the next note or timer, and handles it.
     fn step(&mut self) {
-        let settle = self.settle_deadline();
-        let until = self
-            .session
-            .next_deadline()
-            .min(self.keep_alive_due)
-            .min(self.lanes_due())
-            .min(self.back_due())
-            .min(settle.unwrap_or(Duration::MAX));
+        let until = self.session.due().min(self.back_due());
         let left = until.saturating_sub(self.shared.now());
-        let note = match self.later.pop_front() {
-            Some(note) => Ok(note),
-            None => self.inbox.recv_timeout(left),
-        };
-        match note {
+        match self.next_note(left) {
             Ok(note) => self.note(note),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
@@ -315,39 +226,22 @@ impl Control {
         if self.outcome.is_some() {
             return;
         }
-        let now = self.shared.now();
-        if now >= self.keep_alive_due {
-            let period = self.shared.config.keep_alive();
-            self.keep_alive_due = now
-                + if self.session.is_paused() {
-                    period.min(resume::PAUSED_KEEP_ALIVE)
-                } else {
-                    period
-                };
-            let alive = self.pulse.ask(now);
-            self.send(alive);
-        }
-        if self.settle_deadline().is_some_and(|due| now >= due) {
-            let what = "the destination to say what it has of a lost lane";
-            self.drive(Event::Lost(Error::new(
-                self.session.phase(),
-                Fault::Timeout { what },
-            )));
-        }
-        self.tend_lanes(now);
-        self.tend_back(now);
+        self.tend_back(self.shared.now());
         self.watch_devices();
-        self.drive(Event::Tick);
+        let effects = self.session.tick(self.shared.now());
+        self.carry_out(effects);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
     }
 
-    /// Sends on the control channel; a failure becomes an event.
-    fn send<'a>(&mut self, frame: impl Into<Frame<'a>>) {
-        if let Err(error) = self.try_send(frame) {
-            self.drive(failure(error));
+    /// The next note; those that came while something else was waited for are first.
+    fn next_note(&mut self, wait: Duration) -> Result<Note, RecvTimeoutError> {
+        match self.later.pop_front() {
+            Some(note) => Ok(note),
+            None => self.inbox.recv_timeout(wait),
         }
     }
 
+    /// Sends on the control channel, if there is one.
     fn try_send<'a>(&mut self, frame: impl Into<Frame<'a>>) -> Result<(), Error> {
         let phase = self.session.phase();
         let Some(control) = &mut self.control else {
@@ -358,12 +252,23 @@ impl Control {
             .map_err(|fault| Error::new(phase, fault).at(ChannelRef::Control))
     }
 
-    /// Passes an event to the machine and carries out what it wants, until it wants nothing more.
+    /// Passes an event to the session and carries out what it wants.
     fn drive(&mut self, event: Event) {
-        let mut events = VecDeque::from([event]);
-        while let Some(event) = events.pop_front() {
-            let effects = self.session.handle(event, self.shared.now());
+        let effects = self.session.handle(event, self.shared.now());
+        self.carry_out(effects);
+    }
+
+    /// Carries effects out, and passes on what comes of them, until the session wants nothing more.
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        let (mut effects, mut events) = (effects, VecDeque::new());
+        loop {
             self.shared.counters.set_phase(self.session.phase());
+            let lanes = &self.shared.counters.lanes;
+            lanes.store(self.session.lanes_alive(), Relaxed);
+            if let Some(bandwidth) = self.session.bandwidth() {
+                let counter = &self.shared.counters.bandwidth;
+                counter.store(bandwidth as u64, Relaxed);
+            }
             for effect in effects {
                 match self.apply(effect) {
                     Ok(next) => events.extend(next),
@@ -374,12 +279,79 @@ impl Control {
                     }
                 }
             }
+            let Some(event) = events.pop_front() else {
+                return;
+            };
+            effects = self.session.handle(event, self.shared.now());
         }
     }
 
     fn apply(&mut self, effect: Effect) -> Result<Option<Event>, Error> {
         match effect {
-            Effect::SendSetup => self.send_setup().map(|()| None),
+            Effect::Granted { grant, first } => self.granted(grant, first).map(|()| None),
+            Effect::SendSetup { lanes } => self.send_setup(lanes).map(|()| None),
+            Effect::SendKeepAlive(alive) => self.try_send(alive).map(|()| None),
+            Effect::DialLane {
+                lane,
+                incarnation,
+                again,
+            } => self.dial_lane(lane, incarnation, again).map(|()| None),
+            Effect::LaneBack {
+                lane,
+                behind,
+                by_itself,
+            } => {
+                self.lane_back(lane, behind, by_itself);
+                Ok(None)
+            }
+            Effect::CloseLane { lane } => {
+                self.close_lane(lane);
+                Ok(None)
+            }
+            Effect::LaneGone { lane, why } => {
+                self.lane_gone(lane, &why);
+                Ok(None)
+            }
+            Effect::SendLaneDown(down) => self.try_send(down).map(|()| None),
+            Effect::SettleLane { lane } => Ok(self.settle_lane(lane)),
+            Effect::SettleBefore { lanes } => self
+                .settle_before(&lanes)
+                .map(|()| None)
+                .map_err(|misbehaved| self.misbehaved(misbehaved)),
+            Effect::LookAtLanes => Ok(Some(self.look_at_lanes())),
+            Effect::Acknowledged(marks) => {
+                let acked = self
+                    .acknowledged(&marks)
+                    .map_err(|misbehaved| self.misbehaved(misbehaved))?;
+                self.count();
+                Ok(Some(acked))
+            }
+            Effect::GiveBack {
+                lane,
+                incarnation,
+                sequence,
+                runs,
+            } => self
+                .given_back(lane, incarnation, sequence, &runs)
+                .map(|()| None)
+                .map_err(|misbehaved| self.misbehaved(misbehaved)),
+            Effect::DeviceAcked(ack) => self
+                .device_acked(&ack)
+                .map(Some)
+                .map_err(|misbehaved| self.misbehaved(misbehaved)),
+            Effect::DeviceLoaded(loaded) => self
+                .device_loaded(&loaded)
+                .map(|()| None)
+                .map_err(|misbehaved| self.misbehaved(misbehaved)),
+            Effect::Resumed { rounds_closed } => {
+                self.timeline.resumed();
+                tracing::info!(rounds_closed, "the migration goes on");
+                Ok(None)
+            }
+            Effect::Begin { prepare_us } => {
+                self.begin_tracking(prepare_us).map(|()| Some(Event::Begun))
+            }
+            Effect::RoundEncoded => Ok(self.round_encoded()),
             Effect::OpenRound { round, last } => {
                 self.open_round(round, last);
                 Ok(None)
@@ -408,11 +380,9 @@ impl Control {
                 self.fleet.stop(&depot);
                 Ok(None)
             }
-            Effect::AnnounceSwitchover { round } => {
-                self.paused_from.get_or_insert(round);
-                self.try_send(Switchover { final_round: round })
-                    .map(|()| None)
-            }
+            Effect::AnnounceSwitchover { round } => self
+                .try_send(Switchover { final_round: round })
+                .map(|()| None),
             Effect::Save => self.save().map(Some),
             Effect::SendFinal { round } => self.send_final(round).map(Some),
             Effect::Commit => {
@@ -476,24 +446,27 @@ impl Control {
 
     // ── effects ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    fn send_setup(&mut self) -> Result<(), Error> {
+    fn misbehaved(&self, misbehaved: Misbehaved) -> Error {
+        Error::new(self.session.phase(), misbehaved).at(ChannelRef::Control)
+    }
+
+    fn granted(&mut self, grant: Grant, first: bool) -> Result<(), Error> {
+        self.grant = Some(grant);
+        if first {
+            self.tell_ticket(grant.resume_secret)
+                .map_err(|error| error.at(ChannelRef::Control))?;
+        }
+        self.secret = Some(grant.resume_secret);
+        Ok(())
+    }
+
+    fn send_setup(&mut self, lanes: u32) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
         // Kept: a resume sends them again. Their octets are shared.
         let blobs = self.blobs.clone();
         let configs = self.send_blobs(&blobs, |blob| Frame::Config(ConfigFrame { blob }))?;
         let regions: Vec<RawRegion> = shared.layout.regions().map(RawRegion::from).collect();
         self.try_send(Regions { regions: &regions })?;
-        let granted = self
-            .grant
-            .as_ref()
-            .map_or(u32::MAX, |grant| grant.lanes_max);
-        // A first set-up that was lost early has none yet.
-        let again = self.resumed.is_some() && !self.lanes.is_empty();
-        let lanes = if again {
-            u32::try_from(self.lanes.len()).unwrap_or(u32::MAX)
-        } else {
-            shared.config.channels().min(granted)
-        };
         let memory_bytes = shared.layout.pages_total().value() * multifd_wire::PAGE_BYTES_U64;
         let devices = self.fleet.table();
         self.try_send(Devices { devices: &devices })?;
@@ -503,14 +476,7 @@ impl Control {
             devices: u32::try_from(devices.len()).unwrap_or(u32::MAX),
             lanes,
             memory_bytes,
-        })?;
-        if again {
-            return self.dial_all_again();
-        }
-        for id in 0..lanes {
-            self.start_lane(LaneId::new(id), Incarnation::new(0))?;
-        }
-        Ok(())
+        })
     }
 
     fn send_blobs(
@@ -542,87 +508,7 @@ impl Control {
         Ok(u32::try_from(blobs.len()).unwrap_or(u32::MAX))
     }
 
-    fn start_lane(&mut self, id: LaneId, incarnation: Incarnation) -> Result<(), Error> {
-        let Spawned {
-            state,
-            commands,
-            thread,
-        } = self.spawn_lane(id, incarnation, Attempt::First)?;
-        self.lanes.push(Slot {
-            state,
-            incarnation,
-            commands: Some(commands),
-            closer: None,
-            life: Life::Dialling,
-            dying_since: None,
-            encoded: None,
-            thread: Some(thread),
-            redial: None,
-            losses: 0,
-            with_all: false,
-            watch: lanes::Watch::default(),
-            doomed: None,
-            before: None,
-        });
-        Ok(())
-    }
-
-    /// Starts the thread of one connection of a lane.
-    fn spawn_lane(
-        &self,
-        id: LaneId,
-        incarnation: Incarnation,
-        attempt: Attempt,
-    ) -> Result<Spawned, Error> {
-        let fail = |fault: Fault| Error::new(self.session.phase(), fault).at(ChannelRef::Lane(id));
-        let (Some(grant), Some(agreement)) = (self.grant, self.agreement) else {
-            return Err(fail(Fault::OutOfTurn {
-                what: "a lane before the grant".into(),
-            }));
-        };
-        let state = Arc::new(LaneState {
-            id,
-            incarnation,
-            given_up: std::sync::atomic::AtomicBool::new(false),
-            lane: std::sync::Mutex::new(Some(crate::lane::Lane::new(id, incarnation))),
-        });
-        let (commands, orders) = crossbeam_channel::bounded(2);
-        let hello = Hello::join(self.id, grant.ticket, agreement.features, id, incarnation);
-        let (shared, dial, notes, lane) = (
-            Arc::clone(&self.shared),
-            Arc::clone(&self.dial),
-            self.notes.clone(),
-            Arc::clone(&state),
-        );
-        let body = Box::new(move || {
-            let fault = lane_life(&shared, &*dial, attempt, &hello, &lane, &orders, &notes).err();
-            if let Some(fault) = &fault {
-                shared.counters.note_fault(ChannelRef::Lane(id), fault);
-            }
-            let _ = notes.send(Note::LaneEnded {
-                lane: id,
-                incarnation,
-                fault,
-            });
-        });
-        let thread = self
-            .spawner
-            .spawn(&format!("mfd-lane{id}"), body)
-            .map_err(|source| {
-                fail(Fault::System {
-                    step: "start a thread",
-                    source,
-                })
-            })?;
-        Ok(Spawned {
-            state,
-            commands,
-            thread,
-        })
-    }
-
     fn open_round(&mut self, round: Round, last: bool) {
-        self.last_opened = Some(round);
         self.judge_mismatches();
         let taken = self.shared.dirty.take_round();
         self.mismatches.took(round, taken.taken());
@@ -633,7 +519,7 @@ impl Control {
         let octets_before = counters.sent_bytes.load(Relaxed);
         self.timeline.round_opened(round, pages, self.shared.now());
         let work = Arc::new(RoundWork::new(taken, self.shared.config.body_pages()));
-        for slot in self.lanes.iter().filter(|slot| slot.life == Life::Alive) {
+        for slot in self.lanes.iter().filter(|slot| slot.closer.is_some()) {
             if let Some(commands) = &slot.commands {
                 // There is room: a lane gets its next round only after it said that it encoded the one before.
                 let _ = commands.try_send(LaneCommand::Round {
@@ -648,7 +534,6 @@ impl Control {
             work,
             round,
             last,
-            told: false,
             octets_before,
             pages,
         });
@@ -779,15 +664,20 @@ impl Control {
 
     fn note(&mut self, note: Note) {
         match note {
-            Note::Inbound { epoch, .. } | Note::ControlLost { epoch, .. }
-                if epoch != self.epoch => {}
+            Note::Frame { epoch, .. } | Note::ControlLost { epoch, .. } if epoch != self.epoch => {}
             Note::Reached { attempt, result } => self.reached(attempt, result),
-            Note::Inbound { inbound, .. } => {
-                self.session.heard(self.shared.now());
-                if let Err(error) = self.inbound(inbound) {
+            Note::Frame { header, table, .. } => match Frame::decode(&header, &table) {
+                Ok(frame) => {
+                    self.report(&frame);
+                    let now = self.shared.now();
+                    let effects = self.session.frame(ChannelRef::Control, &frame, now);
+                    self.carry_out(effects);
+                }
+                Err(malformed) => {
+                    let error = Error::new(self.session.phase(), malformed);
                     self.drive(Event::Failed(error.at(ChannelRef::Control)));
                 }
-            }
+            },
             Note::ControlLost { error, .. } => {
                 self.control_lost = true;
                 let phase = self.session.phase();
@@ -798,197 +688,38 @@ impl Control {
                 incarnation,
                 closer,
                 description,
-            } => {
-                tracing::info!(channel = %description, %lane, "lane open");
-                let newest = self
-                    .slot(lane)
-                    .filter(|slot| slot.incarnation == incarnation);
-                match newest {
-                    Some(slot) if slot.life == Life::Dialling => {
-                        slot.closer = Some(closer);
-                        slot.life = Life::Alive;
-                    }
-                    // The destination has lost it since.
-                    Some(slot)
-                        if slot.life == Life::Redialling && slot.state.given_up.load(Relaxed) =>
-                    {
-                        closer.shutdown();
-                        self.redial_failed(lane, failed(ChannelError::ShutDown));
-                    }
-                    Some(slot) if slot.life == Life::Redialling => {
-                        slot.closer = Some(closer);
-                        slot.life = Life::Alive;
-                        self.rejoined(lane);
-                    }
-                    // The destination gave it up before this note was read.
-                    _ => closer.shutdown(),
-                }
-                self.count_lanes();
-                if let Err(error) = self.begin_rounds() {
-                    self.drive(Event::Failed(error));
-                }
-            }
+            } => self.lane_up(lane, incarnation, closer, &description),
             Note::LaneEncoded {
                 lane,
                 incarnation,
                 round,
-            } => {
-                if let Some(slot) = self.slot(lane)
-                    && slot.incarnation == incarnation
-                {
-                    slot.encoded = Some(round);
-                }
-                self.check_encoded();
-            }
+            } => self.drive(Event::LaneEncoded {
+                lane,
+                incarnation,
+                round,
+            }),
             Note::LaneEnded {
                 lane,
                 incarnation,
                 fault,
-            } => {
-                if self
-                    .slot(lane)
-                    .is_some_and(|slot| slot.incarnation == incarnation)
-                {
-                    self.lane_ended(lane, fault);
-                }
-            }
+            } => self.drive(Event::LaneEnded {
+                lane,
+                incarnation,
+                fault,
+            }),
             Note::Device(note) => self.device(note),
             Note::Cancel => self.drive(Event::Cancel),
         }
     }
 
-    fn inbound(&mut self, inbound: Inbound) -> Result<(), Error> {
-        let fail = |phase: Phase, misbehaved: Misbehaved| Error::new(phase, misbehaved);
-        let phase = self.session.phase();
-        match inbound {
-            Inbound::Granted(grant) => {
-                self.grant = Some(grant);
-                if self.resumed.is_none() {
-                    self.tell_ticket(grant.resume_secret)?;
-                }
-                self.secret = Some(grant.resume_secret);
-                let resume = self
-                    .agreement
-                    .is_some_and(|agreement| agreement.features.contains(Features::RESUME));
-                let kept = Duration::from_millis(grant.suspend_ms.into());
-                // SPEC: FEAT-5
-                self.session.kept_for(resume.then_some(kept));
-                self.drive(Event::Granted);
-            }
-            Inbound::Ready(ready) => {
-                if phase != Phase::Setup || self.grant.is_none() {
-                    return Err(fail(phase, Misbehaved::Order { kind: Kind::Ready }));
-                }
-                let lanes = self.lanes.len() as u64;
-                // SPEC: READY-1, RESUME-14. A destination may have sent a READY that was lost, and need no more than one lane now.
-                let fits = match u64::from(ready.lanes) {
-                    some if self.resumed.is_some() => (1..=lanes).contains(&some),
-                    all => all == lanes,
-                };
-                if !fits {
-                    return Err(fail(
-                        phase,
-                        Misbehaved::Amount {
-                            field: "ready.lanes",
-                            expected: lanes,
-                            found: u64::from(ready.lanes),
-                        },
-                    ));
-                }
-                self.destination_ready = Some(ready);
-                self.begin_rounds()?;
-            }
-            Inbound::Acks(marks) => {
-                marks
-                    .iter()
-                    .try_for_each(|mark| self.acked(mark))
-                    .map_err(|m| fail(phase, m))?;
-                self.count();
-            }
-            Inbound::GiveBack {
-                lane,
-                incarnation,
-                sequence,
-                runs,
-            } => self
-                .given_back(lane, incarnation, sequence, &runs)
-                .map_err(|m| fail(phase, m))?,
-            Inbound::Closed(closed) => {
-                if let Some(open) = self.open.as_ref().filter(|open| closed.round > open.round) {
-                    let (expected, found) = (open.round, closed.round);
-                    return Err(fail(phase, Misbehaved::Round { expected, found }));
-                }
-                self.rounds_closed = self
-                    .rounds_closed
-                    .max(closed.round.value().saturating_add(1));
-                self.timeline.round_closed(&closed, self.shared.now());
-                self.drive(Event::Closed {
-                    round: closed.round,
-                    damaged: closed.damaged_pages,
-                });
-            }
-            Inbound::Acked(ack) => self.device_acked(&ack).map_err(|m| fail(phase, m))?,
-            Inbound::Loaded(loaded) => {
-                self.device_loaded(&loaded).map_err(|m| fail(phase, m))?;
-            }
-            Inbound::Prepared(prepared) => {
-                self.timeline.prepared(&prepared);
-                self.drive(Event::Prepared {
-                    digest: prepared.digest.value(),
-                });
-            }
-            Inbound::Running(running) => {
-                self.timeline.running(&running);
-                self.drive(Event::Running);
-            }
-            Inbound::KeepAlive(alive) => {
-                let now = self.shared.now();
-                let heard = self.pulse.heard(&alive, now);
-                if heard.asks == Asks::Answer {
-                    let answer = self.pulse.answer(now);
-                    self.send(answer);
-                }
-                if let Some(time) = heard.round_trip {
-                    self.drive(Event::RoundTrip(time));
-                }
-            }
-            Inbound::LaneDown {
-                lane,
-                incarnation,
-                reason,
-            } => self
-                .lane_down(lane, incarnation, reason)
-                .map_err(|m| fail(phase, m))?,
-            Inbound::Abort { reason, text } => {
-                return Err(Error::new(phase, Fault::PeerAborted { reason, text }));
-            }
-            Inbound::Landed {
-                rounds_closed,
-                marks,
-            } => {
-                let kind = Kind::Landed;
-                let resume = self
-                    .agreement
-                    .is_some_and(|agreement| agreement.features.contains(Features::RESUME));
-                if !resume {
-                    return Err(fail(phase, Misbehaved::Feature { kind }));
-                }
-                // SPEC: RESUME-6
-                if self.destination_ready.is_none() {
-                    return Err(fail(phase, Misbehaved::Order { kind }));
-                }
-                self.landed(rounds_closed, &marks)
-                    .map_err(|m| fail(phase, m))?;
-                self.begin_rounds()?;
-            }
-            // It answers a question, and none was asked on this channel.
-            Inbound::Outcome(_) => {
-                let kind = Kind::Outcome;
-                return Err(fail(phase, Misbehaved::Feature { kind }));
-            }
-            Inbound::Other => {}
+    /// What the report says about a frame.
+    fn report(&mut self, frame: &Frame<'_>) {
+        match frame {
+            Frame::RoundClosed(closed) => self.timeline.round_closed(closed, self.shared.now()),
+            Frame::Prepared(prepared) => self.timeline.prepared(prepared),
+            Frame::Running(running) => self.timeline.running(running),
+            _ => {}
         }
-        Ok(())
     }
 
     /// Whoever wants to ask for the outcome later, even from another process, has to know how.
@@ -1000,28 +731,40 @@ impl Control {
         })
     }
 
-    /// Once the destination is ready *and* every lane, or on the way back one, has read its acceptance, which may be later than READY.
-    fn begin_rounds(&mut self) -> Result<(), Error> {
-        if self.lanes.iter().any(|slot| slot.life == Life::Dialling) {
-            return Ok(());
-        }
-        if self.comes_back() && !self.lanes.iter().any(|slot| slot.life == Life::Alive) {
-            return Ok(());
-        }
-        if self.resume_rounds() {
-            return Ok(());
-        }
-        let Some(ready) = self.destination_ready.take() else {
-            return Ok(());
+    /// What was sent in the round that all lanes have encoded.
+    fn round_encoded(&mut self) -> Option<Event> {
+        let open = self.open.as_ref()?;
+        let octets = self.shared.counters.sent_bytes.load(Relaxed) - open.octets_before;
+        let (round, last) = (open.round, open.last);
+        let unacked_octets = self.unacked_octets();
+        self.timeline.round_encoded(octets, self.shared.now());
+        tracing::debug!(%round, last, octets, unacked_octets, "round encoded");
+        Some(Event::Encoded {
+            octets,
+            unacked_octets,
+        })
+    }
+
+    /// Tells the session how far the round and each lane is, and the lanes how fast each of them is.
+    fn count(&mut self) {
+        let lanes = self.lane_counts();
+        let mut round = Counted {
+            unacked_bytes: lanes.iter().map(|lane| lane.unacked_bytes).sum(),
+            ..Counted::default()
         };
-        self.begin_tracking(ready.prepare_us)?;
-        self.drive(Event::Ready);
-        Ok(())
+        if let Some(open) = &self.open {
+            let counters = &self.shared.counters;
+            round.pages = open.pages;
+            round.pages_left = counters.round_pages_left.load(Relaxed);
+            round.sent_bytes = counters.sent_bytes.load(Relaxed) - open.octets_before;
+        }
+        self.drive(Event::Counted { round, lanes });
+        let (lanes, all) = self.session.speeds().known().unzip();
+        *lock(&self.shared.loads) = Loads { lanes, all };
     }
 
     /// Once the destination is ready for the first time.
     fn begin_tracking(&mut self, prepare_us: u64) -> Result<(), Error> {
-        self.begun = true;
         self.start_tracking()?;
         self.timeline.ready(self.shared.now(), prepare_us);
         self.start_devices()
@@ -1087,7 +830,7 @@ impl Control {
             match told.recv_timeout(self.shared.config.keep_alive()) {
                 Ok(done) => break Some(done),
                 Err(RecvTimeoutError::Timeout) if self.control.is_some() => {
-                    let alive = self.pulse.ask(self.shared.now());
+                    let alive = self.session.asks(self.shared.now());
                     self.try_send(alive)?;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -1098,27 +841,6 @@ impl Control {
         done.ok_or_else(|| fail(std::io::Error::other("its thread panicked")))
     }
 
-    fn acked(&mut self, mark: &LaneMark) -> Result<(), Misbehaved> {
-        let slot = self.known(mark.lane, mark.incarnation)?;
-        let state = Arc::clone(&slot.state);
-        let settled = match lock(&state.lane).as_mut() {
-            Some(lane) => {
-                self.shared.depot.arrived(lane.items_below(mark.frames));
-                lane.acked(mark.frames)?
-            }
-            None => return Ok(()),
-        };
-        self.shared
-            .counters
-            .acked_bytes
-            .fetch_add(settled.octets, Relaxed);
-        if settled.frames > 0 {
-            self.timeline.taken();
-            self.session.progressed(self.shared.now());
-        }
-        Ok(())
-    }
-
     fn given_back(
         &mut self,
         lane: LaneId,
@@ -1126,22 +848,6 @@ impl Control {
         sequence: Sequence,
         runs: &[RawRun],
     ) -> Result<(), Misbehaved> {
-        // In a set-up only for a session that comes back, between READY and LANDED (SPEC: RESUME-10).
-        let resumes = self.comes_back() && self.destination_ready.is_some();
-        if self.session.phase() == Phase::Setup && !resumes {
-            let kind = Kind::GiveBack;
-            return Err(Misbehaved::Order { kind });
-        }
-        // Of a connection that was lost as well: a page that was damaged on it is owed all the same.
-        if self
-            .slot(lane)
-            .is_none_or(|slot| incarnation > slot.incarnation)
-        {
-            return Err(Misbehaved::Lane {
-                channel: ChannelRef::Lane(lane),
-                incarnation: incarnation.value(),
-            });
-        }
         let mut admitted = Vec::with_capacity(runs.len());
         for raw in runs {
             admitted.push(tracked(self.shared.layout.admit(raw)?));
@@ -1149,7 +855,7 @@ impl Control {
         let pages = admitted.iter().map(|run| run.count).sum();
         let slot = self
             .slot(lane)
-            .filter(|slot| slot.incarnation == incarnation);
+            .filter(|slot| slot.state.incarnation == incarnation);
         let round = slot.and_then(|slot| lock(&slot.state.lane).as_ref()?.round_of(sequence));
         let shared = Arc::clone(&self.shared);
         let judged = self.mismatches.came(round, &admitted, &shared.dirty);
@@ -1159,289 +865,6 @@ impl Control {
         counters.pages_mismatched.fetch_add(pages, Relaxed);
         tracing::debug!(%lane, %incarnation, pages, ?judged, "pages came back: they did not match their checksum at the destination");
         Ok(())
-    }
-
-    fn lane_down(
-        &mut self,
-        lane: LaneId,
-        incarnation: Incarnation,
-        reason: Reason,
-    ) -> Result<(), Misbehaved> {
-        // About a connection before this one: it was settled before the lane was dialled again.
-        if self
-            .slot(lane)
-            .is_some_and(|slot| incarnation < slot.incarnation)
-        {
-            return Ok(());
-        }
-        if self.session.is_rejoining() && !self.begun {
-            // The first set-up is made with all lanes at once, or again from the start.
-            self.known(lane, incarnation)?;
-            let last = "closed by the destination".to_owned();
-            let error = Error::new(self.session.phase(), Fault::AllLanesLost { last });
-            self.drive(Event::Lost(error.at(ChannelRef::Lane(lane))));
-            return Ok(());
-        }
-        let slot = self.known(lane, incarnation)?;
-        match slot.life {
-            // It was let in, and lost before this side knew.
-            Life::Redialling => slot.state.given_up.store(true, Relaxed),
-            // Both sides know: what the destination has of it was acknowledged before this frame, the rest comes back.
-            Life::Dying => self.bury(lane),
-            Life::Dead => {}
-            Life::Dialling | Life::Alive => {
-                tracing::warn!(%lane, %reason, "the destination lost a lane");
-                if let Some(closer) = &slot.closer {
-                    closer.shutdown();
-                }
-                slot.commands = None;
-                slot.doomed = None;
-                slot.life = Life::Dying;
-                // Its thread ends now and says so; the destination has said its part already.
-                slot.encoded = None;
-                slot.state.given_up.store(true, Relaxed);
-                if let Some(thread) = slot.thread.take() {
-                    let _ = thread.join();
-                }
-                // SPEC: LANE-2
-                self.timeline.lane_lost();
-                self.send(LaneDown {
-                    lane,
-                    incarnation,
-                    reason,
-                });
-                self.bury(lane);
-            }
-        }
-        Ok(())
-    }
-
-    fn lane_ended(&mut self, id: LaneId, fault: Option<Fault>) {
-        let (phase, now) = (self.session.phase(), self.shared.now());
-        // Once the destination has everything no lane is needed any more (SPEC: LANE-9).
-        let needed = self.session.needs_lanes();
-        let dials_again = self.dials_again();
-        let begins_anew = self.session.is_rejoining() && !self.begun;
-        let Some(slot) = self.slot(id) else { return };
-        let doomed = slot.doomed.take();
-        let Some(fault) = doomed.or(fault) else {
-            return;
-        };
-        match slot.life {
-            Life::Dying | Life::Dead => {}
-            Life::Redialling => self.redial_failed(id, fault),
-            // The first set-up is made with all lanes at once, or again from the start.
-            Life::Dialling | Life::Alive if begins_anew => {
-                let error = Error::new(phase, fault).at(ChannelRef::Lane(id));
-                self.drive(Event::Lost(error));
-            }
-            // Lost like the control channel may be: the set-up is made again, if it can be.
-            Life::Dialling if matches!(fault, Fault::Channel(_)) => {
-                let error = Error::new(phase, fault).at(ChannelRef::Lane(id));
-                self.drive(Event::Lost(error));
-            }
-            // A migration begins with all its lanes or not at all: what is wrong is found in the first second.
-            Life::Dialling => self.drive(Event::Failed(
-                Error::new(phase, fault).at(ChannelRef::Lane(id)),
-            )),
-            Life::Alive => {
-                tracing::warn!(lane = %id, %fault, "lane lost");
-                slot.life = Life::Dying;
-                slot.dying_since = Some(now);
-                slot.commands = None;
-                if let Some(closer) = &slot.closer {
-                    closer.shutdown();
-                }
-                let incarnation = slot.incarnation;
-                self.timeline.lane_lost();
-                self.count_lanes();
-                if needed && !dials_again && self.lanes.iter().all(|slot| slot.life != Life::Alive)
-                {
-                    let all = Fault::AllLanesLost {
-                        last: fault.to_string(),
-                    };
-                    self.drive(Event::Failed(
-                        Error::new(phase, all).at(ChannelRef::Lane(id)),
-                    ));
-                    return;
-                }
-                self.send(LaneDown {
-                    lane: id,
-                    incarnation,
-                    reason: Reason::ChannelsLost,
-                });
-                self.check_alone(now);
-            }
-        }
-    }
-
-    /// What the destination has of a lost lane is settled: everything else of it comes back.
-    fn bury(&mut self, id: LaneId) {
-        let Some(slot) = self.slot(id) else { return };
-        slot.life = Life::Dead;
-        slot.dying_since = None;
-        let state = Arc::clone(&slot.state);
-        let items = self.give_back_ledger(&state);
-        self.count_lanes();
-        // The control channel was lost meanwhile, perhaps by answering: the way back begins with dialling all lanes.
-        if self.session.phase() == Phase::Suspended {
-            return;
-        }
-        if self.session.needs_lanes()
-            && !self.dials_again()
-            && self
-                .lanes
-                .iter()
-                .all(|slot| matches!(slot.life, Life::Dead | Life::Dying))
-        {
-            let error = Error::new(
-                self.session.phase(),
-                Fault::AllLanesLost {
-                    last: "closed by the destination".into(),
-                },
-            );
-            self.drive(Event::Failed(error.at(ChannelRef::Lane(id))));
-            return;
-        }
-        self.schedule_redial(id);
-        if self.outcome.is_some() {
-            return;
-        }
-        // Items of devices are missing like pages are: with the guest paused they need a round that is open.
-        self.drive(Event::LaneLost {
-            pages: self.shared.dirty.dirty_pages() + items,
-        });
-        self.check_encoded();
-    }
-
-    /// Everything of a lane's connection that is not acknowledged comes back. Gives how many items of devices that is.
-    fn give_back_ledger(&mut self, state: &LaneState) -> u64 {
-        let Some(mut lane) = lock(&state.lane).take() else {
-            return 0;
-        };
-        // Some of these may have been lost with the lane as well, and are about to be in the set for that.
-        self.mismatches.leave_open(&self.shared.dirty);
-        let items = self.shared.depot.outbox.again(lane.take_items());
-        let counters = &self.shared.counters;
-        // What is under way at the end is lost, and not sent again.
-        if self.outcome.is_none() {
-            counters
-                .sent_again_bytes
-                .fetch_add(lane.unacked_octets(), Relaxed);
-        }
-        let mut pages = 0;
-        for run in lane.die() {
-            pages += u64::from(run.count());
-            self.shared.dirty.give_back(tracked(run));
-        }
-        counters.pages_given_back.fetch_add(pages, Relaxed);
-        items
-    }
-
-    /// Tells the machine once that the present round is encoded: by every living lane, with no lane's fate unsettled.
-    fn check_encoded(&mut self) {
-        let Some(open) = self.open.as_mut().filter(|open| !open.told) else {
-            return;
-        };
-        let done = |slot: &Slot| match slot.life {
-            Life::Alive => slot.encoded == Some(open.round),
-            Life::Dying | Life::Dialling => false,
-            Life::Dead | Life::Redialling => true,
-        };
-        // Without any lane the round stays open: the next one ends it.
-        let one = self.lanes.iter().any(|slot| slot.life == Life::Alive);
-        if !one || !self.lanes.iter().all(done) {
-            return;
-        }
-        open.told = true;
-        let octets = self.shared.counters.sent_bytes.load(Relaxed) - open.octets_before;
-        let (round, last) = (open.round, open.last);
-        let unacked = |slot: &Slot| {
-            lock(&slot.state.lane)
-                .as_ref()
-                .map_or(0, crate::lane::Lane::unacked_octets)
-        };
-        let unacked_octets = self.lanes.iter().map(unacked).sum();
-        self.timeline.round_encoded(octets, self.shared.now());
-        tracing::debug!(%round, last, octets, unacked_octets, "round encoded");
-        self.drive(Event::Encoded {
-            octets,
-            unacked_octets,
-        });
-        if let Some(bandwidth) = self.session.bandwidth() {
-            self.shared
-                .counters
-                .bandwidth
-                .store(bandwidth as u64, Relaxed);
-        }
-    }
-
-    /// Tells the session how far the round and each lane is, and the lanes how fast each of them is.
-    fn count(&mut self) {
-        let counters = &self.shared.counters;
-        let lane_count = |slot: &Slot| {
-            let state = lock(&slot.state.lane);
-            state.as_ref().map(|lane| LaneCount {
-                lane: lane.id(),
-                incarnation: lane.incarnation(),
-                acked_bytes: lane.acked_octets(),
-                unacked_bytes: lane.unacked_octets(),
-            })
-        };
-        let alive = self.lanes.iter().filter(|slot| slot.life == Life::Alive);
-        let lanes: Vec<LaneCount> = alive.filter_map(lane_count).collect();
-        let mut round = Counted {
-            unacked_bytes: lanes.iter().map(|lane| lane.unacked_bytes).sum(),
-            ..Counted::default()
-        };
-        if let Some(open) = &self.open {
-            round.pages = open.pages;
-            round.pages_left = counters.round_pages_left.load(Relaxed);
-            round.sent_bytes = counters.sent_bytes.load(Relaxed) - open.octets_before;
-        }
-        self.drive(Event::Counted { round, lanes });
-        let (lanes, all) = self.session.speeds().known().unzip();
-        *lock(&self.shared.loads) = Loads { lanes, all };
-    }
-
-    fn slot(&mut self, lane: LaneId) -> Option<&mut Slot> {
-        self.lanes.get_mut(lane.value() as usize)
-    }
-
-    /// The lane that the destination speaks of.
-    fn known(&mut self, lane: LaneId, incarnation: Incarnation) -> Result<&mut Slot, Misbehaved> {
-        self.slot(lane)
-            .filter(|slot| slot.incarnation == incarnation)
-            .ok_or(Misbehaved::Lane {
-                channel: ChannelRef::Lane(lane),
-                incarnation: incarnation.value(),
-            })
-    }
-
-    /// When the destination must have said at the latest what it has of a lost lane.
-    fn settle_deadline(&self) -> Option<Duration> {
-        // It does not say so once it has said PREPARED (SPEC: PREP-2).
-        if self.session.is_committed() {
-            return None;
-        }
-        let first = self
-            .lanes
-            .iter()
-            .filter_map(|slot| slot.dying_since)
-            .min()?;
-        Some(first + self.shared.config.stall() * SETTLE_STALLS)
-    }
-
-    fn count_lanes(&self) {
-        let alive = self
-            .lanes
-            .iter()
-            .filter(|slot| slot.life == Life::Alive)
-            .count();
-        self.shared
-            .counters
-            .lanes
-            .store(u32::try_from(alive).unwrap_or(u32::MAX), Relaxed);
     }
 
     // ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1562,7 +985,7 @@ impl Control {
     fn hear_the_farewell(&mut self) {
         let until = Instant::now() + FAREWELL;
         while self.reader.is_some() && !self.control_lost && Instant::now() < until {
-            match self.inbox.recv_deadline(until) {
+            match self.next_note(until.saturating_duration_since(Instant::now())) {
                 Ok(Note::ControlLost { epoch, .. }) if epoch == self.epoch => {
                     self.control_lost = true;
                 }

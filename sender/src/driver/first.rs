@@ -1,15 +1,18 @@
 //! The first connection to the destination and its hello, which a cancellation interrupts.
 //!
 //! A thread of its own dials and waits, so that the control thread can be told meanwhile that nobody wants it any more. It ends by
-//! itself at the deadline of the hello at the latest, and what it opened is closed with it.
+//! itself at the deadline of the hello at the latest, and what it opened is closed with it, after the destination was told.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use crossbeam_channel::{Receiver, bounded, select};
+use crossbeam_channel::{Receiver, SendError, bounded, select};
 use multifd_transport::Spawner;
-use multifd_wire::{ChannelRef, Hello};
+use multifd_wire::frame::Abort;
+use multifd_wire::{ChannelRef, Hello, Phase, Reason};
 
-use super::link::Open;
+use super::control::FAREWELL;
+use super::link::{ControlSender, Open};
 use super::tries::open_first;
 use super::{Dial, Note, Shared};
 use crate::error::Fault;
@@ -22,11 +25,14 @@ pub(super) fn first_contact(
     inbox: &Receiver<Note>,
     hello: Hello,
 ) -> Result<Open, Fault> {
-    let (done, result) = bounded(1);
+    // Without room: what nobody takes comes back to whoever opened it.
+    let (done, result) = bounded(0);
     let (shared, dial) = (Arc::clone(shared), Arc::clone(dial));
     let body = Box::new(move || {
-        // Nobody waits for it any more if the migration was cancelled.
-        let _ = done.send(open_first(&shared, &*dial, ChannelRef::Control, &hello));
+        let opened = open_first(&shared, &*dial, ChannelRef::Control, &hello);
+        if let Err(SendError(Ok(unwanted))) = done.send(opened) {
+            tell_cancelled(unwanted);
+        }
     });
     spawner
         .spawn("mfd-dial", body)
@@ -38,4 +44,26 @@ pub(super) fn first_contact(
         recv(result) -> opened => opened.unwrap_or(Err(Fault::Cancelled)),
         recv(inbox) -> _cancel => Err(Fault::Cancelled),
     }
+}
+
+/// The destination let this source in, and nobody wants it any more: it is told, so that it doesn't take this for a loss (SPEC: ABORT-1).
+fn tell_cancelled(opened: Open) {
+    let (mut control, mut rx) = (ControlSender::new(opened.tx), opened.rx);
+    let until = Instant::now() + FAREWELL;
+    control.half().set_deadline(Some(until));
+    let text = Fault::Cancelled.to_string();
+    let told = control.send(Abort {
+        reason: Reason::Cancelled,
+        phase: Phase::Setup,
+        channel: ChannelRef::None,
+        text: &text,
+    });
+    if let Err(fault) = told {
+        tracing::debug!(%fault, "the destination could not be told of the cancellation");
+        return;
+    }
+    let _ = control.half().finish();
+    // Closing before it closes could destroy what it was told.
+    rx.set_deadline(Some(until));
+    while rx.receive(&mut [0]).is_ok() {}
 }

@@ -326,7 +326,7 @@ impl<'s> Feeder<'s> {
                     .memory
                     .span(run.region, page * PAGE_BYTES_U64, PAGE_BYTES_U64)
             else {
-                return Err(Fault::OutOfTurn {
+                return Err(Fault::Internal {
                     what: format!("the dirty set and guest memory disagree about {run:?}"),
                 });
             };
@@ -448,7 +448,7 @@ impl<'s> Feeder<'s> {
         f: impl FnOnce(&mut crate::lane::Lane) -> Result<T, crate::lane::LaneMisuse>,
     ) -> Result<T, Fault> {
         match lock(&self.state.lane).as_mut() {
-            Some(lane) => f(lane).map_err(|misuse| Fault::OutOfTurn {
+            Some(lane) => f(lane).map_err(|misuse| Fault::Internal {
                 what: format!("lane {}: {misuse}", self.state.id),
             }),
             None => Err(failed(ChannelError::ShutDown)),

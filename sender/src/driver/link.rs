@@ -8,15 +8,12 @@ use multifd_session::common::ChannelFault;
 use multifd_transport::{
     Channel, ChannelError, Closer, ReceiveHalf, STRANGER_BYTES, SendHalf, Stranger,
 };
-use multifd_wire::frame::{
-    DeviceLoaded, Grant, KeepAlive, LaneMark, OutcomeState, Prepared, RawRun, Ready, RoundClosed,
-    Running, SwitchoverAck,
-};
+use multifd_wire::frame::OutcomeState;
 use multifd_wire::limits::TABLE_BYTES_MAX;
 use multifd_wire::negotiate::{Agreement, accept};
 use multifd_wire::{
     Body, ChannelKind, ChannelRef, Frame, HEADER_BYTES, HELLO_REPLY_BYTES, Header, Hello,
-    HelloReply, Incarnation, Incompatible, LaneId, Misbehaved, Phase, Reason, Role, Sequence,
+    HelloReply, Incompatible, Misbehaved, Phase, Role, Sequence,
 };
 
 use super::device::Depot;
@@ -146,42 +143,6 @@ impl ControlSender {
     }
 }
 
-/// What the destination says, in owned form.
-#[derive(Debug)]
-pub(super) enum Inbound {
-    Granted(Grant),
-    Ready(Ready),
-    Acks(Vec<LaneMark>),
-    GiveBack {
-        lane: LaneId,
-        incarnation: Incarnation,
-        sequence: Sequence,
-        runs: Vec<RawRun>,
-    },
-    Closed(RoundClosed),
-    Acked(SwitchoverAck),
-    Loaded(DeviceLoaded),
-    Prepared(Prepared),
-    Running(Running),
-    KeepAlive(KeepAlive),
-    LaneDown {
-        lane: LaneId,
-        incarnation: Incarnation,
-        reason: Reason,
-    },
-    Abort {
-        reason: Reason,
-        text: String,
-    },
-    Landed {
-        rounds_closed: u32,
-        marks: Vec<LaneMark>,
-    },
-    Outcome(OutcomeState),
-    /// A frame that tells this version nothing it acts on: progress, and optional kinds of later versions.
-    Other,
-}
-
 /// Reads the control channel until it ends, and passes every frame on. Never returns without a last word to the control thread.
 pub(super) fn read_control(
     mut rx: Box<dyn ReceiveHalf>,
@@ -197,7 +158,11 @@ pub(super) fn read_control(
     };
     loop {
         let note = match reader.next(&mut *rx) {
-            Ok(inbound) => Note::Inbound { epoch, inbound },
+            Ok(header) => Note::Frame {
+                epoch,
+                header,
+                table: reader.table.clone(),
+            },
             Err(fault) => {
                 shared.counters.note_fault(ChannelRef::Control, &fault);
                 Note::ControlLost {
@@ -222,8 +187,9 @@ pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fau
         depot: Arc::new(Depot::new()),
         epoch: 0,
     };
-    match reader.next(rx)? {
-        Inbound::Outcome(state) => Ok(state),
+    let header = reader.next(rx)?;
+    match Frame::decode(&header, &reader.table)? {
+        Frame::Outcome(outcome) => Ok(outcome.state),
         other => Err(Fault::OutOfTurn {
             what: format!("{other:?} in the place of an answer"),
         }),
@@ -238,7 +204,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn next(&mut self, rx: &mut dyn ReceiveHalf) -> Result<Inbound, Fault> {
+    fn next(&mut self, rx: &mut dyn ReceiveHalf) -> Result<Header, Fault> {
         let mut octets = [0u8; HEADER_BYTES];
         rx.receive(&mut octets).map_err(failed)?;
         let header = Header::decode(&octets)?;
@@ -265,9 +231,8 @@ impl Reader {
                 desk.grant(self.epoch, credit.offset_max)?;
             }
         }
-        let inbound = owned(frame, devices)?;
         skip_body(rx, header.body_bytes()).map_err(failed)?;
-        Ok(inbound)
+        Ok(header)
     }
 }
 
@@ -280,42 +245,4 @@ fn skip_body(rx: &mut dyn ReceiveHalf, mut octets: usize) -> Result<(), ChannelE
         octets -= piece;
     }
     Ok(())
-}
-
-fn owned(frame: Frame<'_>, devices: bool) -> Result<Inbound, Misbehaved> {
-    Ok(match frame {
-        Frame::Grant(grant) => Inbound::Granted(grant),
-        Frame::Ready(ready) => Inbound::Ready(ready),
-        Frame::Ack(acks) => Inbound::Acks(acks.iter().collect()),
-        Frame::GiveBack(back) => Inbound::GiveBack {
-            lane: back.lane,
-            incarnation: back.incarnation,
-            sequence: back.sequence,
-            runs: back.runs.to_vec(),
-        },
-        Frame::RoundClosed(closed) => Inbound::Closed(closed),
-        Frame::SwitchoverAck(ack) if devices => Inbound::Acked(ack),
-        Frame::DeviceLoaded(loaded) if devices => Inbound::Loaded(loaded),
-        Frame::Credit(_) if devices => Inbound::Other,
-        Frame::Prepared(prepared) => Inbound::Prepared(prepared),
-        Frame::Running(running) => Inbound::Running(running),
-        Frame::KeepAlive(alive) => Inbound::KeepAlive(alive),
-        Frame::LaneDown(down) => Inbound::LaneDown {
-            lane: down.lane,
-            incarnation: down.incarnation,
-            reason: down.reason,
-        },
-        Frame::Abort(abort) => Inbound::Abort {
-            reason: abort.reason,
-            text: abort.text.to_owned(),
-        },
-        Frame::Landed(landed) => Inbound::Landed {
-            rounds_closed: landed.rounds_closed,
-            marks: landed.iter().collect(),
-        },
-        Frame::Outcome(outcome) => Inbound::Outcome(outcome.state),
-        Frame::Progress(_) | Frame::Skipped(_) => Inbound::Other,
-        // Devices are a feature that was not agreed on (SPEC: FEAT-4).
-        other => return Err(Misbehaved::Feature { kind: other.kind() }),
-    })
 }

@@ -387,9 +387,10 @@ struct LaneState {
 /// What the other threads tell the control thread.
 enum Note {
     /// `epoch` counts the control channels of this migration: what an earlier one said is void.
-    Inbound {
+    Frame {
         epoch: u32,
-        inbound: link::Inbound,
+        header: multifd_wire::Header,
+        table: Vec<u8>,
     },
     ControlLost {
         epoch: u32,

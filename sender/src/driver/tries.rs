@@ -31,10 +31,10 @@ pub(super) fn open_first(
     let mut pause = PAUSE_FIRST;
     let mut last = None;
     loop {
-        let tried = once(shared, dial, at, hello, deadline);
-        shared.check_stop()?;
-        let fault = match tried {
+        let fault = match once(shared, dial, at, hello, deadline) {
+            // Also if nobody wants it any more: the destination has let this source in, and is told.
             Ok(opened) => return Ok(opened),
+            Err(_) if shared.check_stop().is_err() => return Err(Fault::Cancelled),
             Err(Tried::ForGood(fault)) => return Err(fault),
             // That time ran out in this try says less than what ended the one before.
             Err(Tried::MayPass(fault)) if is_deadline(&fault) => return Err(last.unwrap_or(fault)),

@@ -27,10 +27,16 @@ pub enum Fault {
     /// Valid octets at the wrong moment, or about things that do not exist.
     #[error("the destination broke the protocol: {0}")]
     Misbehaved(#[from] Misbehaved),
-    /// An event came in a state that does not know it.
+    /// The peer said something in a state that does not know it.
     #[error("{what} came out of turn")]
     OutOfTurn {
         /// The event.
+        what: String,
+    },
+    /// A bug of ours: an event that the session did not ask for, or two of our own that disagree.
+    #[error("internal error: {what}; this is a bug of the source, not of its peer")]
+    Internal {
+        /// What.
         what: String,
     },
     /// No version or feature in common.
@@ -60,6 +66,25 @@ pub enum Fault {
     #[error("all data channels are lost; the last one failed with: {last}")]
     AllLanesLost {
         /// Why the last one died.
+        last: String,
+    },
+    /// The destination closed a data channel.
+    #[error("the destination closed the data channel: {reason}")]
+    LaneDown {
+        /// Its reason code.
+        reason: Reason,
+    },
+    /// Channels are opened again and again, and nothing of what is sent on them is acknowledged.
+    #[error(
+        "nothing was acknowledged for {waited_ms} ms although the channels were opened again {losses} times ({last}): small packets pass \
+         and large ones do not, which is what a path does whose MTU is smaller than the hosts believe; check the MTU and whether ICMP is filtered"
+    )]
+    NothingTaken {
+        /// For how long, in milliseconds.
+        waited_ms: u128,
+        /// Channels that were lost meanwhile.
+        losses: u32,
+        /// What happened last.
         last: String,
     },
     /// The embedder said no.
@@ -285,6 +310,7 @@ impl Fault {
             Self::Malformed(e) => e.code(),
             Self::Misbehaved(e) => e.code(),
             Self::OutOfTurn { .. } => "sender.misbehaved.out-of-turn",
+            Self::Internal { .. } => "sender.internal",
             Self::Incompatible(e) => e.code(),
             Self::Misuse(e) => e.code(),
             Self::Channel(e) => e.code(),
@@ -292,6 +318,8 @@ impl Fault {
             Self::NoAnswer { why, .. } => why.code(),
             Self::Memory(_) => "sender.misuse.memory",
             Self::AllLanesLost { .. } => "sender.channel.all-lanes-lost",
+            Self::LaneDown { .. } => "sender.channel.lane-down",
+            Self::NothingTaken { .. } => "sender.channel.nothing-taken",
             Self::Vmm { .. } => "sender.vmm.refused",
             Self::Device { .. } => "sender.device.failed",
             Self::DeviceStuck { .. } => "sender.device.stuck",
@@ -324,7 +352,12 @@ impl Fault {
             Self::OutOfTurn { .. } => Reason::Misbehaved,
             Self::Incompatible(e) => e.reason(),
             Self::Misuse(e) => e.reason(),
-            Self::Channel(_) | Self::Dial(_) | Self::AllLanesLost { .. } => Reason::ChannelsLost,
+            Self::Channel(_)
+            | Self::Dial(_)
+            | Self::AllLanesLost { .. }
+            | Self::LaneDown { .. }
+            | Self::NothingTaken { .. } => Reason::ChannelsLost,
+            Self::Internal { .. } => Reason::Internal,
             Self::NoAnswer { why, .. } => why.reason(),
             Self::Vmm { .. } => Reason::VmmRefused,
             Self::Memory(_) | Self::Tracking(_) | Self::Unreported(_) | Self::System { .. } => {

@@ -2,9 +2,13 @@
 
 pub mod config;
 pub mod error;
+pub mod event;
 pub mod forecast;
+mod keep_alive;
 pub mod lane;
+mod lanes;
 pub mod pacer;
+pub mod redial;
 pub mod session;
 pub mod speed;
 pub mod stream;
@@ -14,4 +18,5 @@ pub use config::{
     WhenNotConverging,
 };
 pub use error::{Error, Fault};
+pub use lanes::Seen;
 pub use session::{Reclaimed, Session};

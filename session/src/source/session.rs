@@ -14,223 +14,28 @@
 //! was gone before it took anything of the COMMIT. Which event is
 //! legal in which state is the one table in [`Session::handle`]; `the_table_of_states_and_events` prints it.
 
+mod deadlines;
+mod frames;
 mod resume;
 mod rounds;
+mod set_up;
+mod switchover;
 
 use std::time::Duration;
 
-use multifd_wire::frame::OutcomeState;
-use multifd_wire::{ChannelRef, Phase, Reason, Round};
+use multifd_wire::{Phase, Round};
 
 use crate::source::config::{Config, WhenAckLate};
 use crate::source::error::{Error, Fault};
-use crate::source::forecast::{Observation, Outlook};
-use crate::source::speed::{LaneCount, Speeds};
+use crate::source::forecast::Observation;
+use crate::source::keep_alive::KeepAlive;
+use crate::source::lanes::Lanes;
+use crate::source::speed::Speeds;
 
+pub use crate::source::event::{DeviceOutlook, Effect, Event, Outcome};
 pub use resume::{DAMAGES_MAX, SUSPENSIONS_MAX};
 pub use rounds::Counted;
-
-/// Damaged or lost pages are sent again in a further last round; more than this many and the link can't be trusted.
-pub const REPAIR_ROUNDS_MAX: u32 = 16;
-
-/// A lane may turn out to be dead while its round is waited for: it is given up after one stall, and what the destination has
-/// of it is known after three more at the latest.
-const DEAD_LANE_STALLS: u32 = 4;
-
-/// What happened.
-#[derive(Debug)]
-pub enum Event {
-    /// The destination granted the session; lanes may be dialled.
-    Granted,
-    /// The destination's machine, memory and lanes are ready, and tracking is on at the source.
-    Ready,
-    /// Every living lane has encoded the whole of the present round and ends it with its mark.
-    Encoded {
-        /// Octets that were handed to channels in this round.
-        octets: u64,
-        /// Octets that were handed to channels and are not acknowledged yet.
-        unacked_octets: u64,
-    },
-    /// How far the round is and what each lane has acknowledged. Nothing follows from it at once.
-    Counted {
-        /// The round.
-        round: Counted,
-        /// The lanes that live.
-        lanes: Vec<LaneCount>,
-    },
-    /// The sources were collected into the dirty set, which now has this many pages.
-    Collected {
-        /// Pages in the dirty set.
-        pages: u64,
-    },
-    /// The VMM paused the guest.
-    Paused,
-    /// What is known of the devices, before a decision.
-    Devices(DeviceOutlook),
-    /// Instead of [`Event::Paused`]: a device announced new initial bytes meanwhile. Nothing was paused.
-    AcksMissing,
-    /// Every device is P2P-quiescent.
-    DevicesQuiesced,
-    /// Every device stands still.
-    DevicesStopped,
-    /// Every device was read to its end.
-    DevicesSaved,
-    /// The VM state was saved and sent.
-    Saved,
-    /// FINAL was sent with this digest.
-    FinalSent {
-        /// The digest over all pages as last sent.
-        digest: u64,
-    },
-    /// The destination closed a round.
-    Closed {
-        /// Which.
-        round: Round,
-        /// Pages that were damaged on the way and are still missing there.
-        damaged: u64,
-    },
-    /// A lane died; this many pages that it had not been acknowledged for are back in the dirty set.
-    LaneLost {
-        /// How many.
-        pages: u64,
-    },
-    /// Instead of sending COMMIT: the channel was gone before it took anything of it.
-    CommitUnsent(Error),
-    /// The destination verified and loaded everything.
-    Prepared {
-        /// The digest over all pages as landed.
-        digest: u64,
-    },
-    /// The guest runs at the destination.
-    Running,
-    /// The channels are lost: the link failed, or nothing was heard for too long. What was said on them is worth nothing now.
-    Lost(Error),
-    /// A new control channel was accepted for this session.
-    Reconnected,
-    /// A lane is open again and the destination said what landed; the rest is back in the dirty set.
-    Landed {
-        /// Rounds that it has closed.
-        rounds_closed: u32,
-    },
-    /// The destination does not know this session, or does not keep it.
-    Forgotten(Error),
-    /// The destination's answer to the question how it ended.
-    Answered(OutcomeState),
-    /// Round trip of a keep-alive.
-    RoundTrip(Duration),
-    /// The user wants it to stop.
-    Cancel,
-    /// Something failed: a channel, the VMM, the tracking, the peer said no.
-    Failed(Error),
-    /// Only the time has gone on.
-    Tick,
-}
-
-/// What the driver must do.
-#[derive(Debug)]
-pub enum Effect {
-    /// Send the configuration, the tables and SETUP_END, and dial the lanes.
-    SendSetup,
-    /// Begin a round with what the dirty set holds.
-    OpenRound {
-        /// Its number.
-        round: Round,
-        /// The guest is paused: this may be the last.
-        last: bool,
-    },
-    /// Collect from all sources. `last`: the guest is paused.
-    Collect {
-        /// Whether the guest is paused.
-        last: bool,
-    },
-    /// Tell progress readers.
-    Forecast(Outlook),
-    /// Pause the guest.
-    Pause,
-    /// Nothing but acknowledgements of devices is missing: tell the user, and answer with [`Event::Devices`] when that changes.
-    AwaitDevices,
-    /// Lead every device to where none disturbs another; answer with [`Event::DevicesQuiesced`].
-    Quiesce,
-    /// Stop every device, now that all are quiescent; answer with [`Event::DevicesStopped`], and when it was read to its end with
-    /// [`Event::DevicesSaved`].
-    StopDevices,
-    /// Send SWITCHOVER: the guest is paused and this round is begun.
-    AnnounceSwitchover {
-        /// The round.
-        round: Round,
-    },
-    /// Save the VM state and send it.
-    Save,
-    /// Send FINAL for this round.
-    SendFinal {
-        /// Which.
-        round: Round,
-    },
-    /// Send COMMIT. The guest belongs to the destination from before the first octet of it.
-    Commit,
-    /// Close every channel; what their lanes carried is kept in their ledgers.
-    Disconnect,
-    /// Dial the destination again, until this time, to resume the session.
-    Reconnect {
-        /// When to stop.
-        until: Duration,
-    },
-    /// Dial the destination again, until this time, to ask how the session ended.
-    Ask {
-        /// When to stop.
-        until: Duration,
-    },
-    /// Begin anew, as another session, with all of memory.
-    StartAfresh,
-    /// Tell the peer why it ends.
-    Abort {
-        /// The code.
-        reason: Reason,
-        /// The phase in which it ended.
-        phase: Phase,
-        /// The channel that it is about.
-        channel: ChannelRef,
-        /// The text.
-        text: String,
-    },
-    /// The guest belongs to the source: give all pages back, and run it again if it was paused.
-    Reclaim {
-        /// Whether the VMM has to be told to resume.
-        paused: bool,
-        /// The proof that it may.
-        proof: Reclaimed,
-    },
-    /// It is over.
-    Finish(Outcome),
-}
-
-/// What the devices would add to the downtime, and whether they allow it to begin.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct DeviceOutlook {
-    /// Octets that would still have to be sent if they were stopped now: that wait for a lane, and that they would give.
-    pub stop_bytes: u64,
-    /// How long the slowest of them would take to be read, going by how fast it was read so far; zero where nothing was.
-    pub read: Duration,
-    /// How long the slowest of them would take to load its share, going by how long what it loaded so far took.
-    pub load: Duration,
-    /// Names of those that want their initial bytes loaded before the guest is paused, and have not been told yet that they are.
-    pub unacked: Vec<String>,
-}
-
-/// How a migration ended.
-#[derive(Debug)]
-pub enum Outcome {
-    /// The guest runs at the destination.
-    Migrated,
-    /// The guest runs at the source.
-    Failed(Error),
-    /// The user stopped it; the guest runs at the source.
-    Cancelled(Error),
-    /// The guest is the destination's, where it could not be run: it is loaded there and paused; so it stays here.
-    Stranded(Error),
-    /// The commit was sent, but whether the guest runs at the destination is not known; the source stays paused.
-    Unknown(Error),
-}
+pub use switchover::REPAIR_ROUNDS_MAX;
 
 /// Proof that the guest belongs to the source: no commit left for the destination in the pause that it ends, or the destination
 /// gave its word that it has read none and will take none any more (SPEC: ASK-3).
@@ -380,12 +185,20 @@ pub struct Session {
     doubt: Option<Error>,
     /// Why a lane could not be opened on the way back: if none can, that is what it was.
     hindrance: Option<Error>,
+    set_up: set_up::SetUp,
+    lanes: Lanes,
+    keep_alive: KeepAlive,
+    /// The newest round that was opened since the destination last said how many it has closed, or ever.
+    last_opened: Option<Round>,
+    /// The first round with the guest paused, since the same moment.
+    paused_from: Option<Round>,
 }
 
 impl Session {
     /// A session whose hello was accepted at `now`.
     #[must_use]
     pub fn new(config: Config, memory_pages: u64, now: Duration) -> Self {
+        let keep_alive = KeepAlive::new(config.keep_alive, now);
         Self {
             config,
             memory_pages,
@@ -419,6 +232,11 @@ impl Session {
             unready: true,
             doubt: None,
             hindrance: None,
+            set_up: set_up::SetUp::default(),
+            lanes: Lanes::default(),
+            keep_alive,
+            last_opened: None,
+            paused_from: None,
         }
     }
 
@@ -488,12 +306,12 @@ impl Session {
     }
 
     /// The peer was heard on the control channel.
-    pub fn heard(&mut self, now: Duration) {
+    fn heard(&mut self, now: Duration) {
         self.heard = now;
     }
 
     /// The destination took something.
-    pub fn progressed(&mut self, now: Duration) {
+    fn progressed(&mut self, now: Duration) {
         self.progress = now;
     }
 
@@ -514,20 +332,31 @@ impl Session {
         }
     }
 
-    /// When [`Event::Tick`] is due at the latest.
-    #[must_use]
-    pub fn next_deadline(&self) -> Duration {
-        let deadline = self.deadline().0;
-        match self.state {
-            State::Waiting { again, .. } => deadline.min(again),
-            State::Sending { .. } => deadline.min(self.look_due),
-            _ => deadline,
-        }
-    }
-
     /// The one table: what each event means in each state.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        if self.state != State::Over
+            && matches!(
+                event,
+                Event::LaneUp { .. }
+                    | Event::LaneEncoded { .. }
+                    | Event::LaneEnded { .. }
+                    | Event::LanesSeen(_)
+                    | Event::Acked { .. }
+                    | Event::Begun
+            )
+        {
+            return self.handle_lanes(event, now);
+        }
+        let settled = matches!(event, Event::LaneLost { .. });
+        let mut effects = self.handle_session(event, now);
+        if settled {
+            effects.extend(self.lanes.check_encoded());
+        }
+        effects
+    }
+
+    fn handle_session(&mut self, event: Event, now: Duration) -> Vec<Effect> {
         // A look inside a round is no progress of the migration's.
         let looked = matches!(
             (self.state, &event),
@@ -563,7 +392,7 @@ impl Session {
             // Too late to stop: the guest is the destination's (SPEC: COMMIT-3).
             (State::Committed { .. }, Event::Cancel) => Vec::new(),
             (_, Event::Cancel) => self.fail(Error::new(self.phase(), Fault::Cancelled)),
-            (_, Event::Tick) => self.tick(now),
+            (_, Event::Tick) => self.deadlines(now),
             (_, Event::Counted { round, lanes }) => {
                 self.counted(round, &lanes, now);
                 Vec::new()
@@ -581,7 +410,9 @@ impl Session {
             ) => self.handle_resume(event, now),
             (State::Setup { granted: false }, Event::Granted) => {
                 self.state = State::Setup { granted: true };
-                vec![Effect::SendSetup]
+                vec![Effect::SendSetup {
+                    lanes: self.lanes_named(),
+                }]
             }
             (State::Setup { granted: true }, Event::Ready) => {
                 self.unready = false;
@@ -686,7 +517,7 @@ impl Session {
                 });
                 vec![
                     Effect::AnnounceSwitchover { round },
-                    Effect::OpenRound { round, last: true },
+                    self.open_round(round, true),
                     Effect::Save,
                 ]
             }
@@ -711,192 +542,25 @@ impl Session {
                 State::Committed { .. },
                 Event::Closed { .. } | Event::LaneLost { .. } | Event::Encoded { .. },
             ) => Vec::new(),
-            (_, event) => {
-                let what = format!("{event:?}");
-                self.fail(Error::new(self.phase(), Fault::OutOfTurn { what }))
-            }
+            (_, event) => self.unexpected(&event),
         }
     }
 
-    fn handle_last(&mut self, mut last: Last, event: Event, now: Duration) -> Vec<Effect> {
-        match event {
-            Event::Encoded { .. } => last.encoded = true,
-            // Saving the state or a device may write memory: the collection comes after both.
-            Event::Saved => {
-                last.saved = true;
-                self.state = State::Last(last);
-                return self.collect_after_save(last);
-            }
-            Event::DevicesSaved if !self.devices_saved => {
-                self.devices_saved = true;
-                return self.collect_after_save(last);
-            }
-            Event::Collected { pages } => {
-                last.collected = true;
-                last.missing += pages;
-            }
-            Event::LaneLost { pages } => {
-                last.missing += pages;
-                last.final_sent &= pages == 0;
-            }
-            // The receiver knows best whether a damaged page is still missing there: one that landed again is counted off.
-            Event::Closed { round, damaged } if round == last.round => {
-                last.missing += damaged;
-                last.final_sent &= damaged == 0;
-                last.closed = damaged == 0;
-            }
-            Event::Closed { .. } => {}
-            Event::FinalSent { digest } => {
-                last.final_sent = true;
-                last.digest = Some(digest);
-            }
-            Event::Prepared { digest } => {
-                let Some(ours) = last.digest else {
-                    return self.fail(Error::new(
-                        Phase::Switchover,
-                        Fault::OutOfTurn {
-                            what: "PREPARED before FINAL".into(),
-                        },
-                    ));
-                };
-                if digest != ours {
-                    return self.fail(Error::new(
-                        Phase::Switchover,
-                        Fault::DigestMismatch {
-                            ours,
-                            theirs: digest,
-                        },
-                    ));
-                }
-                self.state = State::Committed { since: now, last };
-                return vec![Effect::Commit];
-            }
-            event => {
-                let what = format!("{event:?}");
-                return self.fail(Error::new(Phase::Switchover, Fault::OutOfTurn { what }));
-            }
-        }
-        self.state = State::Last(last);
-        self.conclude(last)
-    }
-
-    fn collect_after_save(&self, last: Last) -> Vec<Effect> {
-        if last.saved && self.devices_saved {
-            vec![Effect::Collect { last: true }]
-        } else {
-            Vec::new()
-        }
-    }
-
-    /// Once the last round is encoded and the save's own writes are known: FINAL, or a further round for missing pages.
-    fn conclude(&mut self, last: Last) -> Vec<Effect> {
-        if !(last.encoded && last.saved && last.collected) || last.final_sent {
-            return Vec::new();
-        }
-        if last.missing == 0 {
-            return vec![Effect::SendFinal { round: last.round }];
-        }
-        self.repairs += 1;
-        let next = last
-            .round
-            .next()
-            .filter(|_| self.repairs <= REPAIR_ROUNDS_MAX);
-        let Some(round) = next else {
-            return self.fail(Error::new(
-                Phase::Switchover,
-                Fault::Unrepairable {
-                    pages: last.missing,
-                    rounds: self.repairs,
-                },
-            ));
-        };
-        self.state = State::Last(Last {
-            round,
-            encoded: false,
-            missing: 0,
-            closed: false,
-            ..last
-        });
-        vec![
-            Effect::AnnounceSwitchover { round },
-            Effect::OpenRound { round, last: true },
-        ]
-    }
-
-    /// The next instant at which waiting any longer is an error, and which one.
-    fn deadline(&self) -> (Duration, &'static str) {
-        let silence = (
-            self.heard + self.silence_max(),
-            "a sign of life from the destination",
-        );
-        let own = match self.state {
-            State::Setup { .. } => (
-                self.began + self.config.setup_deadline,
-                "the destination to get ready",
-            ),
-            State::Draining { until, .. } => (
-                until.max(self.progress + self.config.stall * DEAD_LANE_STALLS),
-                "the destination to close a round",
-            ),
-            State::Suspended { until } | State::Asking { until } => {
-                return (until, "the destination to answer again");
-            }
-            State::Rejoining { until, since, .. } => (
-                until.min(since + self.config.setup_deadline),
-                "the destination to take the migration up again",
-            ),
-            State::Committed { since, .. } => (
-                since + self.config.commit_deadline,
-                "the destination to say that the guest runs",
-            ),
-            _ => match self.paused_at {
-                // The user was told, or accepts, that it takes so long.
-                Some(at) => (
-                    at + self.predicted.unwrap_or_default() + self.config.commit_deadline,
-                    "the destination to take the paused guest over",
-                ),
-                None => (
-                    self.progress + self.config.progress_deadline,
-                    "the destination to take anything; it only says that it lives",
-                ),
+    /// An event that this state does not know. What the destination says out of turn is its fault, all else is ours.
+    fn unexpected(&mut self, event: &Event) -> Vec<Effect> {
+        let what = format!("{event:?}");
+        let fault = match event {
+            Event::Granted
+            | Event::Closed { .. }
+            | Event::Prepared { .. }
+            | Event::Running
+            | Event::Landed { .. }
+            | Event::Answered(_) => Fault::OutOfTurn { what },
+            _ => Fault::Internal {
+                what: format!("unexpected {what}"),
             },
         };
-        if own.0 < silence.0 { own } else { silence }
-    }
-
-    fn tick(&mut self, now: Duration) -> Vec<Effect> {
-        let (deadline, what) = self.deadline();
-        if now < deadline {
-            return match self.state {
-                State::Waiting { again, .. } if now >= again => self.look_again(now),
-                State::Sending { .. } if now >= self.look_due => {
-                    self.look_due = Duration::MAX;
-                    vec![Effect::Collect { last: false }]
-                }
-                _ => Vec::new(),
-            };
-        }
-        match self.state {
-            State::Suspended { .. } | State::Asking { .. } => {
-                let error = self.gave_up(what);
-                self.fail(error)
-            }
-            State::Rejoining { until, .. } if now >= until => {
-                self.doubt = self.hindrance.take().or(self.doubt.take());
-                let error = self.gave_up(what);
-                self.fail(error)
-            }
-            State::Rejoining { .. } | State::Committed { .. } => {
-                let late = Error::new(self.phase(), Fault::Timeout { what });
-                let error = self.hindrance.take().unwrap_or(late);
-                self.lost(error, now)
-            }
-            // A destination that is silent may be there again later; one that lives and does nothing is no better then.
-            _ if now >= self.heard + self.silence_max() => {
-                self.lost(Error::new(self.phase(), Fault::Timeout { what }), now)
-            }
-            _ => self.fail(Error::new(self.phase(), Fault::Timeout { what })),
-        }
+        self.fail(Error::new(self.phase(), fault))
     }
 
     fn fail(&mut self, error: Error) -> Vec<Effect> {

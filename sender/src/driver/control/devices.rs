@@ -107,7 +107,7 @@ impl Control {
         }
     }
 
-    pub(super) fn device_acked(&mut self, ack: &SwitchoverAck) -> Result<(), Misbehaved> {
+    pub(super) fn device_acked(&mut self, ack: &SwitchoverAck) -> Result<Event, Misbehaved> {
         let desk = Arc::clone(self.shared.depot.desk(ack.device)?);
         desk.acked(
             ack.generation,
@@ -115,9 +115,7 @@ impl Control {
             Duration::from_micros(ack.load_us),
         )?;
         tracing::info!(device = %desk.name, generation = %ack.generation, bytes = ack.bytes, load_ms = ack.load_us / 1000, "initial bytes loaded");
-        let outlook = self.fleet.outlook(&self.shared.depot);
-        self.drive(Event::Devices(outlook));
-        Ok(())
+        Ok(Event::Devices(self.fleet.outlook(&self.shared.depot)))
     }
 
     pub(super) fn device_loaded(&mut self, loaded: &DeviceLoaded) -> Result<(), Misbehaved> {

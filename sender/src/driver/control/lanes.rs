@@ -1,197 +1,216 @@
-//! Lanes that are lost, watched and dialled again (SPEC: section 14, ROUND-6).
-//!
-//! The rules it keeps: a lane is dialled again only when both sides have settled what its last connection carried; and it
-//! takes part in the round that is open, after it has ended those that the destination may not have closed.
+//! The lanes' threads: what the session wants done with them. It decides; nothing here knows why.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use multifd_wire::frame::LaneDown;
-use multifd_wire::{ChannelRef, Incarnation, LaneId, Phase, Reason, Round};
+use crossbeam_channel::Sender;
+use multifd_session::source::Seen;
+use multifd_transport::Closer;
+use multifd_wire::frame::LaneMark;
+use multifd_wire::{ChannelRef, Hello, Incarnation, LaneId, Misbehaved, Round};
 
-use super::{Control, Life, Slot, Spawned};
+use super::Control;
 use crate::driver::lane::LaneCommand;
-use crate::driver::lock;
-use crate::driver::redial::{Attempt, Next, Redial};
+use crate::driver::redial::{Attempt, lane_life};
+use crate::driver::work::tracked;
+use crate::driver::{LaneState, Note, lock};
 use crate::error::{Error, Fault};
+use crate::lane::Settled;
 use crate::session::Event;
+use crate::speed::LaneCount;
 
-/// A lane that is lost more often than this is not dialled again: its way is broken, and each loss sends pages twice.
-const LANE_LOSSES_MAX: u32 = 64;
+/// One lane's newest connection.
+pub(super) struct Slot {
+    pub(super) state: Arc<LaneState>,
+    /// Dropped when the lane is to end.
+    pub(super) commands: Option<Sender<LaneCommand>>,
+    /// Once the connection is open.
+    pub(super) closer: Option<Closer>,
+    pub(super) thread: Option<JoinHandle<()>>,
+    /// While a resume is under way: the connection that was lost, which LANDED settles.
+    pub(super) before: Option<Arc<LaneState>>,
+}
 
-/// How often it is looked whether the destination takes what lanes carry.
-const WATCH_PERIOD: Duration = Duration::from_millis(100);
-
-/// When nothing but silent lanes is waited for, with the guest paused or at the end of a round, a lane from which nothing was taken
-/// for this long is not waited for any longer: what it carried is sent again on the others, which takes less time.
-const LAST_LANE_STALL: Duration = Duration::from_millis(500);
-
-/// So many times as long as a body should take at the measured bandwidth: a slow lane is not a dead one.
-const LAST_BODIES: u32 = 8;
-
-/// How far a lane was acknowledged when that last changed.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Watch {
-    acked: u64,
-    since: Duration,
+impl Slot {
+    /// Its thread ends now, and says so.
+    pub(super) fn close(&mut self) {
+        self.commands = None;
+        self.state.given_up.store(true, Relaxed);
+        if let Some(closer) = &self.closer {
+            closer.shutdown();
+        }
+    }
 }
 
 impl Control {
-    /// Whether lanes that are lost are dialled again.
-    pub(super) fn dials_again(&self) -> bool {
-        let rounds = matches!(self.session.phase(), Phase::Rounds | Phase::Switchover);
-        !self.shared.config.reconnect().is_zero()
-            && (rounds && self.session.needs_lanes() || self.comes_back())
+    pub(super) fn slot(&mut self, lane: LaneId) -> Option<&mut Slot> {
+        self.lanes.get_mut(lane.value() as usize)
     }
 
-    /// Whether lanes carry something that has to be taken.
-    fn watches_lanes(&self) -> bool {
-        matches!(self.session.phase(), Phase::Rounds | Phase::Switchover)
-    }
-
-    /// When something of this file is due next.
-    pub(super) fn lanes_due(&self) -> Duration {
-        // As in `tend_lanes`: what nobody will do is not due, or the control thread would never wait again.
-        let watch = if self.watches_lanes() {
-            self.watch_due
+    /// Starts the thread of one connection of a lane.
+    pub(super) fn dial_lane(
+        &mut self,
+        id: LaneId,
+        incarnation: Incarnation,
+        again: bool,
+    ) -> Result<(), Error> {
+        let fail = |fault: Fault| Error::new(self.session.phase(), fault).at(ChannelRef::Lane(id));
+        let (Some(grant), Some(agreement)) = (self.grant, self.agreement) else {
+            return Err(fail(Fault::Internal {
+                what: "a lane before the grant".into(),
+            }));
+        };
+        let attempt = if again {
+            Attempt::Again {
+                round_trip: self.session.round_trip(),
+            }
         } else {
-            Duration::MAX
+            Attempt::First
         };
-        if !self.dials_again() {
-            return watch;
-        }
-        let redials = self
-            .lanes
-            .iter()
-            .filter(|slot| slot.life == Life::Dead)
-            .filter_map(|slot| slot.redial.map(|redial| redial.due));
-        let alone = self
-            .alone_since
-            .map(|since| since + self.shared.config.reconnect());
-        redials
-            .chain(alone)
-            .min()
-            .unwrap_or(Duration::MAX)
-            .min(watch)
-    }
-
-    /// Does what is due.
-    pub(super) fn tend_lanes(&mut self, now: Duration) {
-        // SPEC: LANE-9
-        if !self.session.needs_lanes() {
-            self.alone_since = None;
-        }
-        // Whether or not a lane that is lost is dialled again: the others have to know that it is.
-        if !self.watches_lanes() {
-            self.watch_due = Duration::MAX;
-        } else if now >= self.watch_due || self.watch_due == Duration::MAX {
-            self.watch_due = now + WATCH_PERIOD;
-            self.watch_lanes(now);
-        }
-        if !self.dials_again() {
-            return;
-        }
-        let due: Vec<LaneId> = self
-            .lanes
-            .iter()
-            .filter(|slot| slot.life == Life::Dead)
-            .filter(|slot| slot.redial.is_some_and(|redial| redial.due <= now))
-            .map(|slot| slot.state.id)
-            .collect();
-        for id in due {
-            if let Err(error) = self.redial(id) {
-                return self.drive(Event::Failed(error));
+        let state = Arc::new(LaneState {
+            id,
+            incarnation,
+            given_up: std::sync::atomic::AtomicBool::new(false),
+            lane: std::sync::Mutex::new(Some(crate::lane::Lane::new(id, incarnation))),
+        });
+        let (commands, orders) = crossbeam_channel::bounded(2);
+        let hello = Hello::join(self.id, grant.ticket, agreement.features, id, incarnation);
+        let (shared, dial, notes, lane) = (
+            Arc::clone(&self.shared),
+            Arc::clone(&self.dial),
+            self.notes.clone(),
+            Arc::clone(&state),
+        );
+        let body = Box::new(move || {
+            let fault = lane_life(&shared, &*dial, attempt, &hello, &lane, &orders, &notes).err();
+            if let Some(fault) = &fault {
+                shared.counters.note_fault(ChannelRef::Lane(id), fault);
+                tracing::debug!(lane = %id, %incarnation, %fault, "a lane's thread has ended");
             }
+            let _ = notes.send(Note::LaneEnded {
+                lane: id,
+                incarnation,
+                fault,
+            });
+        });
+        let thread = self
+            .spawner
+            .spawn(&format!("mfd-lane{id}"), body)
+            .map_err(|source| {
+                fail(Fault::System {
+                    step: "start a thread",
+                    source,
+                })
+            })?;
+        let (commands, thread) = (Some(commands), Some(thread));
+        if let Some(slot) = self.slot(id) {
+            tracing::debug!(lane = %id, %incarnation, "dialling a lost lane again");
+            slot.state = state;
+            slot.commands = commands;
+            slot.closer = None;
+            // It has ended or is about to: its last word was read before the lane was settled.
+            let old = std::mem::replace(&mut slot.thread, thread);
+            self.stragglers.extend(old);
+        } else {
+            self.lanes.push(Slot {
+                state,
+                commands,
+                closer: None,
+                thread,
+                before: None,
+            });
         }
-        if let Some(since) = self.alone_since {
-            // Nothing can be taken meanwhile.
-            self.session.progressed(now);
-            if now >= since + self.shared.config.reconnect() {
-                let last = format!(
-                    "none could be opened again within {:?}",
-                    now.saturating_sub(since)
-                );
-                let error = Error::new(self.session.phase(), Fault::AllLanesLost { last });
-                self.drive(Event::Failed(error));
-            }
-        }
-    }
-
-    pub(super) fn redial(&mut self, id: LaneId) -> Result<(), Error> {
-        let Some(slot) = self.slot(id) else {
-            return Ok(());
-        };
-        // SPEC: JOIN-3
-        let incarnation = Incarnation::new(slot.incarnation.value().saturating_add(1));
-        let round_trip = self.session.round_trip();
-        let Spawned {
-            state,
-            commands,
-            thread,
-        } = self.spawn_lane(id, incarnation, Attempt::Again { round_trip })?;
-        let Some(slot) = self.slot(id) else {
-            return Ok(());
-        };
-        slot.state = state;
-        slot.incarnation = incarnation;
-        slot.commands = Some(commands);
-        slot.closer = None;
-        slot.life = Life::Redialling;
-        slot.encoded = None;
-        // It has ended or is about to: its last word was read before the lane was settled.
-        let old = slot.thread.replace(thread);
-        self.stragglers.extend(old);
-        tracing::debug!(lane = %id, %incarnation, "dialling a lost lane again");
         Ok(())
     }
 
-    /// An attempt came to nothing.
-    pub(super) fn redial_failed(&mut self, id: LaneId, fault: Fault) {
-        let now = self.shared.now();
-        let phase = self.session.phase();
-        let Some(slot) = self.slot(id) else { return };
-        slot.life = Life::Dead;
-        slot.commands = None;
-        lock(&slot.state.lane).take();
-        let incarnation = slot.incarnation;
-        if slot.redial.as_mut().map(|redial| redial.failed(now)) == Some(Next::GiveUp) {
-            slot.redial = None;
+    /// A connection is open. One that was replaced meanwhile is closed at once.
+    pub(super) fn lane_up(
+        &mut self,
+        lane: LaneId,
+        incarnation: Incarnation,
+        closer: Closer,
+        description: &str,
+    ) {
+        tracing::info!(channel = %description, %lane, "lane open");
+        match self
+            .slot(lane)
+            .filter(|slot| slot.state.incarnation == incarnation)
+        {
+            Some(slot) => slot.closer = Some(closer),
+            None => closer.shutdown(),
         }
-        tracing::debug!(lane = %id, %incarnation, %fault, "a lost lane could not be opened again yet");
-        self.session
-            .hindered(Error::new(phase, fault).at(ChannelRef::Lane(id)));
-        // The destination may have let it in: nothing came on it, and nothing will (SPEC: LANE-1).
-        self.send(LaneDown {
-            lane: id,
-            incarnation,
-            reason: Reason::ChannelsLost,
-        });
-        self.check_alone(now);
+        self.drive(Event::LaneUp { lane, incarnation });
     }
 
-    /// A lost lane is open again: it joins the round that is under way.
-    pub(super) fn rejoined(&mut self, id: LaneId) {
-        let now = self.shared.now();
-        self.alone_since = None;
-        self.session.progressed(now);
-        let first = self.rounds_closed;
-        let paused_from = self.paused_from;
-        let was_paused = |round: Round| paused_from.is_some_and(|from| round >= from);
+    pub(super) fn close_lane(&mut self, lane: LaneId) {
+        if let Some(slot) = self.slot(lane) {
+            tracing::debug!(%lane, incarnation = %slot.state.incarnation, "closing a lane");
+            slot.close();
+        }
+    }
+
+    pub(super) fn lane_gone(&mut self, lane: LaneId, why: &str) {
+        tracing::warn!(%lane, why, "lane lost");
+        self.timeline.lane_lost();
+        self.close_lane(lane);
+    }
+
+    /// Gives back what a lost lane carried, once its thread can take nothing any more.
+    pub(super) fn settle_lane(&mut self, lane: LaneId) -> Option<Event> {
+        let slot = self.slot(lane)?;
+        slot.close();
+        let (thread, state) = (slot.thread.take(), Arc::clone(&slot.state));
+        if let Some(thread) = thread {
+            // It, or another one, may be waiting for room in the queue.
+            while !thread.is_finished() {
+                if let Ok(note) = self.inbox.recv_timeout(Duration::from_millis(1)) {
+                    self.later.push_back(note);
+                }
+            }
+            let _ = thread.join();
+        }
+        // Items of devices are missing like pages are: with the guest paused they need a round that is open.
+        let items = self.give_back_ledger(&state);
+        let pages = self.shared.dirty.dirty_pages() + items;
+        Some(Event::LaneLost { pages })
+    }
+
+    /// Everything of a lane's connection that is not acknowledged comes back. Gives how many items of devices that is.
+    pub(super) fn give_back_ledger(&mut self, state: &LaneState) -> u64 {
+        let Some(mut lane) = lock(&state.lane).take() else {
+            return 0;
+        };
+        // Some of these may have been lost with the lane as well, and are about to be in the set for that.
+        self.mismatches.leave_open(&self.shared.dirty);
+        let items = self.shared.depot.outbox.again(lane.take_items());
+        let counters = &self.shared.counters;
+        // What is under way at the end is lost, and not sent again.
+        if self.outcome.is_none() {
+            counters
+                .sent_again_bytes
+                .fetch_add(lane.unacked_octets(), Relaxed);
+        }
+        let mut pages = 0;
+        for run in lane.die() {
+            pages += u64::from(run.count());
+            self.shared.dirty.give_back(tracked(run));
+        }
+        counters.pages_given_back.fetch_add(pages, Relaxed);
+        items
+    }
+
+    /// A lost lane is open again: it enters the round that is under way.
+    pub(super) fn lane_back(&mut self, id: LaneId, behind: Vec<(Round, bool)>, by_itself: bool) {
         let command = self.open.as_ref().map(|open| LaneCommand::Round {
-            work: std::sync::Arc::clone(&open.work),
+            work: Arc::clone(&open.work),
             round: open.round,
             last: open.last,
-            behind: (first..open.round.value())
-                .map(|round| (Round::new(round), was_paused(Round::new(round))))
-                .collect(),
+            behind,
         });
         let Some(slot) = self.slot(id) else { return };
-        let by_itself = !std::mem::replace(&mut slot.with_all, false);
-        slot.redial = None;
-        slot.watch = Watch {
-            acked: 0,
-            since: now,
-        };
-        tracing::info!(lane = %id, incarnation = %slot.incarnation, "a lost lane is open again");
+        tracing::info!(lane = %id, incarnation = %slot.state.incarnation, "a lost lane is open again");
         if let (Some(commands), Some(command)) = (&slot.commands, command) {
             // Its queue is empty.
             let _ = commands.try_send(command);
@@ -201,117 +220,99 @@ impl Control {
         }
     }
 
-    /// After a lane was settled: it is dialled again, unless it is lost too often.
-    pub(super) fn schedule_redial(&mut self, id: LaneId) {
-        let now = self.shared.now();
-        let (dials, until) = (self.dials_again(), now + self.shared.config.reconnect());
-        let Some(slot) = self.slot(id) else { return };
-        slot.losses += 1;
-        slot.redial =
-            (dials && slot.losses <= LANE_LOSSES_MAX).then(|| Redial::at_once(now, until));
-        self.check_alone(now);
-    }
-
-    /// Whether no lane is left, and what follows: a wait for one to come back, or the end.
-    pub(super) fn check_alone(&mut self, now: Duration) {
-        // On the way back the time is that of the resume.
-        if !self.session.needs_lanes()
-            || self.session.is_rejoining()
-            || self.lanes.iter().any(|slot| slot.life == Life::Alive)
-        {
-            return;
-        }
-        let hope = |slot: &Slot| {
-            matches!(slot.life, Life::Dying | Life::Dialling | Life::Redialling)
-                || slot.redial.is_some()
-        };
-        if self.dials_again() && self.lanes.iter().any(hope) {
-            self.alone_since.get_or_insert(now);
-            return;
-        }
-        if matches!(self.session.phase(), Phase::Rounds | Phase::Switchover) {
-            let last = "it could not be opened again".to_owned();
-            let error = Error::new(self.session.phase(), Fault::AllLanesLost { last });
-            self.drive(Event::Failed(error));
-        }
-    }
-
-    /// Tells slow lanes from dead ones. A slow lane's acknowledgements move; a dead one's do not, although the destination waits
-    /// for nothing else on it: every round before that of its oldest frame is closed.
-    fn watch_lanes(&mut self, now: Duration) {
-        let paused = self.session.is_paused();
-        let alive = self
-            .lanes
-            .iter()
-            .filter(|slot| slot.life == Life::Alive)
-            .count();
-        let bodies = self
-            .session
-            .bandwidth()
-            .map_or(Duration::ZERO, |bandwidth| {
-                let body = self.shared.config.body_pages() as f64 * 4096.0 * alive as f64;
-                Duration::try_from_secs_f64(body / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
+    /// How much of each open lane was acknowledged.
+    pub(super) fn lane_counts(&self) -> Vec<LaneCount> {
+        let open = self.lanes.iter().filter(|slot| slot.commands.is_some());
+        let counts = open
+            .filter(|slot| slot.closer.is_some())
+            .filter_map(|slot| {
+                let lane = lock(&slot.state.lane);
+                let lane = lane.as_ref()?;
+                Some(LaneCount {
+                    lane: lane.id(),
+                    incarnation: lane.incarnation(),
+                    acked_bytes: lane.acked_octets(),
+                    unacked_bytes: lane.unacked_octets(),
+                })
             });
-        let stall = self.shared.config.stall();
-        let soon = LAST_LANE_STALL
-            .max(bodies.saturating_mul(LAST_BODIES))
-            .min(stall);
-        let closed = self.rounds_closed;
-        let (mut dead, mut silent, mut busy, mut idle) = (Vec::new(), Vec::new(), 0, 0);
-        for slot in self
-            .lanes
-            .iter_mut()
-            .filter(|slot| slot.life == Life::Alive)
-        {
-            let (acked, oldest) = lock(&slot.state.lane)
-                .as_ref()
-                .map_or((0, None), |lane| (lane.acked_frames(), lane.oldest_round()));
-            let waits_for_others = oldest.is_none_or(|round| round.value() > closed);
-            idle += u32::from(waits_for_others);
-            if waits_for_others || acked != slot.watch.acked {
-                slot.watch = Watch { acked, since: now };
-                busy += u32::from(!waits_for_others);
-                continue;
-            }
-            let silence = now.saturating_sub(slot.watch.since);
-            if silence > stall {
-                dead.push(slot.state.id);
-            } else if silence > soon {
-                silent.push(slot.state.id);
-            } else {
-                busy += 1;
-            }
-        }
-        // The round, and a guest that runs nowhere, wait for them alone; a lane without anything on its way is there to take over.
-        let alone = if paused {
-            alive > 1
-        } else {
-            busy == 0 && idle > 0 && self.dials_again()
-        };
-        if alone {
-            dead.extend(silent);
-        }
-        for id in dead {
-            self.give_up_lane(
-                id,
-                Fault::Timeout {
-                    what: "the destination to take anything on this lane",
-                },
-            );
-        }
+        counts.collect()
     }
 
-    /// Ends a lane's channel; its thread then says that it has ended, and the rest follows.
-    fn give_up_lane(&mut self, id: LaneId, fault: Fault) {
-        let Some(slot) = self.slot(id) else { return };
-        tracing::warn!(channel = %ChannelRef::Lane(id), %fault, "giving a lane up");
-        slot.doomed = Some(fault);
-        slot.state
-            .given_up
-            .store(true, std::sync::atomic::Ordering::Relaxed);
-        slot.commands = None;
-        if let Some(closer) = &slot.closer {
-            closer.shutdown();
+    /// What the ledgers of open lanes hold.
+    pub(super) fn look_at_lanes(&self) -> Event {
+        let seen = self.lanes.iter().filter_map(|slot| {
+            let lane = lock(&slot.state.lane);
+            let lane = lane.as_ref()?;
+            Some(Seen {
+                lane: slot.state.id,
+                acked: lane.acked_frames(),
+                oldest: lane.oldest_round(),
+                unacked_bytes: lane.unacked_octets(),
+            })
+        });
+        Event::LanesSeen(seen.collect())
+    }
+
+    pub(super) fn acknowledged(&mut self, marks: &[LaneMark]) -> Result<Event, Misbehaved> {
+        let mut bytes = 0;
+        for mark in marks {
+            let Some(slot) = self.slot(mark.lane) else {
+                continue;
+            };
+            let state = Arc::clone(&slot.state);
+            let settled = self.settle_frames(&state, mark.frames)?;
+            if settled.frames > 0 {
+                self.timeline.taken();
+            }
+            bytes += settled.octets;
         }
+        Ok(Event::Acked { bytes })
+    }
+
+    /// So many frames of a connection were handled: they leave its ledger.
+    fn settle_frames(&self, state: &LaneState, frames: u64) -> Result<Settled, Misbehaved> {
+        let mut lane = lock(&state.lane);
+        let Some(lane) = lane.as_mut() else {
+            return Ok(Settled::default());
+        };
+        self.shared.depot.arrived(lane.items_below(frames));
+        let settled = lane.acked(frames)?;
+        let counters = &self.shared.counters;
+        counters.acked_bytes.fetch_add(settled.octets, Relaxed);
+        Ok(settled)
+    }
+
+    /// Settles the ledgers of the connections before a resume. Checks all of it before it changes anything.
+    pub(super) fn settle_before(&mut self, lanes: &[(LaneId, u64)]) -> Result<(), Misbehaved> {
+        let mut handled: Vec<(Arc<LaneState>, u64)> = Vec::new();
+        for (lane, frames) in lanes {
+            let Some(before) = self.slot(*lane).and_then(|slot| slot.before.clone()) else {
+                continue;
+            };
+            if let Some(lane) = lock(&before.lane).as_ref() {
+                lane.check_acked(*frames)?;
+            }
+            handled.push((before, *frames));
+        }
+        for (before, frames) in handled {
+            self.settle_frames(&before, frames)?;
+            self.give_back_ledger(&before);
+        }
+        for slot in &mut self.lanes {
+            slot.before = None;
+        }
+        let depot = Arc::clone(&self.shared.depot);
+        self.fleet.landed(&depot);
+        Ok(())
+    }
+
+    /// Bytes that are handed to channels and not acknowledged.
+    pub(super) fn unacked_octets(&self) -> u64 {
+        let unacked = self.lanes.iter().map(|slot| {
+            lock(&slot.state.lane)
+                .as_ref()
+                .map_or(0, crate::lane::Lane::unacked_octets)
+        });
+        unacked.sum()
     }
 }

@@ -8,26 +8,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use multifd_wire::frame::{Abort, Asks, LaneMark};
+use multifd_session::source::redial::{Next, Redial};
+use multifd_wire::frame::Abort;
 use multifd_wire::limits::TEXT_BYTES_MAX;
-use multifd_wire::{
-    ChannelRef, Features, Hello, Incarnation, Kind, LaneId, Misbehaved, PageIndex, Phase, Pulse,
-    Reason, Round, SessionId, Text,
-};
+use multifd_wire::{ChannelRef, Features, Frame, Hello, PageIndex, Phase, Reason, SessionId, Text};
 
 use super::super::mismatch::Mismatches;
-use super::{Control, Life, Note};
-use crate::driver::link::{ControlSender, Inbound, Open, read_control};
-use crate::driver::redial::{Next, Purpose, Reached, Redial, reach};
-use crate::driver::{LaneState, lock};
+use super::{Control, Note, lanes};
+use crate::driver::link::{ControlSender, Open, read_control};
+use crate::driver::redial::{Purpose, Reached, reach};
 use crate::error::{Error, Fault};
 use crate::session::Event;
-
-/// With the guest paused this side says that it lives this often, and is answered: a link that is lost then is found soon.
-pub(super) const PAUSED_KEEP_ALIVE: Duration = Duration::from_millis(200);
-
-/// With the guest paused and no lane left the guest is let run again after this (SPEC: SWITCH-4).
-const PAUSED_ALONE_MAX: Duration = Duration::from_millis(300);
 
 /// How long a destination that has no channel any more is tried to be told that it is over.
 const LAST_WORD_MAX: Duration = Duration::from_secs(1);
@@ -50,12 +41,6 @@ pub(super) struct Back {
     dialling: bool,
 }
 
-/// What the destination says of the channels before the resume, until everything of it is here.
-#[derive(Debug, Default)]
-pub(super) struct Resumed {
-    rounds_closed: Option<u32>,
-}
-
 impl Control {
     /// When something of this file is due next.
     pub(super) fn back_due(&self) -> Duration {
@@ -67,16 +52,6 @@ impl Control {
 
     /// Does what is due.
     pub(super) fn tend_back(&mut self, now: Duration) {
-        if self.session.is_kept()
-            && self.session.is_paused()
-            && self
-                .alone_since
-                .is_some_and(|since| now >= since + PAUSED_ALONE_MAX)
-        {
-            let last = "the guest is paused, and none came back at once".to_owned();
-            let error = Error::new(self.session.phase(), Fault::AllLanesLost { last });
-            self.drive(Event::Lost(error));
-        }
         let Some(back) = &mut self.back else { return };
         let left = back.redial.until.saturating_sub(now);
         self.shared
@@ -183,7 +158,6 @@ impl Control {
                     return self.drive(Event::Failed(error));
                 }
                 if purpose == Purpose::Resume {
-                    self.resumed = Some(Resumed::default());
                     self.drive(Event::Reconnected);
                 }
             }
@@ -238,7 +212,6 @@ impl Control {
             .at(ChannelRef::Control)
         })?;
         self.reader = Some(reader);
-        self.pulse = Pulse::new(opened.round_trip);
         let mut tx = opened.tx;
         tx.set_stall(Some(self.shared.config.stall()));
         self.control = Some(ControlSender::new(tx));
@@ -246,8 +219,9 @@ impl Control {
         self.control_lost = false;
         self.agreement = Some(opened.agreement);
         self.grant = None;
-        self.destination_ready = None;
-        self.keep_alive_due = self.shared.now() + self.shared.config.keep_alive();
+        let features = opened.agreement.features;
+        self.session
+            .connected(features, opened.round_trip, self.shared.now());
         Ok(())
     }
 
@@ -262,20 +236,12 @@ impl Control {
         self.control = None;
         self.stragglers.extend(self.reader.take());
         self.stragglers.retain(|thread| !thread.is_finished());
-        self.resumed = None;
-        self.destination_ready = None;
-        for slot in &mut self.lanes {
-            slot.commands = None;
-            slot.state.given_up.store(true, Relaxed);
-            if let Some(closer) = &slot.closer {
-                closer.shutdown();
-            }
-        }
+        self.lanes.iter_mut().for_each(lanes::Slot::close);
         for place in 0..self.lanes.len() {
             let Some(slot) = self.lanes.get_mut(place) else {
                 break;
             };
-            let fed = matches!(slot.life, Life::Alive | Life::Dying);
+            let fed = slot.closer.is_some();
             let Some(thread) = slot.thread.take() else {
                 continue;
             };
@@ -295,144 +261,14 @@ impl Control {
             let _ = thread.join();
         }
         for slot in &mut self.lanes {
-            if slot.life != Life::Dead {
-                slot.losses = slot.losses.saturating_add(1);
-            }
-            slot.life = Life::Dead;
-            slot.dying_since = None;
-            slot.redial = None;
-            slot.doomed = None;
-            slot.with_all = true;
+            // A resume that came to nothing has left no ledger of its own behind.
+            slot.before.get_or_insert_with(|| Arc::clone(&slot.state));
         }
         // With the last lane gone this gives back what no lane had taken.
         self.open = None;
-        self.alone_since = None;
-        self.count_lanes();
         if !self.session.is_committed() {
             self.timeline.suspended();
         }
-    }
-
-    /// Whether a session that was under way comes back, with whatever lanes there are (SPEC: RESUME-14).
-    pub(super) fn comes_back(&self) -> bool {
-        self.begun && self.session.is_rejoining()
-    }
-
-    /// Dials all lanes of a resumed session (SPEC: RESUME-5).
-    pub(super) fn dial_all_again(&mut self) -> Result<(), Error> {
-        let now = self.shared.now();
-        let redial = Redial::at_once(now, now + self.shared.config.reconnect());
-        let all = !self.comes_back();
-        for place in 0..self.lanes.len() {
-            let Some(slot) = self.lanes.get_mut(place) else {
-                break;
-            };
-            // A resume that came to nothing has left no ledger of its own behind.
-            if slot.before.is_none() {
-                slot.before = Some(Arc::clone(&slot.state));
-            }
-            let id = slot.state.id;
-            self.redial(id)?;
-            if let Some(slot) = self.slot(id) {
-                if all {
-                    slot.life = Life::Dialling;
-                } else {
-                    slot.redial = Some(redial);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// LANDED: settles every lane of before. Checks all of it before it changes anything.
-    pub(super) fn landed(
-        &mut self,
-        rounds_closed: u32,
-        marks: &[LaneMark],
-    ) -> Result<(), Misbehaved> {
-        let order = Misbehaved::Order { kind: Kind::Landed };
-        if self
-            .resumed
-            .as_ref()
-            .is_none_or(|resumed| resumed.rounds_closed.is_some())
-        {
-            return Err(order);
-        }
-        // SPEC: RESUME-7
-        let opened = self
-            .last_opened
-            .map_or(0, |round| round.value().saturating_add(1));
-        if rounds_closed < self.rounds_closed || rounds_closed > opened {
-            let expected = Round::new(self.rounds_closed);
-            let found = Round::new(rounds_closed);
-            return Err(Misbehaved::Round { expected, found });
-        }
-        let mut handled: Vec<(Arc<LaneState>, u64)> = Vec::new();
-        for slot in &self.lanes {
-            let Some(before) = &slot.before else { continue };
-            let mark = marks.iter().find(|mark| mark.lane == before.id);
-            let frames = mark
-                .filter(|mark| mark.incarnation == before.incarnation)
-                .map_or(0, |mark| mark.frames);
-            if let Some(mark) = mark.filter(|mark| mark.incarnation > before.incarnation) {
-                return Err(unknown(mark.lane, mark.incarnation));
-            }
-            if let Some(lane) = lock(&before.lane).as_ref() {
-                lane.check_acked(frames)?;
-            }
-            handled.push((Arc::clone(before), frames));
-        }
-        if let Some(mark) = marks
-            .iter()
-            .find(|mark| self.lanes.len() <= mark.lane.value() as usize)
-        {
-            return Err(unknown(mark.lane, mark.incarnation));
-        }
-        for (before, frames) in handled {
-            if let Some(lane) = lock(&before.lane).as_mut() {
-                self.shared.depot.arrived(lane.items_below(frames));
-                let settled = lane.acked(frames)?;
-                self.shared
-                    .counters
-                    .acked_bytes
-                    .fetch_add(settled.octets, Relaxed);
-            }
-            self.give_back_ledger(&before);
-        }
-        for slot in &mut self.lanes {
-            slot.before = None;
-        }
-        let depot = Arc::clone(&self.shared.depot);
-        self.fleet.landed(&depot);
-        self.rounds_closed = rounds_closed;
-        self.paused_from = None;
-        if let Some(resumed) = &mut self.resumed {
-            resumed.rounds_closed = Some(rounds_closed);
-        }
-        Ok(())
-    }
-
-    /// Whether this is a resume; if everything of it is here, the rounds go on.
-    pub(super) fn resume_rounds(&mut self) -> bool {
-        let Some(resumed) = &self.resumed else {
-            return false;
-        };
-        if let Some(rounds_closed) = resumed.rounds_closed
-            && let Some(ready) = self.destination_ready.take()
-        {
-            self.resumed = None;
-            self.timeline.resumed();
-            // The first set-up was lost: what follows it follows now (SPEC: RESUME-13).
-            if !self.begun
-                && let Err(error) = self.begin_tracking(ready.prepare_us)
-            {
-                self.drive(Event::Failed(error));
-                return true;
-            }
-            tracing::info!(rounds_closed, "the migration goes on");
-            self.drive(Event::Landed { rounds_closed });
-        }
-        true
     }
 
     /// Everything as at the beginning, for a destination that has nothing.
@@ -450,8 +286,6 @@ impl Control {
         self.begin_devices_anew()?;
         self.secret = None;
         self.agreement = None;
-        (self.rounds_closed, self.paused_from, self.last_opened) = (0, None, None);
-        self.begun = false;
         // Nothing is at the destination any more, also if this attempt gets no further than to dial.
         self.mismatches.leave_open(&self.shared.dirty);
         self.mismatches = Mismatches::new(&self.shared.dirty);
@@ -482,14 +316,15 @@ impl Control {
     pub(super) fn say_goodbye(&mut self) {
         let until = Instant::now() + GOODBYE_MAX;
         while self.control.is_some() && !self.control_lost {
-            match self.inbox.recv_deadline(until) {
-                Ok(Note::Inbound {
+            match self.next_note(until.saturating_duration_since(Instant::now())) {
+                Ok(Note::Frame {
                     epoch,
-                    inbound: Inbound::KeepAlive(alive),
+                    header,
+                    table,
                 }) if epoch == self.epoch => {
-                    let now = self.shared.now();
-                    if self.pulse.heard(&alive, now).asks == Asks::Answer {
-                        let answer = self.pulse.answer(now);
+                    if let Ok(Frame::KeepAlive(asked)) = Frame::decode(&header, &table)
+                        && let Some(answer) = self.session.answers(&asked, self.shared.now())
+                    {
                         let _ = self.try_send(answer);
                         return;
                     }
@@ -583,12 +418,5 @@ fn say_last_word(opened: Open, error: &Error, until: Instant) {
             let _ = rx.drain(64 << 10);
         }
         Err(fault) => tracing::debug!(%fault, "the destination could not be told"),
-    }
-}
-
-fn unknown(lane: LaneId, incarnation: Incarnation) -> Misbehaved {
-    Misbehaved::Lane {
-        channel: ChannelRef::Lane(lane),
-        incarnation: incarnation.value(),
     }
 }

@@ -20,6 +20,7 @@ use multifd_wire::{ChannelRef, Phase, Round};
 use super::{Effect, Event, Outcome, Reclaimed, Session, State};
 use crate::source::config::WhenDestinationLost;
 use crate::source::error::{Error, Fault};
+use crate::source::lanes::Lanes;
 
 /// A migration that is interrupted more often than this is not worth its link.
 pub const SUSPENSIONS_MAX: u32 = 1000;
@@ -35,7 +36,7 @@ const PAUSED_ROUND_TRIPS: u32 = 8;
 
 impl Session {
     /// The destination keeps the migration for this long when all channels are lost. Without this, what is lost is lost.
-    pub fn kept_for(&mut self, time: Option<Duration>) {
+    pub(super) fn kept_for(&mut self, time: Option<Duration>) {
         self.kept = time.map(|time| time.min(self.config.reconnect));
     }
 
@@ -94,7 +95,16 @@ impl Session {
             }
             State::Setup { .. } => return self.fail(error),
             _ if !self.is_kept() || self.suspensions >= SUSPENSIONS_MAX => return self.fail(error),
-            _ => now + self.kept.unwrap_or_default(),
+            _ => match self.lanes.starves_at(&self.view()) {
+                // Channels that are opened again and lost again are no progress, and do not begin the time anew.
+                Some(at) if at <= now => {
+                    let last = error.fault().to_string();
+                    let starved = self.lanes.starved(&self.view(), now, last);
+                    return self.fail(starved);
+                }
+                Some(at) => at.min(now + self.kept.unwrap_or_default()),
+                None => now + self.kept.unwrap_or_default(),
+            },
         };
         let mut effects = Vec::new();
         // The guest first: it stood still for a switchover that does not happen now (SPEC: RESUME-8).
@@ -105,6 +115,7 @@ impl Session {
             });
         }
         self.suspensions += 1;
+        self.channels_gone();
         self.state = State::Suspended { until };
         self.doubt = Some(error);
         self.paused_at = None;
@@ -117,12 +128,18 @@ impl Session {
         effects
     }
 
+    fn channels_gone(&mut self) {
+        self.lanes.disconnect();
+        self.set_up.disconnected();
+    }
+
     /// The commit was sent, and now nothing more will be heard of it: the destination is asked.
     pub(super) fn doubt(&mut self, error: Error, now: Duration) -> Vec<Effect> {
         if self.config.reconnect.is_zero() {
             return self.fail(error);
         }
         let until = now + self.config.reconnect;
+        self.channels_gone();
         self.state = State::Asking { until };
         self.doubt = Some(error);
         vec![Effect::Disconnect, Effect::Ask { until }]
@@ -132,6 +149,7 @@ impl Session {
     pub(super) fn handle_resume(&mut self, event: Event, now: Duration) -> Vec<Effect> {
         match (self.state, event) {
             (State::Suspended { until }, Event::Reconnected) => {
+                self.set_up.resumes();
                 self.heard = now;
                 self.hindrance = None;
                 self.state = State::Rejoining {
@@ -154,7 +172,9 @@ impl Session {
                     until,
                     since,
                 };
-                vec![Effect::SendSetup]
+                vec![Effect::SendSetup {
+                    lanes: self.lanes_named(),
+                }]
             }
             (
                 State::Rejoining {
@@ -199,10 +219,7 @@ impl Session {
                 | Event::DevicesStopped
                 | Event::DevicesSaved,
             ) => Vec::new(),
-            (_, event) => {
-                let what = format!("{event:?}");
-                self.fail(Error::new(self.phase(), Fault::OutOfTurn { what }))
-            }
+            (_, event) => self.unexpected(&event),
         }
     }
 
@@ -216,6 +233,9 @@ impl Session {
         (self.began, self.heard, self.closed) = (now, now, None);
         self.unready = true;
         self.observed.clear();
+        self.channels_gone();
+        self.lanes = Lanes::default();
+        (self.last_opened, self.paused_from) = (None, None);
         vec![Effect::Disconnect, Effect::StartAfresh]
     }
 

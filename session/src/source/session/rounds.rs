@@ -84,7 +84,7 @@ impl Session {
         self.state = State::Sending { round, since: now };
         self.look_due = now + FIRST_LOOK;
         self.counted = Counted::default();
-        vec![Effect::OpenRound { round, last: false }]
+        vec![self.open_round(round, false)]
     }
 
     pub(super) fn measure(&mut self, octets: u64, over: Duration) {
@@ -369,7 +369,7 @@ impl Session {
         let Some(next) = round.next() else {
             effects.extend(self.fail(Error::new(
                 Phase::Rounds,
-                Fault::OutOfTurn {
+                Fault::Internal {
                     what: "a switchover after the last round number".into(),
                 },
             )));

@@ -4,9 +4,13 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+use super::deadlines::DEAD_LANE_STALLS;
 use super::*;
 use crate::common::ChannelFault;
-use crate::source::config::{WhenDestinationLost, WhenNotConverging};
+use crate::source::config::{WhenAckLate, WhenDestinationLost, WhenNotConverging};
+use crate::source::speed::LaneCount;
+use multifd_wire::frame::OutcomeState;
+use multifd_wire::{ChannelRef, Reason};
 
 const MS: Duration = Duration::from_millis(1);
 const STALL: Duration = Duration::from_secs(10);
@@ -367,7 +371,33 @@ fn state_name(session: &Session) -> String {
 
 fn word(effect: &Effect) -> String {
     match effect {
-        Effect::SendSetup => "send set-up".into(),
+        Effect::Granted { first, .. } => format!("granted, first: {first}"),
+        Effect::SendSetup { .. } => "send set-up".into(),
+        Effect::DialLane {
+            lane,
+            incarnation,
+            again,
+        } => format!(
+            "dial {lane}.{incarnation}{}",
+            if *again { " again" } else { "" }
+        ),
+        Effect::LaneBack { lane, behind, .. } => {
+            format!("{lane} enters, {} rounds behind", behind.len())
+        }
+        Effect::CloseLane { lane } => format!("close {lane}"),
+        Effect::LaneGone { lane, .. } => format!("{lane} is gone"),
+        Effect::SettleLane { lane } => format!("settle {lane}"),
+        Effect::SettleBefore { lanes } => format!("settle {} lanes of before", lanes.len()),
+        Effect::SendLaneDown(down) => format!("LANE_DOWN {}.{}", down.lane, down.incarnation),
+        Effect::SendKeepAlive(_) => "KEEP_ALIVE".into(),
+        Effect::LookAtLanes => "look at lanes".into(),
+        Effect::Acknowledged(marks) => format!("{} lanes acknowledged", marks.len()),
+        Effect::GiveBack { lane, runs, .. } => format!("{} runs of {lane} back", runs.len()),
+        Effect::DeviceAcked(_) => "device acknowledged".into(),
+        Effect::DeviceLoaded(_) => "device loaded".into(),
+        Effect::Resumed { rounds_closed } => format!("resumed after {rounds_closed} rounds"),
+        Effect::Begin { .. } => "begin".into(),
+        Effect::RoundEncoded => "round encoded".into(),
         Effect::OpenRound { round, last: false } => format!("open {round}"),
         Effect::OpenRound { round, last: true } => format!("open {round} (paused)"),
         Effect::Collect { last: false } => "collect".into(),

@@ -1,0 +1,120 @@
+//! The rounds with the guest paused: what is missing still, FINAL, and the commit.
+
+use std::time::Duration;
+
+use multifd_wire::Phase;
+
+use super::{Effect, Event, Last, Session, State};
+use crate::source::error::{Error, Fault};
+
+/// Damaged or lost pages are sent again in a further last round; more than this many and the link can't be trusted.
+pub const REPAIR_ROUNDS_MAX: u32 = 16;
+
+impl Session {
+    pub(super) fn handle_last(
+        &mut self,
+        mut last: Last,
+        event: Event,
+        now: Duration,
+    ) -> Vec<Effect> {
+        match event {
+            Event::Encoded { .. } => last.encoded = true,
+            // Saving the state or a device may write memory: the collection comes after both.
+            Event::Saved => {
+                last.saved = true;
+                self.state = State::Last(last);
+                return self.collect_after_save(last);
+            }
+            Event::DevicesSaved if !self.devices_saved => {
+                self.devices_saved = true;
+                return self.collect_after_save(last);
+            }
+            Event::Collected { pages } => {
+                last.collected = true;
+                last.missing += pages;
+            }
+            Event::LaneLost { pages } => {
+                last.missing += pages;
+                last.final_sent &= pages == 0;
+            }
+            // The receiver knows best whether a damaged page is still missing there: one that landed again is counted off.
+            Event::Closed { round, damaged } if round == last.round => {
+                last.missing += damaged;
+                last.final_sent &= damaged == 0;
+                last.closed = damaged == 0;
+            }
+            Event::Closed { .. } => {}
+            Event::FinalSent { digest } => {
+                last.final_sent = true;
+                last.digest = Some(digest);
+            }
+            Event::Prepared { digest } => {
+                let Some(ours) = last.digest else {
+                    return self.fail(Error::new(
+                        Phase::Switchover,
+                        Fault::OutOfTurn {
+                            what: "PREPARED before FINAL".into(),
+                        },
+                    ));
+                };
+                if digest != ours {
+                    return self.fail(Error::new(
+                        Phase::Switchover,
+                        Fault::DigestMismatch {
+                            ours,
+                            theirs: digest,
+                        },
+                    ));
+                }
+                self.state = State::Committed { since: now, last };
+                return vec![Effect::Commit];
+            }
+            event => return self.unexpected(&event),
+        }
+        self.state = State::Last(last);
+        self.conclude(last)
+    }
+
+    pub(super) fn collect_after_save(&self, last: Last) -> Vec<Effect> {
+        if last.saved && self.devices_saved {
+            vec![Effect::Collect { last: true }]
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// Once the last round is encoded and the save's own writes are known: FINAL, or a further round for missing pages.
+    pub(super) fn conclude(&mut self, last: Last) -> Vec<Effect> {
+        if !(last.encoded && last.saved && last.collected) || last.final_sent {
+            return Vec::new();
+        }
+        if last.missing == 0 {
+            return vec![Effect::SendFinal { round: last.round }];
+        }
+        self.repairs += 1;
+        let next = last
+            .round
+            .next()
+            .filter(|_| self.repairs <= REPAIR_ROUNDS_MAX);
+        let Some(round) = next else {
+            return self.fail(Error::new(
+                Phase::Switchover,
+                Fault::Unrepairable {
+                    pages: last.missing,
+                    rounds: self.repairs,
+                },
+            ));
+        };
+        self.state = State::Last(Last {
+            round,
+            encoded: false,
+            missing: 0,
+            closed: false,
+            ..last
+        });
+        vec![
+            Effect::AnnounceSwitchover { round },
+            self.open_round(round, true),
+        ]
+    }
+}
