@@ -200,7 +200,7 @@ fn a_log_in_a_file_has_no_colours_and_local_paths_stay_here() {
     std::fs::create_dir_all(&folder).expect("a folder");
     let socket = format!("unix:{}/listen", folder.display());
     let receiver = Command::new(env!("CARGO_BIN_EXE_multifd-receive"))
-        .args(["--listen", &socket, "--report", "json"])
+        .args(["--listen", &socket, "--report", "json", "--one-attempt"])
         .env("RUST_LOG", "debug")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

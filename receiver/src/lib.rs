@@ -29,7 +29,7 @@ pub mod vmm;
 pub use multifd_session::destination::{config, error, lane, session};
 
 pub use ceiling::memory_to_be_had;
-pub use config::{Config, ConfigBuilder, ConfigError, Overcommit};
+pub use config::{AfterFailedSetup, Config, ConfigBuilder, ConfigError, Overcommit};
 pub use device::{DeviceError, DeviceSink};
 pub use driver::{Finished, Handle, OfferError, Parts, Reception, StartError};
 pub use error::{Error, Fault};

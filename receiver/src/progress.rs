@@ -76,6 +76,24 @@ impl Counters {
         self.phase.store(phase.as_u32(), Relaxed);
     }
 
+    /// What was counted of a source that came to nothing does not count for the next one. Who was refused stays counted.
+    pub(crate) fn begin_anew(&self) {
+        self.set_phase(Phase::Hello);
+        for counter in [
+            &self.round,
+            &self.lanes,
+            &self.devices,
+            &self.devices_loaded,
+        ] {
+            counter.store(0, Relaxed);
+        }
+        self.memory_pages.store(0, Relaxed);
+        self.pages_cleared.store(0, Relaxed);
+        for list in [&self.damage, &self.mismatches] {
+            *list.lock().unwrap_or_else(PoisonError::into_inner) = DamageList::default();
+        }
+    }
+
     pub(crate) fn add_cpu(&self, spent: Duration) {
         self.cpu_ns
             .fetch_add(u64::try_from(spent.as_nanos()).unwrap_or(0), Relaxed);

@@ -2,6 +2,8 @@
 //!
 //! Its guest has two regions of [`REGION_PAGES`] pages. A page's content is one octet repeated; the test says which.
 
+use std::time::{Duration, Instant};
+
 use multifd_transport::Channel;
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{
@@ -11,11 +13,12 @@ use multifd_wire::frame::{
 };
 use multifd_wire::{
     Body, DeviceId, Digest, Features, Frame, Generation, Hello, HelloReply, Incarnation, Kind,
-    LaneId, Layout, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageValues, Region, RegionId, Round,
-    SessionId, Text, Token,
+    LaneId, Layout, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageValues, Reason, Region, RegionId,
+    Round, SessionId, Text, Token,
 };
 use zerocopy::byteorder::little_endian::U32;
 
+use crate::bounded::GRACE;
 use crate::model::BLOB_KIND;
 use crate::peer::Peer;
 
@@ -106,8 +109,18 @@ impl<'d> FakeSource<'d> {
     #[must_use]
     pub fn open_with(connect: Connect<'d>, features: Features) -> Self {
         let session = next_session();
+        let hello = Hello::start(session, features, Features::NONE);
         let mut control = Peer::new(connect());
-        let reply = control.greet(&Hello::start(session, features, Features::NONE));
+        let mut reply = control.greet(&hello);
+        // As an honest source: somebody else may be about to leave.
+        let until = Instant::now() + GRACE;
+        while matches!(&reply, Ok(HelloReply::Refused { reason, .. }) if *reason == Reason::Busy)
+            && Instant::now() < until
+        {
+            std::thread::sleep(Duration::from_millis(1));
+            control = Peer::new(connect());
+            reply = control.greet(&hello);
+        }
         assert!(
             matches!(reply, Ok(HelloReply::Accepted { .. })),
             "{reply:?}"

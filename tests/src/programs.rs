@@ -235,10 +235,16 @@ impl Process {
         }
     }
 
-    /// Starts `multifd-receive --report json` on a free port of the loopback interface, and gives its address.
+    /// Starts `multifd-receive --report json` on a free port of the loopback interface, for one source, and gives its address.
     #[must_use]
     pub fn receiver(arguments: &[&str]) -> (Self, String) {
-        let fixed = ["--listen", "127.0.0.1:0", "--report", "json"];
+        let fixed = [
+            "--listen",
+            "127.0.0.1:0",
+            "--report",
+            "json",
+            "--one-attempt",
+        ];
         let receiver = Self::start("multifd-receive", &[&fixed, arguments].concat());
         let address = receiver.announced();
         (receiver, address)

@@ -4,14 +4,21 @@
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use multifd_tests::bounded::{Destination, rx_builder, within};
+use multifd_receiver::{AfterFailedSetup, ConfigBuilder};
+use multifd_tests::bounded::{Destination, GRACE, rx_builder, within};
+use multifd_tests::fake_source::FakeSource;
 use multifd_tests::model::DestinationMachine;
 use multifd_tests::peer::Peer;
 use multifd_transport::tls::{Clients, TlsClient, TlsPem, TlsServer};
 use multifd_transport::{Address, ChannelOptions, Listener, connect_with};
-use multifd_wire::{Features, Hello, HelloReply, Reason, SessionId, Token};
+use multifd_wire::frame::{Abort, Commit};
+use multifd_wire::{
+    ChannelRef, Digest, Features, Hello, HelloReply, Incarnation, Kind, LaneId, Phase, Reason,
+    SessionId, Token,
+};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 /// So many at once.
@@ -19,6 +26,12 @@ const STRANGERS: usize = 1000;
 
 /// An honest source is let in within this time: on a quiet host within a tenth of it, but the thousand are this process's own.
 const SOON: Duration = Duration::from_secs(20);
+
+/// What one test's strangers cost is not to count against another's time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Room for both ends of all of them.
 fn descriptors_or_skip(test: &str) -> bool {
@@ -86,6 +99,7 @@ fn is_let_in(address: &Address, options: ChannelOptions, case: &str) {
 
 #[test]
 fn a_thousand_silent_strangers_keep_nobody_out() {
+    let _alone = alone();
     if !descriptors_or_skip("a_thousand_silent_strangers_keep_nobody_out") {
         return;
     }
@@ -98,6 +112,7 @@ fn a_thousand_silent_strangers_keep_nobody_out() {
 
 #[test]
 fn a_thousand_strangers_who_speak_slowly_keep_nobody_out() {
+    let _alone = alone();
     if !descriptors_or_skip("a_thousand_strangers_who_speak_slowly_keep_nobody_out") {
         return;
     }
@@ -119,6 +134,7 @@ fn a_thousand_strangers_who_speak_slowly_keep_nobody_out() {
 
 #[test]
 fn a_thousand_strangers_who_say_a_wrong_hello_and_stay_keep_nobody_out() {
+    let _alone = alone();
     if !descriptors_or_skip("a_thousand_strangers_who_say_a_wrong_hello_and_stay_keep_nobody_out") {
         return;
     }
@@ -131,6 +147,7 @@ fn a_thousand_strangers_who_say_a_wrong_hello_and_stay_keep_nobody_out() {
 
 #[test]
 fn the_same_by_tls() {
+    let _alone = alone();
     if !descriptors_or_skip("the_same_by_tls") {
         return;
     }
@@ -165,13 +182,215 @@ fn the_same_by_tls() {
     }
 }
 
+/// A destination that goes on waiting.
+fn waits_on() -> ConfigBuilder {
+    rx_builder()
+        .after_failed_setup(AfterFailedSetup::WaitOn)
+        .suspend(Duration::from_secs(60))
+}
+
 fn hello(features: Features) -> Hello {
     Hello::start(SessionId::new([7; 16]), Features::NONE, features)
+}
+
+/// A stranger whose hello is accepted, once the one before is forgotten.
+fn begins(destination: &Destination, hello: &Hello) -> Peer {
+    let began = Instant::now();
+    loop {
+        let mut peer = Peer::new(destination.connect());
+        match peer.greet(hello) {
+            Ok(HelloReply::Accepted { .. }) => return peer,
+            Ok(HelloReply::Refused {
+                reason: Reason::Busy,
+                ..
+            }) => {}
+            other => panic!("{other:?}"),
+        }
+        assert!(began.elapsed() < GRACE, "the one before is never forgotten");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Waits until the destination knows nothing of a session any more.
+fn is_forgotten(destination: &Destination, session: SessionId) {
+    let began = Instant::now();
+    let ask = Hello::ask(session, Token::new([9; 16]));
+    loop {
+        // A session that is here refuses the secret, and takes its time for it.
+        if let Ok(HelloReply::Refused {
+            reason: Reason::WrongSession,
+            ..
+        }) = Peer::new(destination.connect()).greet(&ask)
+        {
+            return;
+        }
+        assert!(began.elapsed() < 4 * GRACE, "it still waits for a stranger");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// An honest migration comes through.
+fn serves(destination: Destination) {
+    let connect = || destination.connect();
+    let mut source = FakeSource::in_rounds(&connect, 2);
+    source.round_zero();
+    source.complete(1);
+    let end = destination.end(GRACE);
+    assert!(end.finished.error.is_none(), "{:?}", end.finished.error);
+    assert!(end.running, "the guest runs");
+}
+
+type Stranger = fn(Peer);
+
+// SPEC: SEC-8
+#[test]
+fn strangers_who_begin_and_come_to_nothing_do_not_end_the_wait() {
+    let _alone = alone();
+    // Death, an abort, garbage, and a frame out of order.
+    let kinds: [Stranger; 4] = [
+        drop,
+        |peer| {
+            peer.send(Abort {
+                reason: Reason::Cancelled,
+                phase: Phase::Setup,
+                channel: ChannelRef::None,
+                text: "never mind",
+            });
+        },
+        |peer| peer.raw(&[0xA5; 64]),
+        |peer| {
+            peer.send(Commit {
+                digest: Digest::new(0),
+            });
+        },
+    ];
+    let destination = Destination::with(
+        waits_on().build().expect("within the limits"),
+        DestinationMachine::default(),
+    );
+    for does in kinds {
+        for number in 0..STRANGERS {
+            // Of a kept session everything is kept for a minute, unless another source begins.
+            let features = if number % 2 == 0 {
+                Features::RESUME
+            } else {
+                Features::NONE
+            };
+            does(begins(&destination, &hello(features)));
+        }
+    }
+    // The last one may be kept; whoever begins takes its place.
+    drop(begins(&destination, &hello(Features::NONE)));
+    is_forgotten(&destination, SessionId::new([7; 16]));
+    serves(destination);
+}
+
+// SPEC: SEC-8
+#[test]
+fn wrong_tickets_and_half_set_ups_do_not_end_the_wait() {
+    let _alone = alone();
+    let destination = Destination::with(
+        waits_on().build().expect("within the limits"),
+        DestinationMachine::default(),
+    );
+    let stranger = begins(&destination, &hello(Features::NONE));
+    for number in 0..u32::try_from(STRANGERS).expect("few") {
+        let lane = LaneId::new(number % 4);
+        let ticket = Token::new([1; 16]);
+        let join = Hello::join(
+            SessionId::new([7; 16]),
+            ticket,
+            Features::NONE,
+            lane,
+            Incarnation::new(0),
+        );
+        Peer::new(destination.connect()).raw(&join.encode());
+    }
+    drop(stranger);
+    is_forgotten(&destination, SessionId::new([7; 16]));
+    // Each has the machine built, and dies before its lanes are there.
+    let connect = || destination.connect();
+    for _ in 0..STRANGERS {
+        FakeSource::open(&connect).send_tables(2);
+    }
+    serves(destination);
+}
+
+/// A source that is still there, but lost its channel in set-up, is not waited for when another one begins.
+// SPEC: SEC-8
+#[test]
+fn a_set_up_that_lost_its_channel_gives_way_at_once() {
+    let _alone = alone();
+    let destination = Destination::with(
+        waits_on().build().expect("within the limits"),
+        DestinationMachine::default(),
+    );
+    let connect = || destination.connect();
+    let stranger = FakeSource::open_with(&connect, Features::RESUME);
+    let (session, secret) = (stranger.session, stranger.grant.resume_secret);
+    stranger.send_tables(2);
+    drop(stranger);
+    let newcomer = begins(&destination, &hello(Features::NONE));
+    // Whoever had the place before has nothing to say any more.
+    let resume = Hello::resume(session, secret, Features::NONE);
+    let reply = Peer::new(destination.connect()).greet(&resume);
+    assert!(
+        matches!(
+            reply,
+            Ok(HelloReply::Refused {
+                reason: Reason::WrongSession,
+                ..
+            })
+        ),
+        "{reply:?}"
+    );
+    drop(newcomer);
+    is_forgotten(&destination, SessionId::new([7; 16]));
+    serves(destination);
+}
+
+/// What joins again takes the place of what joined before, so that one lane holds one channel.
+#[test]
+fn a_lane_that_joins_again_and_again_before_the_end_of_set_up_holds_one_channel() {
+    let _alone = alone();
+    let destination = Destination::start();
+    let connect = || destination.connect();
+    let mut source = FakeSource::open(&connect);
+    let joins = |incarnation| {
+        let peer = Peer::new(destination.connect());
+        let hello = Hello::join(
+            source.session,
+            source.grant.ticket,
+            Features::NONE,
+            LaneId::new(0),
+            Incarnation::new(incarnation),
+        );
+        peer.raw(&hello.encode());
+        peer
+    };
+    let mut newest = joins(0);
+    assert!(matches!(
+        newest.hear_reply(),
+        Ok(HelloReply::Accepted { .. })
+    ));
+    for incarnation in 1..=1500 {
+        let mut before = std::mem::replace(&mut newest, joins(incarnation));
+        // It is closed without a word: nothing is kept to say one.
+        assert!(before.hear_reply().is_err(), "{incarnation}");
+    }
+    source.send_tables(1);
+    assert!(matches!(
+        newest.hear_reply(),
+        Ok(HelloReply::Accepted { .. })
+    ));
+    source.control.hear_kind(Kind::Ready);
+    destination.handle().cancel();
 }
 
 /// SPEC: HELLO-8, SEC-7
 #[test]
 fn only_a_source_with_the_pass_may_begin() {
+    let _alone = alone();
     let pass = Token::new([3; 16]);
     let config = rx_builder().pass(pass).build().expect("within the limits");
     let destination = Destination::with(config, DestinationMachine::default());

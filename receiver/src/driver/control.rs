@@ -4,11 +4,13 @@
 //! session does not have: what was known before frames were counted is passed on before they are acknowledged (SPEC: BACK-2), and no
 //! lane of old channels is settled before its thread has ended (SPEC: RESUME-6).
 
+mod anew;
 mod devices;
 mod end;
 mod lanes;
 
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -19,7 +21,7 @@ use multifd_session::common::Encoded;
 use multifd_session::destination::{Closed, Counts, Effect, Event, Outcome, Secrets, Session};
 use multifd_transport::Closer;
 use multifd_wire::frame::OutcomeState;
-use multifd_wire::{Features, Kind, Phase, Round};
+use multifd_wire::{Features, Kind, Phase, Round, Token};
 
 use self::devices::Devices;
 use self::lanes::Lanes;
@@ -62,6 +64,8 @@ pub(super) struct Control {
     later: VecDeque<Note>,
     acceptor: Option<Acceptor>,
     session: Option<Session>,
+    /// What whoever comes back to the session, or asks for it, has shown.
+    secret: Option<Token>,
     features: Features,
     began: Instant,
     link: Link,
@@ -98,6 +102,7 @@ impl Control {
             later: VecDeque::new(),
             acceptor: Some(acceptor),
             session: None,
+            secret: None,
             features: Features::NONE,
             began: Instant::now(),
             link: Link::default(),
@@ -125,10 +130,22 @@ impl Control {
     }
 
     /// From waiting for a source to the end.
-    pub(super) fn run(mut self) -> Finished {
-        let outcome = loop {
+    pub(super) fn run(self) -> Finished {
+        let mut control = Box::new(self);
+        loop {
+            let outcome = control.wait_for_outcome();
+            match control.wind_up(outcome) {
+                ControlFlow::Continue(next) => control = next,
+                ControlFlow::Break(finished) => return finished,
+            }
+        }
+    }
+
+    /// From waiting for a source to the end of its session.
+    fn wait_for_outcome(&mut self) -> Outcome {
+        loop {
             if let Some(outcome) = self.outcome.take() {
-                break outcome;
+                return outcome;
             }
             if self.shared.cancelled.load(Ordering::Relaxed) {
                 self.cancel();
@@ -136,8 +153,7 @@ impl Control {
             if self.outcome.is_none() {
                 self.step();
             }
-        };
-        self.wind_up(outcome)
+        }
     }
 
     fn now(&self) -> Duration {
@@ -393,6 +409,7 @@ impl Control {
         tracing::info!(channel = %opened.description, session = ?opened.session, "control channel open");
         let now = self.now();
         self.features = opened.features;
+        self.secret = Some(opened.resume_secret);
         self.session = Some(Session::new(
             self.shared.config.clone(),
             opened.features,
@@ -418,6 +435,7 @@ impl Control {
             return self.events.push_back(Event::ControlLost(failed(error)));
         }
         tracing::info!(channel = %opened.description, "the source is back");
+        self.shared.desk.set_yields(false);
         let taken = self.take_control(opened);
         self.events.extend(taken.err().map(Event::Failed));
     }
@@ -434,6 +452,7 @@ impl Control {
         self.lanes.suspend();
         self.devices.memory_moves_on();
         self.timeline.suspended();
+        self.shared.desk.set_yields(self.gives_way());
     }
 
     // ── notes ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -441,13 +460,23 @@ impl Control {
     fn note(&mut self, note: Note) {
         match note {
             Note::Opened(opened) => self.opened(opened),
+            // It belongs to a session before this one.
+            Note::LaneJoined(_) if self.session.is_none() => {}
             Note::LaneJoined(joined) => self.lane_joined(joined),
+            // The same: its greeter was slow.
+            Note::Resuming(Opened {
+                resume_secret: secret,
+                ..
+            })
+            | Note::Asked { secret, .. }
+                if self.secret != Some(secret) => {}
+            Note::GiveWay => self.give_way(),
             Note::Resuming(opened) => {
                 let secrets = secrets(&opened);
                 self.returning = Some(opened);
                 self.drive(Event::Resuming(secrets));
             }
-            Note::Asked { answer } => {
+            Note::Asked { answer, .. } => {
                 self.asking = Some(answer);
                 self.timeline.asked += 1;
                 self.drive(Event::Asked);

@@ -19,6 +19,9 @@ const WRONG_TOKEN_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// there is always a greeter for the right one.
 const WRONG_TOKENS_AT_ONCE: usize = 32;
 
+/// How often it is looked whether a session that gives way is gone.
+const PLACE_POLL: Duration = Duration::from_millis(1);
+
 /// Which session is at home, and what its channels must show.
 #[derive(Debug, Default)]
 pub(super) struct Desk(Mutex<Option<AtHome>>, WrongTokens);
@@ -43,6 +46,8 @@ impl WrongTokens {
 
 #[derive(Debug)]
 struct AtHome {
+    /// It lost its control channel before its set-up was complete: who begins now may take its place (SPEC: SEC-8).
+    yields: bool,
     session: SessionId,
     ticket: Token,
     resume_secret: Token,
@@ -67,6 +72,34 @@ impl Desk {
         Err((Reason::BadTicket, text))
     }
 
+    /// The session that is here is over, and another one may begin.
+    pub(super) fn clear(&self) {
+        *lock(&self.0) = None;
+    }
+
+    /// Whether the session that is here gives way to another one.
+    pub(super) fn set_yields(&self, yields: bool) {
+        if let Some(home) = lock(&self.0).as_mut() {
+            home.yields = yields;
+        }
+    }
+
+    /// Whether the session that is here gives way; true for the first who asks.
+    pub(super) fn claims_place(&self) -> bool {
+        let mut home = lock(&self.0);
+        home.as_mut()
+            .is_some_and(|home| std::mem::take(&mut home.yields))
+    }
+
+    /// Waits until no session is here, but not so long that there is no time to answer.
+    pub(super) fn wait_until_free(&self, until: Instant) {
+        let half = until.saturating_duration_since(Instant::now()) / 2;
+        let until = Instant::now() + half;
+        while lock(&self.0).is_some() && Instant::now() < until {
+            std::thread::sleep(PLACE_POLL);
+        }
+    }
+
     /// A new session; there can be only one.
     pub(super) fn start(
         &self,
@@ -80,6 +113,7 @@ impl Desk {
         }
         let (ticket, resume_secret) = (random_token()?, random_token()?);
         *home = Some(AtHome {
+            yields: false,
             session: hello.session,
             ticket,
             resume_secret,

@@ -18,7 +18,7 @@ use multifd_wire::{
 };
 
 pub(super) use super::desk::Refusal;
-use super::{Note, OfferError, Shared, lock};
+use super::{GREETERS_MAX, Note, OfferError, Shared, lock};
 
 /// A control channel whose hello was accepted.
 pub(super) struct Opened {
@@ -169,6 +169,10 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
         Err(_) => return refuse(shared, &mut *tx, &mut *rx, &reply),
     };
     let no = |(reason, text): Refusal| HelloReply::refused(reason, text, hello.session);
+    if hello.intent == Intent::Start && shared.desk.claims_place() {
+        let _ = shared.notes.send(Note::GiveWay);
+        shared.desk.wait_until_free(deadline);
+    }
     let note = match hello.intent {
         Intent::Start => match shared
             .desk
@@ -275,7 +279,10 @@ fn answer(
     reply: &HelloReply,
 ) -> Result<(), ChannelError> {
     let (asked, answers) = crossbeam_channel::bounded(1);
-    let _ = shared.notes.send(Note::Asked { answer: asked });
+    let _ = shared.notes.send(Note::Asked {
+        secret: hello.token,
+        answer: asked,
+    });
     let Ok(state) = answers.recv_timeout(shared.config.hello_deadline()) else {
         let no = HelloReply::refused(
             Reason::ShuttingDown,
@@ -311,6 +318,11 @@ pub(super) fn turn_away(
     reply: Option<HelloReply>,
     refusal: Refusal,
 ) {
+    // Each holds a channel, and a peer can bring about as many as it likes: with too many, closing it has to do.
+    if shared.greeters.fetch_add(1, Ordering::AcqRel) >= GREETERS_MAX {
+        shared.greeters.fetch_sub(1, Ordering::AcqRel);
+        return;
+    }
     let theirs = Arc::clone(shared);
     let body = Box::new(move || {
         let (mut tx, mut rx) = halves;
@@ -319,9 +331,12 @@ pub(super) fn turn_away(
             let no = HelloReply::refused(refusal.0, refusal.1, session);
             let _ = refuse(&theirs, &mut *tx, &mut *rx, &no);
         }
+        theirs.greeters.fetch_sub(1, Ordering::AcqRel);
     });
     // Without a thread the channel is dropped with `body`, which closes it.
-    let _ = shared.spawner.spawn("mfd-greet", body);
+    if shared.spawner.spawn("mfd-greet", body).is_err() {
+        shared.greeters.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// From now on a peer has as long as it has for its hello.

@@ -280,8 +280,11 @@ enum Note {
     Resuming(greet::Opened),
     /// A source that knows the session's secret asks how it ended.
     Asked {
+        secret: multifd_wire::Token,
         answer: Sender<multifd_wire::frame::OutcomeState>,
     },
+    /// Another source begins, and takes the place of a session that lost its control channel in set-up.
+    GiveWay,
     /// `epoch` counts the control channels of this session: what an earlier one said is void.
     Inbound {
         epoch: u32,

@@ -17,11 +17,22 @@ pub enum Overcommit {
     Allowed,
 }
 
+/// What becomes of a reception when a source's set-up did not come to its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AfterFailedSetup {
+    /// It ends, and says why.
+    #[default]
+    End,
+    /// It goes on waiting, since it may have been anybody. The machine is discarded, and built anew for the next source.
+    WaitOn,
+}
+
 /// The validated settings. Made by [`Config::builder`].
 #[derive(Debug, Clone)]
 pub struct Config {
     pub(super) lanes_max: u32,
     pub(super) pass: Token,
+    pub(super) after_failed_setup: AfterFailedSetup,
     pub(super) memory_bytes_max: Option<u64>,
     pub(super) overcommit: Overcommit,
     pub(super) blob_bytes_max: u64,
@@ -50,6 +61,12 @@ impl Config {
     #[must_use]
     pub fn pass(&self) -> Token {
         self.pass
+    }
+
+    /// What becomes of the reception when a set-up failed.
+    #[must_use]
+    pub fn after_failed_setup(&self) -> AfterFailedSetup {
+        self.after_failed_setup
     }
 
     /// The most data channels that a source is granted.
@@ -142,6 +159,7 @@ impl Default for Config {
         Self {
             lanes_max: LANES_MAX,
             pass: Token::NONE,
+            after_failed_setup: AfterFailedSetup::End,
             memory_bytes_max: None,
             overcommit: Overcommit::Refused,
             blob_bytes_max: 64 << 20,
@@ -186,6 +204,13 @@ impl ConfigBuilder {
     #[must_use]
     pub fn pass(mut self, pass: Token) -> Self {
         self.config.pass = pass;
+        self
+    }
+
+    /// What becomes of the reception when a source's set-up did not come to its end. The default is to end.
+    #[must_use]
+    pub fn after_failed_setup(mut self, then: AfterFailedSetup) -> Self {
+        self.config.after_failed_setup = then;
         self
     }
 

@@ -525,6 +525,7 @@ impl<'s> Play<'s> {
             "json",
             "--run-for",
             "30ms",
+            "--one-attempt",
             "--stall",
             &stall,
             "--suspend",

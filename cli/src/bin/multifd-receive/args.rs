@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Parser;
 use multifd_cli::flags::{Output, Silence, TlsFiles, Transport};
 use multifd_cli::units;
-use multifd_receiver::{Config, Overcommit};
+use multifd_receiver::{AfterFailedSetup, Config, Overcommit};
 use multifd_transport::tls::{Clients, TlsServer};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 use multifd_wire::Token;
@@ -77,6 +77,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PASS", value_parser = units::pass, help_heading = "Channels")]
     pub(crate) expect: Option<Token>,
 
+    /// End when a source's set-up fails, instead of waiting for the next source
+    #[arg(long, help_heading = "Channels")]
+    pub(crate) one_attempt: bool,
+
     #[command(flatten)]
     pub(crate) output: Output,
 
@@ -101,8 +105,8 @@ const ABOUT: &str = "Wait for a guest that multifd-send migrates here, and run i
 const LONG_ABOUT: &str = "\
 Wait for a guest that multifd-send migrates here, and run it.
 
-One guest is taken over; after it has run here for a while its memory is checked (every word of it), and the
-program ends.";
+One guest is taken over. A source whose set-up fails is forgotten, and the next one waited for. After the guest
+has run here for a while its memory is checked (every word of it), and the program ends.";
 
 /// After `-h`.
 const SHORT: &str = "\
@@ -184,6 +188,10 @@ impl Args {
                 false => Overcommit::Refused,
             })
             .pass(self.expect.unwrap_or(Token::NONE))
+            .after_failed_setup(match self.one_attempt {
+                true => AfterFailedSetup::End,
+                false => AfterFailedSetup::WaitOn,
+            })
             .build()?)
     }
 }

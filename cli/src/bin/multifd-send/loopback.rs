@@ -57,7 +57,7 @@ impl Receiver {
         let mut child = command
             .args(["--report", "json"])
             // It ends with us, however we end: nobody else knows where it listens.
-            .arg("--until-stdin-closes")
+            .args(["--until-stdin-closes", "--one-attempt"])
             .stdin(Stdio::piped())
             // Ctrl-C is for us, who cancel and tell it; a terminal would send it to the whole group.
             .process_group(0)

@@ -1,5 +1,6 @@
 //! The end of a reception: the source reads why, may still ask, and every thread is waited for, as long as it may take.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,9 @@ use super::{CLOSE_MAX, Control, Finished, Note, ms, thread_cpu};
 use crate::report::Report;
 
 impl Control {
-    pub(super) fn wind_up(mut self, outcome: Outcome) -> Finished {
+    /// Ends the session, and the reception with it unless that waits on for the next source.
+    pub(super) fn wind_up(mut self, outcome: Outcome) -> ControlFlow<Finished, Box<Self>> {
+        let waits_on = self.waits_on(&outcome);
         self.timeline.total_ms = ms(self.now());
         self.timeline.control_damaged = self.session.as_ref().map_or(0, Session::damages);
         let digest = self.session.as_ref().and_then(Session::digest);
@@ -20,20 +23,34 @@ impl Control {
             let _ = sender.half().finish();
         }
         self.close_control();
-        self.answer_questions();
+        if !waits_on {
+            self.answer_questions();
+        }
         let threads = self.lanes.end();
         self.detached.extend(threads);
         self.later.clear();
-        self.join_all();
-        let devices = self.devices_home();
+        let ended = self.join_all();
+        let mut devices = self.devices_home();
         // Dropping it stops the accept thread and closes the listeners.
-        self.acceptor = None;
+        let acceptor = self.acceptor.take().filter(|_| waits_on && ended);
         let limit = self.shared.config.device_deadline();
-        let vmm = self.vmm.take().and_then(|vmm| {
+        let mut vmm = self.vmm.take().and_then(|vmm| {
             vmm.home(limit, || {
                 let _ = self.inbox.try_recv();
             })
         });
+        if let Some(acceptor) = acceptor.filter(|_| self.devices.left.is_empty())
+            && let Some(machine) = vmm.take()
+        {
+            drop(devices);
+            match self.anew(machine, acceptor) {
+                Ok(next) => return ControlFlow::Continue(next),
+                Err((error, machine)) => {
+                    tracing::error!(%error, "there is no thread for the next source's machine");
+                    (vmm, devices) = (Some(machine), Vec::new());
+                }
+            }
+        }
         if vmm.is_none() {
             tracing::error!("the machine is not given back: the VMM's thread does not return");
         }
@@ -51,12 +68,12 @@ impl Control {
         // Unread messages live until the last sender is dropped, and every handle has one: a channel in them would stay open, and guest
         // memory mapped.
         self.inbox.try_iter().for_each(drop);
-        Finished {
+        ControlFlow::Break(Finished {
             report,
             error,
             vmm,
             devices,
-        }
+        })
     }
 
     /// Waits a moment for the source to close, so that what it was told is not destroyed by our own close.
@@ -100,7 +117,9 @@ impl Control {
     }
 
     /// Threads of channels that are closed end by themselves; notes are read meanwhile so that none blocks on them.
-    fn join_all(&mut self) {
+    /// False if one does not.
+    fn join_all(&mut self) -> bool {
+        let mut ended = true;
         let until = Instant::now() + self.shared.config.device_deadline();
         for thread in std::mem::take(&mut self.detached) {
             let left = until.saturating_duration_since(Instant::now());
@@ -110,7 +129,9 @@ impl Control {
             if let Err(thread) = joined {
                 let thread = thread.thread().name().unwrap_or("a thread").to_owned();
                 tracing::error!(%thread, "a thread does not end: it is left alone");
+                ended = false;
             }
         }
+        ended
     }
 }

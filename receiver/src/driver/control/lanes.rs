@@ -147,8 +147,10 @@ impl Control {
         refusal: Refusal,
     ) {
         tracing::debug!(%lane, %incarnation, text = refusal.1, "a lane is not let in");
+        // Whoever has dialled the lane again does not wait for this answer: keeping the channel for it would let one lane hold many.
         if let Some(joined) = self.lanes.joining.remove(&(lane, incarnation))
             && joined.reply.is_some()
+            && !self.lanes.joining.keys().any(|(again, _)| *again == lane)
         {
             turn_away(&self.shared, (joined.tx, joined.rx), joined.reply, refusal);
         }

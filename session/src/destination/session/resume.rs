@@ -34,6 +34,18 @@ impl Session {
         self.damages
     }
 
+    /// Whether the set-up came to its end once: READY was sent.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Whether another source that begins may take its place (SPEC: SEC-8).
+    #[must_use]
+    pub fn may_give_way(&self) -> bool {
+        !self.begun && matches!(self.state, State::Suspended { .. })
+    }
+
     /// Whether a source that shows the secret may resume the session now.
     fn may_be_resumed(&self) -> bool {
         self.kept && !matches!(self.state, State::Owning { .. } | State::Over)

@@ -177,6 +177,7 @@ impl Outage {
             .arguments(&[
                 "--listen",
                 "0.0.0.0:4444",
+                "--one-attempt",
                 "--report",
                 "json",
                 "--run-for",
