@@ -510,6 +510,21 @@ impl State {
         (count, None)
     }
 
+    /// Copies what has arrived and was not taken; how much it is.
+    fn look(&self, now: u64, to: &mut [u8]) -> usize {
+        let (there, _) = self.arrived(now);
+        let mut left = there.min(to.len());
+        let mut at = 0;
+        for segment in &self.segments {
+            let from = &segment.octets[segment.read..];
+            let count = from.len().min(left);
+            to[at..at + count].copy_from_slice(&from[..count]);
+            at += count;
+            left -= count;
+        }
+        at
+    }
+
     /// Gives the flipped bits that can be found out now.
     fn take(&mut self, to: &mut [u8]) -> Vec<usize> {
         let (mut at, mut found) = (0, Vec::new());
@@ -767,6 +782,10 @@ impl ReceiveHalf for SimReceive {
             }
         }
         Ok(done)
+    }
+
+    fn peek(&self, to: &mut [u8]) -> usize {
+        self.inlet.0.lock().look(schedule::now(), to)
     }
 
     fn buffered(&self) -> usize {
