@@ -32,6 +32,7 @@ const FLAGS: &[&str] = &[
     "--bridge-outage",
     "--expect",
     "--memory-ceiling",
+    "--one-attempt",
     "--overcommit",
     "--pass",
     "--listen",
@@ -66,7 +67,7 @@ fn help_explains_every_flag_and_every_exit_status() {
         .filter(|word| word.starts_with("--"))
     {
         let flag = word
-            .trim_end_matches([',', '.', ':'])
+            .trim_end_matches([',', '.', ':', ')'])
             .trim_end_matches("'s");
         assert!(FLAGS.contains(&flag), "{flag} is new: add it to FLAGS");
     }

@@ -84,7 +84,7 @@ fn help_explains_every_flag_and_every_exit_status() {
         .filter(|word| word.starts_with("--"))
     {
         let flag = word
-            .trim_end_matches([',', '.', ':'])
+            .trim_end_matches([',', '.', ':', ')'])
             .trim_end_matches("'s");
         assert!(FLAGS.contains(&flag), "{flag} is new: add it to FLAGS");
     }

@@ -9,7 +9,7 @@ use crossbeam_channel::Sender;
 use multifd_session::source::Seen;
 use multifd_transport::Closer;
 use multifd_wire::frame::LaneMark;
-use multifd_wire::{ChannelRef, Hello, Incarnation, LaneId, Misbehaved, Round};
+use multifd_wire::{ChannelRef, Hello, Incarnation, LaneId, Misbehaved, Phase, Round};
 
 use super::Control;
 use crate::driver::lane::LaneCommand;
@@ -187,7 +187,7 @@ impl Control {
         let items = self.shared.depot.outbox.again(lane.take_items());
         let counters = &self.shared.counters;
         // What is under way at the end is lost, and not sent again.
-        if self.outcome.is_none() {
+        if self.session.phase() != Phase::Done {
             counters
                 .sent_again_bytes
                 .fetch_add(lane.unacked_octets(), Relaxed);
