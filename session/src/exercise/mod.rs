@@ -5,8 +5,10 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 mod destination;
+mod pair;
 
 pub use destination::destination;
+pub use pair::{Run, pair};
 
 /// Reads a script, one byte after another.
 struct Script<'a>(std::slice::Iter<'a, u8>);
@@ -47,6 +49,16 @@ mod tests {
         for (name, script, end) in CORPUS {
             assert_eq!(super::destination::run(script), *end, "{name}");
         }
+    }
+
+    #[test]
+    fn pairs_of_sessions_keep_the_promises() {
+        let bad: Vec<_> = (0..3000)
+            .map(|seed| (seed, super::pair(seed)))
+            .filter(|(_, run)| !run.violations.is_empty())
+            .take(8)
+            .collect();
+        assert!(bad.is_empty(), "{bad:#?}");
     }
 
     proptest::proptest! {
