@@ -847,11 +847,10 @@ impl Pair {
         }
         for (lane, sending) in std::mem::take(&mut self.source.lanes) {
             self.cut(sending.channel);
-            // Before LANDED nothing is sent on the lanes of a resume (SPEC: RESUME-11): then it is the one before that counts.
+            // Before LANDED nothing is sent on the lanes of a resume (SPEC: RESUME-11): what counts is the one before, and that may have
+            // been settled by LANE_DOWN, so that no ledger is left.
             if sending.machine.unacked_frames() > 0 || sending.machine.acked_frames() > 0 {
                 self.source.before.insert(lane, sending.machine);
-            } else {
-                self.source.before.entry(lane).or_insert(sending.machine);
             }
         }
         if let Some((_, _, pages)) = self.source.open.take() {
