@@ -183,8 +183,9 @@ impl Lanes {
                 Ok(Down::Close)
             }
             Some(Ordering::Equal | Ordering::Less) => Ok(Down::Settled),
-            // It dialled, and does not know whether it was let in. It was not, and never will be (SPEC: LANE-7).
-            None | Some(Ordering::Greater) if !slot.lives() => {
+            // It dialled, and does not know whether it was let in. It was not, and never will be (SPEC: LANE-7). The channel of the
+            // attempt before, which it gave up too, may still be closing.
+            None | Some(Ordering::Greater) if !slot.lives() || slot.closing.is_some() => {
                 slot.given_up = slot.given_up.max(Some(incarnation));
                 Ok(Down::Answer)
             }

@@ -450,6 +450,30 @@ fn a_connection_that_was_given_up_or_could_not_be_told_is_as_if_it_had_never_com
     assert_eq!(words, ["LANE_DOWN 1.2: 18"]);
 }
 
+/// SPEC: LANE-7. The source does not wait until the channel of an attempt that got no answer has ended before it makes the next.
+#[test]
+fn an_attempt_is_given_up_while_the_one_before_it_is_still_being_closed() {
+    let mut session = state_after("rounds");
+    let _ = feed(&mut session, ended(1), NOW);
+    let words = say(&mut session, joined_again(1, 1), NOW);
+    assert_eq!(words, ["admit 1.1 within 0"]);
+    let words = say(&mut session, lane_down(1, 1), NOW);
+    assert_eq!(words, ["close lane 1"]);
+    let words = say(&mut session, lane_down(1, 2), NOW);
+    assert_eq!(words, ["LANE_DOWN 1.2: 18"]);
+    let (mark, fault) = (mark(1, 1, 0), channel_closed());
+    let words = say(
+        &mut session,
+        Step::Event(Event::LaneEnded { mark, fault }),
+        NOW,
+    );
+    assert_eq!(words, ["LANE_DOWN 1.1: 18"]);
+    let words = say(&mut session, joined_again(1, 2), NOW);
+    assert_eq!(words, ["turn 1.2 away: 3"]);
+    let words = say(&mut session, joined_again(1, 3), NOW);
+    assert_eq!(words, ["admit 1.3 within 0"]);
+}
+
 /// SPEC: BACK-2, RESUME-10
 #[test]
 fn pages_are_given_back_until_their_lane_has_ended_and_before_they_are_acknowledged() {

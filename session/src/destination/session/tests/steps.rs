@@ -222,7 +222,7 @@ fn run(page: u64) -> PageRun {
         .unwrap()
 }
 
-fn mark(lane: u32, incarnation: u32, frames: u64) -> LaneMark {
+pub(super) fn mark(lane: u32, incarnation: u32, frames: u64) -> LaneMark {
     LaneMark {
         lane: LaneId::new(lane),
         incarnation: Incarnation::new(incarnation),
