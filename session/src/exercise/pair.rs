@@ -145,6 +145,8 @@ struct Sending {
     machine: tx::lane::Lane,
     channel: usize,
     up: bool,
+    /// When it says that it has encoded what it was given last: a thread says such things in order.
+    encoded_at: Duration,
 }
 
 struct Source {
@@ -669,6 +671,7 @@ impl Pair {
                     machine,
                     channel,
                     up: false,
+                    encoded_at: Duration::ZERO,
                 };
                 self.source.lanes.insert(lane, sending);
                 let wait = self.transit(channel, 0);
@@ -926,9 +929,13 @@ impl Pair {
             let (mark, sequence) = sending.machine.end_round().unwrap();
             self.send_on(lane, mark.into(), sequence, Vec::new());
         }
-        let wait = self.dice.ms(2);
+        let mut at = self.now + self.dice.ms(2);
+        if let Some(sending) = self.source.lanes.get_mut(&lane) {
+            at = at.max(sending.encoded_at);
+            sending.encoded_at = at;
+        }
         self.later(
-            wait,
+            at - self.now,
             What::Source(tx::event::Event::LaneEncoded {
                 lane,
                 incarnation,
