@@ -135,6 +135,14 @@ impl Header {
         Ok(())
     }
 
+    /// The size of the whole frame: header, table and body.
+    #[must_use]
+    pub fn frame_bytes(&self) -> usize {
+        HEADER_BYTES
+            .saturating_add(self.table_bytes())
+            .saturating_add(self.body_bytes())
+    }
+
     /// The frame's kind.
     #[must_use]
     pub const fn kind(&self) -> Kind {

@@ -200,10 +200,8 @@ impl LaneThread {
             other => return Err(Misbehaved::Feature { kind: other.kind() }.into()),
         }
         let counters = &self.shared.counters;
-        counters.octets.fetch_add(
-            (HEADER_BYTES + header.table_bytes() + header.body_bytes()) as u64,
-            Ordering::Relaxed,
-        );
+        let octets = header.frame_bytes() as u64;
+        counters.octets.fetch_add(octets, Ordering::Relaxed);
         counters.frames.fetch_add(1, Ordering::Relaxed);
         // Release: whoever acknowledges this frame has seen what became of its pages.
         self.handled.store(lane.frames(), Ordering::Release);

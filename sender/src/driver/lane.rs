@@ -14,7 +14,7 @@ use multifd_transport::{ChannelError, IoSource, SendHalf};
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{Pages, RawRun, Zeros};
 use multifd_wire::limits::{RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX};
-use multifd_wire::{Body, Frame, HEADER_BYTES, PAGE_BYTES_U64, PageRun, Round, Sequence};
+use multifd_wire::{Body, Frame, PAGE_BYTES_U64, PageRun, Round, Sequence};
 use zerocopy::byteorder::little_endian::U32;
 
 use super::link::failed;
@@ -42,9 +42,6 @@ const STAND: Duration = Duration::from_millis(5);
 
 /// How long a slow lane leaves the pages to faster ones at most.
 const REFUSES_MAX: Duration = Duration::from_millis(500);
-
-/// The table of a chunk, and of a mark.
-const ITEM_TABLE_BYTES: usize = 32;
 
 /// What the control thread asks of a lane.
 #[derive(Debug)]
@@ -284,7 +281,11 @@ impl<'s> Feeder<'s> {
         let Some(item) = depot.outbox.take() else {
             return Ok(None);
         };
-        let octets = (HEADER_BYTES + ITEM_TABLE_BYTES + item.octets().len()) as u64;
+        let frame = match item.head() {
+            Head::Chunk(chunk) => Frame::from(chunk),
+            Head::Mark(mark) => Frame::from(mark),
+        };
+        let octets = (frame.head_bytes() + item.octets().len()) as u64;
         let entered = self
             .wait_for_turn(octets)
             .and_then(|()| self.with_lane(|lane| Ok(lane.item(Arc::clone(&item), octets))));
@@ -296,10 +297,6 @@ impl<'s> Feeder<'s> {
             }
         };
         self.head.clear();
-        let frame = match item.head() {
-            Head::Chunk(chunk) => Frame::from(chunk),
-            Head::Mark(mark) => Frame::from(mark),
-        };
         if item.octets().is_empty() {
             frame.encode(sequence, Body::None, &mut self.head)?;
             self.tx.send(&self.head, &[]).map_err(failed)?;
@@ -379,14 +376,14 @@ impl<'s> Feeder<'s> {
                 .ok()
         });
         let sources: Vec<IoSource<'_>> = sources.map(IoSource::Guest).collect();
-        let octets = body + (HEADER_BYTES + 16 + runs.len() * 16 + self.checksums.len() * 4) as u64;
-        let sequence = self.enter(runs, octets, crate::lane::Lane::pages)?;
-        unsent.pages.clear();
         let frame = Frame::Pages(Pages {
             round,
             runs: &self.raw_runs,
             checksums: &self.checksums,
         });
+        let octets = body + frame.head_bytes() as u64;
+        let sequence = self.enter(runs, octets, crate::lane::Lane::pages)?;
+        unsent.pages.clear();
         self.head.clear();
         let encoded = frame.encode(sequence, Body::Pages, &mut self.head);
         self.checksums.clear();
@@ -407,16 +404,16 @@ impl<'s> Feeder<'s> {
         }
         self.raw_runs.clear();
         self.raw_runs.extend(runs.iter().copied().map(RawRun::from));
-        let octets = (HEADER_BYTES + 16 + runs.len() * 16) as u64;
+        let frame = Frame::Zeros(Zeros {
+            round,
+            runs: &self.raw_runs,
+        });
+        let octets = frame.head_bytes() as u64;
         self.wait_for_turn(octets)?;
         let sequence = self.enter(runs, octets, crate::lane::Lane::zeros)?;
         unsent.zeros.clear();
         self.head.clear();
-        Frame::Zeros(Zeros {
-            round,
-            runs: &self.raw_runs,
-        })
-        .encode(sequence, Body::None, &mut self.head)?;
+        frame.encode(sequence, Body::None, &mut self.head)?;
         self.tx.send(&self.head, &[]).map_err(failed)?;
         self.count(octets, 0, pages);
         Ok(())

@@ -73,6 +73,10 @@ impl<'a> Table<'a> for Abort<'a> {
         })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(self.text.len())
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let text_bytes = table::count(Kind::Abort, self.text.len(), TEXT_BYTES_MAX)?;
         let raw = Raw {

@@ -53,6 +53,10 @@ impl<'a> Table<'a> for Acks<'a> {
         Ok(Self { lanes })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.lanes))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let count = table::count(Kind::Ack, self.lanes.len(), LANES_MAX)?;
         out.extend_from_slice(

@@ -100,6 +100,10 @@ impl<'a> Table<'a> for Credits<'a> {
         Ok(Self { credits })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.credits))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let count = table::count(Kind::Credit, self.credits.len(), DEVICES_MAX)?;
         out.extend_from_slice(

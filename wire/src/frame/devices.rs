@@ -226,6 +226,10 @@ impl<'a> Table<'a> for Devices<'a> {
         Ok(Self { devices })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.devices))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let count = table::count(Kind::Devices, self.devices.len(), DEVICES_MAX)?;
         out.extend_from_slice(

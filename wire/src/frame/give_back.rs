@@ -99,6 +99,10 @@ impl<'a> Table<'a> for GiveBack<'a> {
         })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.runs))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let count = table::count(Kind::GiveBack, self.runs.len(), RUNS_PER_GIVE_BACK_MAX)?;
         let raw = Raw {

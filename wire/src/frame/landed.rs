@@ -66,6 +66,10 @@ impl<'a> Table<'a> for Landed<'a> {
         })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.lanes))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let count = table::count(Kind::Landed, self.lanes.len(), LANES_MAX)?;
         let raw = Raw {

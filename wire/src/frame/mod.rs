@@ -140,6 +140,14 @@ macro_rules! frames {
                 }
             }
 
+            /// How long the table is.
+            fn table_bytes(&self) -> usize {
+                match self {
+                    $(Self::$kind(frame) => Table::bytes(frame),)*
+                    Self::Skipped(_) => 0,
+                }
+            }
+
             /// Appends the table.
             fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
                 match self {
@@ -203,6 +211,12 @@ impl<'a> Frame<'a> {
     pub fn decode(header: &Header, table: &'a [u8]) -> Result<Self, Malformed> {
         header.check_table(table)?;
         Self::read(header, table)
+    }
+
+    /// How many bytes [`encode`](Self::encode) appends: the header and the table.
+    #[must_use]
+    pub fn head_bytes(&self) -> usize {
+        HEADER_BYTES.saturating_add(self.table_bytes())
     }
 
     /// Appends the head (header and table) of this frame to `out`; the body is sent after it by the caller.

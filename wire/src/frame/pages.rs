@@ -79,6 +79,12 @@ impl<'a> Table<'a> for Pages<'a> {
         Ok(pages)
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>()
+            .saturating_add(size_of_val(self.runs))
+            .saturating_add(size_of_val(self.checksums))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let run_count = table::count(Kind::Pages, self.runs.len(), RUNS_PER_PAGES_MAX)?;
         let page_count = table::count(Kind::Pages, self.checksums.len(), PAGES_PER_FRAME_MAX)?;

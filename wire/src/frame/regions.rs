@@ -103,6 +103,10 @@ impl<'a> Table<'a> for Regions<'a> {
         Ok(Self { regions })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.regions))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let count = table::count(Kind::Regions, self.regions.len(), REGIONS_MAX)?;
         out.extend_from_slice(

@@ -112,6 +112,10 @@ impl<'a> Table<'a> for StreamCredits<'a> {
         Ok(Self { credits })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.credits))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let count = table::count(Kind::StreamCredit, self.credits.len(), STREAM_CREDITS_MAX)?;
         out.extend_from_slice(

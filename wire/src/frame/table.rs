@@ -13,6 +13,9 @@ pub(crate) trait Table<'a>: Sized {
     /// Reads a table whose length and checksum agree with the header.
     fn read(header: &Header, table: &'a [u8]) -> Result<Self, Malformed>;
 
+    /// How long the table is that [`write`](Self::write) appends.
+    fn bytes(&self) -> usize;
+
     /// Appends the table. Values are not checked here: the encoder reads back what was written.
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse>;
 }
@@ -34,6 +37,10 @@ pub(crate) trait Fixed: Sized {
 impl<F: Fixed> Table<'_> for F {
     fn read(header: &Header, table: &[u8]) -> Result<Self, Malformed> {
         F::from_raw(codec::whole(F::KIND, table)?, header)
+    }
+
+    fn bytes(&self) -> usize {
+        size_of::<F::Raw>()
     }
 
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {

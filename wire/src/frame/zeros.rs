@@ -73,6 +73,10 @@ impl<'a> Table<'a> for Zeros<'a> {
         Ok(Self { round, runs })
     }
 
+    fn bytes(&self) -> usize {
+        size_of::<Raw>().saturating_add(size_of_val(self.runs))
+    }
+
     fn write(&self, out: &mut Vec<u8>) -> Result<(), Misuse> {
         let run_count = table::count(Kind::Zeros, self.runs.len(), RUNS_PER_ZEROS_MAX)?;
         let raw = Raw {

@@ -45,6 +45,7 @@ fn comes_back(frame: Frame<'_>, sequence: u64, body: &[u8]) -> Result<(), TestCa
         .unwrap();
     prop_assert_eq!(&again, &head);
     prop_assert_eq!(again.capacity(), head.len());
+    prop_assert_eq!(frame.head_bytes(), head.len());
     Ok(())
 }
 
