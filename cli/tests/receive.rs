@@ -3,26 +3,19 @@
 //! What needs a sender is tested in `tests/tests/programs.rs`; that file relies on this one, because cargo builds a
 //! package's programs for its integration tests.
 
+mod common;
+
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use common::{help_of, program, refuses, text};
 use serde_json::Value;
 
-fn program(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_multifd-receive"));
-    command.args(arguments).env_remove("RUST_LOG");
-    command
-}
+const PROGRAM: &str = env!("CARGO_BIN_EXE_multifd-receive");
 
 fn run(arguments: &[&str]) -> Output {
-    program(arguments)
-        .output()
-        .expect("cargo built it with this test")
-}
-
-fn text(octets: &[u8]) -> String {
-    String::from_utf8(octets.to_vec()).expect("UTF-8")
+    common::run(PROGRAM, arguments)
 }
 
 /// Every flag that the documentation names. A flag that is new joins this list.
@@ -54,31 +47,7 @@ const FLAGS: &[&str] = &[
 
 #[test]
 fn help_explains_every_flag_and_every_exit_status() {
-    let output = run(&["--help"]);
-    assert_eq!(output.status.code(), Some(0));
-    let help = text(&output.stdout);
-    for flag in FLAGS {
-        assert!(help.contains(flag), "{flag} is not in:\n{help}");
-    }
-    // And the other way round: no flag is shown that this list does not know.
-    let (flags, _) = help.split_once("Examples:").expect("examples");
-    for word in flags
-        .split_whitespace()
-        .filter(|word| word.starts_with("--"))
-    {
-        let flag = word
-            .trim_end_matches([',', '.', ':', ')'])
-            .trim_end_matches("'s");
-        assert!(FLAGS.contains(&flag), "{flag} is new: add it to FLAGS");
-    }
-    let (_, statuses) = help.split_once("Exit status:").expect("a list of them");
-    for status in [0, 1, 2, 4, 5] {
-        let line = format!("\n  {status}  ");
-        assert!(
-            statuses.contains(&line),
-            "status {status} is not in:\n{help}"
-        );
-    }
+    let help = help_of(PROGRAM, FLAGS, &[0, 1, 2, 4, 5]);
     assert!(help.contains("trusted networks only"), "{help}");
 }
 
@@ -92,16 +61,7 @@ fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
         (&["--max-memory", "12X"], "64M"),
         (&["--listen", "127.0.0.1:0", "--stall", "1ms"], "100ms"),
     ];
-    for (arguments, advice) in cases {
-        let output = run(arguments);
-        let errors = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {errors}");
-        assert!(
-            errors.contains(advice),
-            "{arguments:?}: no {advice:?} in {errors}"
-        );
-        assert!(output.stdout.is_empty(), "{arguments:?}: {output:?}");
-    }
+    refuses(PROGRAM, cases);
 }
 
 #[test]
@@ -152,7 +112,7 @@ fn an_address_that_is_taken_fails_with_a_report_that_names_it() {
 
 #[test]
 fn ctrl_c_ends_a_receiver_that_waits_and_its_report_says_so() {
-    let mut receiver = program(&["--listen", "127.0.0.1:0", "--report", "json"])
+    let mut receiver = program(PROGRAM, &["--listen", "127.0.0.1:0", "--report", "json"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -3,20 +3,17 @@
 //! What needs a receiver is tested in `tests/tests/programs.rs`; that file relies on this one, because cargo builds a
 //! package's programs for its integration tests.
 
-use std::process::{Command, Output};
+mod common;
 
+use std::process::Output;
+
+use common::{help_of, refuses, text};
 use serde_json::Value;
 
-fn run(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_multifd-send"))
-        .args(arguments)
-        .env_remove("RUST_LOG")
-        .output()
-        .expect("cargo built it with this test")
-}
+const PROGRAM: &str = env!("CARGO_BIN_EXE_multifd-send");
 
-fn text(octets: &[u8]) -> String {
-    String::from_utf8(octets.to_vec()).expect("UTF-8")
+fn run(arguments: &[&str]) -> Output {
+    common::run(PROGRAM, arguments)
 }
 
 /// Every flag that the documentation names. A flag that is new joins this list.
@@ -71,31 +68,8 @@ const FLAGS: &[&str] = &[
 
 #[test]
 fn help_explains_every_flag_and_every_exit_status() {
-    let output = run(&["--help"]);
-    assert_eq!(output.status.code(), Some(0));
-    let help = text(&output.stdout);
-    for flag in FLAGS {
-        assert!(help.contains(flag), "{flag} is not in:\n{help}");
-    }
-    // And the other way round: no flag is shown that this list does not know.
-    let (flags, rest) = help.split_once("Examples:").expect("examples");
-    for word in flags
-        .split_whitespace()
-        .filter(|word| word.starts_with("--"))
-    {
-        let flag = word
-            .trim_end_matches([',', '.', ':', ')'])
-            .trim_end_matches("'s");
-        assert!(FLAGS.contains(&flag), "{flag} is new: add it to FLAGS");
-    }
-    let (_, statuses) = help.split_once("Exit status:").expect("a list of them");
-    for status in 0..=6 {
-        let line = format!("\n  {status}  ");
-        assert!(
-            statuses.contains(&line),
-            "status {status} is not in:\n{help}"
-        );
-    }
+    let help = help_of(PROGRAM, FLAGS, &[0, 1, 2, 3, 4, 5, 6]);
+    let (_, rest) = help.split_once("Examples:").expect("examples");
     assert!(rest.contains("Ctrl-C"), "{help}");
 }
 
@@ -156,16 +130,7 @@ fn wrong_usage_ends_with_status_2_and_says_what_would_be_right() {
         (&["--loopback", "--vcpus", "17"], "1 to 16"),
         (&["--loopback", "--zero-percent", "101"], "0 to 100"),
     ];
-    for (arguments, advice) in cases {
-        let output = run(arguments);
-        let errors = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {errors}");
-        assert!(
-            errors.contains(advice),
-            "{arguments:?}: no {advice:?} in {errors}"
-        );
-        assert!(output.stdout.is_empty(), "{arguments:?}: {output:?}");
-    }
+    refuses(PROGRAM, cases);
 }
 
 #[test]
