@@ -5,7 +5,6 @@
 //!                 └── StartError: with the VMM                      handle(): progress, offer a channel, cancel
 //! ```
 
-use std::fmt;
 use std::os::fd::BorrowedFd;
 
 pub use multifd_receiver::device::DeviceSink;
@@ -17,7 +16,7 @@ pub use multifd_receiver::{
     Config, ConfigBuilder, ConfigError, Error, Fault, Handle, OfferError, Ownership, Vmm,
 };
 
-use crate::source::downcast;
+use crate::source::ours;
 use crate::transport::{Listener, Spawner};
 
 /// Everything that a reception works on.
@@ -89,13 +88,7 @@ impl<V: Vmm> Reception<V> {
                 inner,
                 vmm: std::marker::PhantomData,
             }),
-            Err(failed) => {
-                let multifd_receiver::StartError { error, vmm } = *failed;
-                Err(Box::new(StartError {
-                    error,
-                    vmm: ours(vmm),
-                }))
-            }
+            Err(failed) => Err(Box::new(failed.map(|vmm| ours(vmm)))),
         }
     }
 
@@ -127,7 +120,7 @@ impl<V: Vmm> Reception<V> {
         Finished {
             report: finished.report,
             error: finished.error,
-            vmm: finished.vmm.map(ours),
+            vmm: finished.vmm.map(|vmm| ours(vmm)),
             devices: finished.devices,
         }
     }
@@ -147,33 +140,5 @@ pub struct Finished<V> {
     pub devices: Vec<Box<dyn DeviceSink>>,
 }
 
-/// A reception that could not begin.
-#[non_exhaustive]
-pub struct StartError<V> {
-    /// Why.
-    pub error: Error,
-    /// The machine, untouched.
-    pub vmm: V,
-}
-
-impl<V> fmt::Debug for StartError<V> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl<V> fmt::Display for StartError<V> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl<V> std::error::Error for StartError<V> {}
-
-/// The VMM that was handed over under its own type.
-fn ours<V: Vmm>(vmm: Box<dyn Vmm>) -> V {
-    match downcast(vmm) {
-        Ok(vmm) => vmm,
-        Err(_) => unreachable!("the library gives back the VMM that it was given"),
-    }
-}
+/// A reception that could not begin, with the machine, untouched.
+pub type StartError<V> = crate::StartError<Fault, V>;

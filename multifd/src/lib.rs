@@ -100,7 +100,7 @@ pub mod tracking;
 pub mod transport;
 
 pub use bytes::Bytes;
-pub use multifd_sender::{Blob, DeviceError, VmmError};
+pub use multifd_session::common::{Blob, DeviceError, Error, Failure, StartError, VmmError};
 pub use multifd_wire::frame::{Device, DeviceFlags};
 pub use multifd_wire::{
     ChannelRef, DeviceState, LaneId, Layout, PAGE_BYTES, Phase, Reason, Region, RegionId,

@@ -6,7 +6,6 @@
 //! ```
 
 use std::any::Any;
-use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
@@ -138,20 +137,14 @@ impl<V: Vmm> Migration<V> {
                 inner,
                 vmm: std::marker::PhantomData,
             }),
-            Err(failed) => {
-                let multifd_sender::StartError { error, parts } = *failed;
-                Err(Box::new(StartError {
-                    error,
-                    parts: Parts {
-                        vmm: ours(parts.vmm),
-                        memory: parts.memory,
-                        sources: parts.sources,
-                        dial: parts.dial,
-                        config: parts.config,
-                        spawner: parts.spawner,
-                    },
-                }))
-            }
+            Err(failed) => Err(Box::new(failed.map(|parts| Parts {
+                vmm: ours(parts.vmm),
+                memory: parts.memory,
+                sources: parts.sources,
+                dial: parts.dial,
+                config: parts.config,
+                spawner: parts.spawner,
+            }))),
         }
     }
 
@@ -206,27 +199,7 @@ pub struct Finished<V> {
 }
 
 /// A migration that could not begin, with everything that was to be part of it.
-#[non_exhaustive]
-pub struct StartError<V> {
-    /// Why.
-    pub error: Error,
-    /// The parts, untouched.
-    pub parts: Parts<V>,
-}
-
-impl<V> fmt::Debug for StartError<V> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl<V> fmt::Display for StartError<V> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl<V> std::error::Error for StartError<V> {}
+pub type StartError<V> = crate::StartError<Fault, Parts<V>>;
 
 /// Gives a source, a device or a machine its type back.
 ///
@@ -237,7 +210,7 @@ pub fn downcast<T: Any>(part: Box<dyn Any>) -> Result<T, Box<dyn Any>> {
 }
 
 /// The VMM that was handed over under its own type.
-fn ours<V: Vmm>(vmm: Box<dyn Vmm>) -> V {
+pub(crate) fn ours<V: Any>(vmm: Box<dyn Any>) -> V {
     match downcast(vmm) {
         Ok(vmm) => vmm,
         Err(_) => unreachable!("the library gives back the VMM that it was given"),

@@ -129,7 +129,7 @@ fn a_destination_that_cannot_start_gives_its_vmm_back() {
             .err()
             .expect("no thread");
         assert_eq!(failed.error.code(), "receiver.system", "{thread}");
-        assert_eq!(failed.vmm.0, "theirs", "{thread}");
+        assert_eq!(failed.parts.0, "theirs", "{thread}");
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+pub use multifd_session::common::{DamageReport, ErrorReport};
 use multifd_session::destination::Outcome;
-use multifd_wire::{ChannelRef, Damaged, DeviceId, PAGE_BYTES_U64};
+use multifd_wire::{DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
 
 use crate::driver::LoadedDevice;
-use crate::error::Error;
 use crate::progress::Snapshot;
 
 /// How it ended, in one word.
@@ -91,55 +91,6 @@ pub struct DeviceReport {
     pub load_ms: f64,
     /// Time that it took for its configuration and its own final check.
     pub config_ms: f64,
-}
-
-/// Octets that do not match their checksum.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct DamageReport {
-    /// When in the migration's life it was found.
-    pub phase: String,
-    /// On which channel; null for a connection whose hello could not be read.
-    pub channel: Option<String>,
-    /// Of which frame: the name of its kind; `header` where the kind can't be trusted either; `hello`, `hello_reply`.
-    pub frame: String,
-    /// How often: pages for `PAGES`, otherwise frames.
-    pub count: u64,
-}
-
-impl From<&Damaged> for DamageReport {
-    fn from(damaged: &Damaged) -> Self {
-        let channel = damaged.channel;
-        Self {
-            phase: damaged.phase.to_string(),
-            channel: (channel != ChannelRef::None).then(|| channel.to_string()),
-            frame: damaged.frame.to_owned(),
-            count: damaged.count,
-        }
-    }
-}
-
-/// What went wrong.
-#[derive(Debug, Clone, Serialize)]
-pub struct ErrorReport {
-    /// A stable identifier.
-    pub code: String,
-    /// Where in the migration's life.
-    pub phase: String,
-    /// On which channel, if on one.
-    pub channel: Option<String>,
-    /// In words.
-    pub text: String,
-}
-
-impl From<&Error> for ErrorReport {
-    fn from(error: &Error) -> Self {
-        Self {
-            code: error.code().to_owned(),
-            phase: error.phase().to_string(),
-            channel: (error.channel() != ChannelRef::None).then(|| error.channel().to_string()),
-            text: error.fault().to_string(),
-        }
-    }
 }
 
 /// Times and results that the control thread notes down.

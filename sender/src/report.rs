@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+pub use multifd_session::common::{DamageReport, ErrorReport};
 use multifd_tracking::Source;
 use multifd_wire::frame::{Prepared, RoundClosed, Running};
-use multifd_wire::{ChannelRef, Damaged, PAGE_BYTES_U64, Round};
+use multifd_wire::{PAGE_BYTES_U64, Round};
 use serde::Serialize;
 
 use crate::config::Config;
@@ -325,55 +326,6 @@ pub struct SourceReport {
     pub last_error: Option<String>,
     /// Why this source was chosen and no other, if there was a choice.
     pub reason: Option<String>,
-}
-
-/// Octets that were changed on the way; or, of `PAGES` while the guest runs, written while they were sent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct DamageReport {
-    /// When in the migration's life it was found.
-    pub phase: String,
-    /// On which channel; null for a connection whose hello could not be read.
-    pub channel: Option<String>,
-    /// Of which frame: the name of its kind; `header` where the kind can't be trusted either; `hello`, `hello_reply`.
-    pub frame: String,
-    /// How often: pages for `PAGES`, otherwise frames.
-    pub count: u64,
-}
-
-impl From<&Damaged> for DamageReport {
-    fn from(damaged: &Damaged) -> Self {
-        let channel = damaged.channel;
-        Self {
-            phase: damaged.phase.to_string(),
-            channel: (channel != ChannelRef::None).then(|| channel.to_string()),
-            frame: damaged.frame.to_owned(),
-            count: damaged.count,
-        }
-    }
-}
-
-/// What went wrong.
-#[derive(Debug, Clone, Serialize)]
-pub struct ErrorReport {
-    /// A stable identifier.
-    pub code: String,
-    /// Where in the migration's life.
-    pub phase: String,
-    /// On which channel, if on one.
-    pub channel: Option<String>,
-    /// In words.
-    pub text: String,
-}
-
-impl From<&Error> for ErrorReport {
-    fn from(error: &Error) -> Self {
-        Self {
-            code: error.code().to_owned(),
-            phase: error.phase().to_string(),
-            channel: (error.channel() != ChannelRef::None).then(|| error.channel().to_string()),
-            text: error.fault().to_string(),
-        }
-    }
 }
 
 /// Forecasts that the report keeps.

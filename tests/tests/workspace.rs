@@ -48,6 +48,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     (
         "multifd",
         &[
+            "multifd-session",
             "multifd-wire",
             "multifd-transport",
             "multifd-tracking",

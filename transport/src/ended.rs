@@ -1,11 +1,15 @@
-//! An event descriptor that says that something is over: for embedders that wait in an event loop of their own.
+//! A thread that works towards a result, and an event descriptor that says that it is over: for embedders that wait in an event
+//! loop of their own.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
+
+use crate::{Spawner, spawn_with};
 
 /// The watching side: readable once the [`EndGuard`] is gone, and from then on.
 #[derive(Debug)]
@@ -56,6 +60,71 @@ impl Drop for EndGuard {
     }
 }
 
+/// A thread that works towards a result, as whoever waits for it has it.
+#[derive(Debug)]
+pub struct Running<T> {
+    thread: JoinHandle<()>,
+    result: Arc<Mutex<Option<T>>>,
+    ended: Ended,
+}
+
+impl<T: Send + 'static> Running<T> {
+    /// Starts the thread, which works on `value`; `ended` is what [`ended`](ended()) made for it.
+    ///
+    /// # Errors
+    /// What the system said, with the value.
+    pub fn start<V: Send + 'static>(
+        spawner: &dyn Spawner,
+        name: &str,
+        (ended, guard): (Ended, EndGuard),
+        value: V,
+        work: impl FnOnce(V) -> T + Send + 'static,
+    ) -> Result<Self, (io::Error, V)> {
+        let result = Arc::new(Mutex::new(None));
+        let theirs = Arc::clone(&result);
+        let thread = spawn_with(spawner, name, value, move |value| {
+            let _over = guard;
+            let done = work(value);
+            *theirs.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
+        })?;
+        Ok(Self {
+            thread,
+            result,
+            ended,
+        })
+    }
+}
+
+impl<T> Running<T> {
+    /// Whether [`wait`](Self::wait) would return at once.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.ended.is_over()
+    }
+
+    /// An event descriptor that becomes readable, and stays so, when it is over. It is not to be read.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// Waits for the result.
+    ///
+    /// # Panics
+    /// If the thread panicked; with the same words.
+    #[must_use]
+    pub fn wait(self) -> T {
+        if let Err(panic) = self.thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+        let result = self.result.lock();
+        match result.unwrap_or_else(PoisonError::into_inner).take() {
+            Some(result) => result,
+            None => unreachable!("the thread leaves its result before it ends"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use rustix::event::{PollFd, PollFlags, poll};
@@ -81,5 +150,22 @@ mod tests {
         });
         thread.join().unwrap_err();
         assert!(watching.is_over() && readable(&watching) && readable(&watching));
+    }
+
+    #[test]
+    fn a_thread_leaves_its_result_and_its_panic_to_whoever_waits() {
+        let start = |work: fn(u32) -> u32| {
+            let ends = ended().unwrap();
+            Running::start(&crate::StdSpawner, "works", ends, 20, work)
+        };
+        let running = start(|value| value + 1).unwrap_or_else(|_| panic!("a thread"));
+        while !running.is_finished() {
+            std::thread::yield_now();
+        }
+        assert_eq!(running.wait(), 21);
+        let panics = start(|_| panic!("in its own words")).unwrap_or_else(|_| panic!("a thread"));
+        let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| panics.wait()));
+        let said = waited.unwrap_err();
+        assert_eq!(said.downcast_ref::<&str>(), Some(&"in its own words"));
     }
 }

@@ -105,7 +105,7 @@ pub use address::{
 pub use channel::{
     Approach, BINDING_BYTES, Channel, Closer, IoSource, READ_AHEAD_BYTES, ReceiveHalf, SendHalf,
 };
-pub use ended::{EndGuard, Ended, ended};
+pub use ended::{EndGuard, Ended, Running, ended};
 pub use error::{
     AdoptError, ChannelError, ConnectAttempt, ConnectError, EstablishError, ListenError,
     Unavailable,
@@ -113,6 +113,6 @@ pub use error::{
 pub use listener::{Accepted, Listen, Listener};
 pub use memory::{GuestMemory, Span};
 pub use options::{ChannelOptions, connect, connect_with};
-pub use spawn::{Spawner, StdSpawner, join_within, spawn_with};
+pub use spawn::{Spawner, StdSpawner, join_within, spawn_with, thread_cpu};
 pub use stranger::{STRANGER_BYTES, Stranger};
 pub use tcp::{KeepAlive, TcpOptions};

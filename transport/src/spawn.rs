@@ -85,6 +85,18 @@ pub fn join_within(
     Ok(())
 }
 
+/// CPU time of this thread since `last`, which is moved on.
+pub fn thread_cpu(last: &mut Duration) -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let now = Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    );
+    let spent = now.saturating_sub(*last);
+    *last = now;
+    spent
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,16 +24,14 @@ mod vmm;
 
 pub(crate) use device::LoadedDevice;
 
-use std::fmt;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use multifd_transport::{Channel, Ended, Listener, Spawner, StdSpawner, ended, spawn_with};
+use multifd_transport::{Channel, Listener, Running, Spawner, StdSpawner, ended, thread_cpu};
 use multifd_wire::Phase;
 
 use crate::config::Config;
@@ -86,39 +84,16 @@ pub struct Finished {
 /// A destination that waits for a migration, or has one under way.
 pub struct Reception {
     handle: Handle,
-    thread: JoinHandle<()>,
-    finished: Arc<Mutex<Option<Finished>>>,
-    ended: Ended,
+    running: Running<Finished>,
 }
 
-/// A reception that could not begin.
-pub struct StartError {
-    /// Why.
-    pub error: Error,
-    /// The machine, untouched.
-    pub vmm: Box<dyn Vmm>,
-}
+/// A reception that could not begin, with the machine, untouched.
+pub type StartError = multifd_session::common::StartError<Fault, Box<dyn Vmm>>;
 
-impl StartError {
-    fn new(step: &'static str, source: io::Error, vmm: Box<dyn Vmm>) -> Box<Self> {
-        let error = Error::new(Phase::Hello, Fault::System { step, source });
-        Box::new(Self { error, vmm })
-    }
+fn start_error(step: &'static str, source: io::Error, parts: Box<dyn Vmm>) -> Box<StartError> {
+    let error = Error::new(Phase::Hello, Fault::System { step, source });
+    Box::new(StartError::new(error, parts))
 }
-
-impl fmt::Debug for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl fmt::Display for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl std::error::Error for StartError {}
 
 /// Reads the progress, hands over connections and cancels; cheap to clone, usable from any thread.
 #[derive(Clone)]
@@ -165,10 +140,10 @@ impl Reception {
     /// # Errors
     /// No thread, or no event queue for the listeners. The VMM is in the error.
     pub fn start(parts: Parts) -> Result<Self, Box<StartError>> {
-        let (ended, guard) = match ended() {
-            Ok(both) => both,
+        let ends = match ended() {
+            Ok(ends) => ends,
             Err(source) => {
-                return Err(StartError::new("an event descriptor", source, parts.vmm));
+                return Err(start_error("an event descriptor", source, parts.vmm));
             }
         };
         let spawner: Arc<dyn Spawner> = parts
@@ -188,26 +163,23 @@ impl Reception {
         let acceptor = match accept::Acceptor::start(&shared, parts.listeners) {
             Ok(acceptor) => acceptor,
             Err(source) => {
-                return Err(StartError::new("wait on the listeners", source, parts.vmm));
+                return Err(start_error("wait on the listeners", source, parts.vmm));
             }
         };
-        let finished = Arc::new(Mutex::new(None));
-        let no_thread = |(source, vmm)| StartError::new("start a thread", source, vmm);
+        let no_thread = |(source, vmm)| start_error("start a thread", source, vmm);
         let control = control::Control::new(Arc::clone(&shared), inbox, parts.vmm, acceptor)
             .map_err(no_thread)?;
-        let result = Arc::clone(&finished);
-        let body = move |control: control::Control| {
-            let _over = guard;
-            let done = control.run();
-            *lock(&result) = Some(done);
-        };
-        let thread = spawn_with(&*spawner, "mfd-control", control, body)
-            .map_err(|(source, control)| no_thread((source, control.into_vmm())))?;
+        let running = Running::start(
+            &*spawner,
+            "mfd-control",
+            ends,
+            control,
+            control::Control::run,
+        )
+        .map_err(|(source, control)| no_thread((source, control.into_vmm())))?;
         Ok(Self {
             handle: Handle { shared },
-            thread,
-            finished,
-            ended,
+            running,
         })
     }
 
@@ -220,13 +192,13 @@ impl Reception {
     /// Whether [`wait`](Self::wait) would return at once.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.ended.is_over()
+        self.running.is_finished()
     }
 
     /// An event descriptor that becomes readable, and stays so, when the reception is over. It is not to be read.
     #[must_use]
     pub fn ended(&self) -> BorrowedFd<'_> {
-        self.ended.as_fd()
+        self.running.ended()
     }
 
     /// Waits for the end.
@@ -235,13 +207,7 @@ impl Reception {
     /// If the control thread panicked, which is a bug; with the same words.
     #[must_use]
     pub fn wait(self) -> Finished {
-        if let Err(panic) = self.thread.join() {
-            std::panic::resume_unwind(panic);
-        }
-        match lock(&self.finished).take() {
-            Some(finished) => finished,
-            None => unreachable!("the control thread leaves its result before it ends"),
-        }
+        self.running.wait()
     }
 }
 
@@ -318,16 +284,4 @@ enum Note {
 /// A poisoned lock means that another thread panicked; what it guards here is always left whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// CPU time of this thread since `last`, which is moved on.
-fn thread_cpu(last: &mut Duration) -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    let now = Duration::new(
-        u64::try_from(time.tv_sec).unwrap_or(0),
-        u32::try_from(time.tv_nsec).unwrap_or(0),
-    );
-    let spent = now.saturating_sub(*last);
-    *last = now;
-    spent
 }

@@ -25,16 +25,16 @@ mod scan;
 mod tries;
 mod work;
 
-use std::fmt;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use multifd_tracking::{DirtySet, Source};
-use multifd_transport::{EndGuard, Ended, GuestMemory, Spawner, StdSpawner, ended, spawn_with};
+use multifd_transport::{
+    EndGuard, Ended, GuestMemory, Running, Spawner, StdSpawner, ended, thread_cpu,
+};
 use multifd_wire::{
     Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
 };
@@ -88,46 +88,22 @@ pub struct Finished {
 /// A migration under way.
 pub struct Migration {
     handle: Handle,
-    thread: JoinHandle<()>,
-    finished: Arc<Mutex<Option<Finished>>>,
-    ended: Ended,
+    running: Running<Finished>,
 }
 
-/// A migration that could not begin: the guest was not touched.
-pub struct StartError {
-    /// Why.
-    pub error: Error,
-    /// Everything that was to be part of it, to be used again.
-    pub parts: Parts,
-}
+/// A migration that could not begin: the guest was not touched, and everything that was to be part of it can be used again.
+pub type StartError = multifd_session::common::StartError<Fault, Parts>;
 
-impl StartError {
-    fn new(fault: Fault, parts: Parts) -> Box<Self> {
-        let error = Error::new(Phase::Hello, fault);
-        Box::new(Self { error, parts })
-    }
+fn start_error(fault: Fault, parts: Parts) -> Box<StartError> {
+    let error = Error::new(Phase::Hello, fault);
+    Box::new(StartError::new(error, parts))
 }
-
-impl fmt::Debug for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl fmt::Display for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl std::error::Error for StartError {}
 
 /// What can fail before anything is begun.
 struct Prepared {
     layout: Layout,
     values: PageValues,
-    ended: Ended,
-    guard: EndGuard,
+    ends: (Ended, EndGuard),
 }
 
 impl Prepared {
@@ -142,15 +118,14 @@ impl Prepared {
             step: "checksums of pages",
             source: std::io::Error::other(error),
         })?;
-        let (ended, guard) = ended().map_err(|source| Fault::System {
+        let ends = ended().map_err(|source| Fault::System {
             step: "an event descriptor",
             source,
         })?;
         Ok(Self {
             layout,
             values,
-            ended,
-            guard,
+            ends,
         })
     }
 }
@@ -189,11 +164,10 @@ impl Migration {
         let Prepared {
             layout,
             values,
-            ended,
-            guard,
+            ends,
         } = match Prepared::new(&parts.memory) {
             Ok(prepared) => prepared,
-            Err(fault) => return Err(StartError::new(fault, parts)),
+            Err(fault) => return Err(start_error(fault, parts)),
         };
         let region_pages: Vec<u64> = layout
             .regions()
@@ -228,7 +202,6 @@ impl Migration {
         let theirs: Option<Arc<dyn Spawner>> = parts.spawner.map(Arc::from);
         let spawner = theirs.clone().unwrap_or_else(|| Arc::new(StdSpawner));
         let dial: Arc<dyn Dial> = Arc::from(parts.dial);
-        let finished = Arc::new(Mutex::new(None));
         let control = control::Control::new(
             shared,
             parts.vmm,
@@ -238,19 +211,14 @@ impl Migration {
             notes,
             inbox,
         );
-        let result = Arc::clone(&finished);
-        let body = move |control: control::Control| {
-            let _over = guard;
-            let done = control.run();
-            *lock(&result) = Some(done);
-        };
-        match spawn_with(&*spawner, "mfd-control", control, body) {
-            Ok(thread) => Ok(Self {
-                handle,
-                thread,
-                finished,
-                ended,
-            }),
+        match Running::start(
+            &*spawner,
+            "mfd-control",
+            ends,
+            control,
+            control::Control::run,
+        ) {
+            Ok(running) => Ok(Self { handle, running }),
             Err((source, control)) => {
                 let (vmm, sources) = control.into_parts();
                 let step = "start a thread";
@@ -262,7 +230,7 @@ impl Migration {
                     config: parts.config,
                     spawner: theirs.map(|spawner| Box::new(spawner) as Box<dyn Spawner>),
                 };
-                Err(StartError::new(Fault::System { step, source }, parts))
+                Err(start_error(Fault::System { step, source }, parts))
             }
         }
     }
@@ -276,13 +244,13 @@ impl Migration {
     /// Whether [`wait`](Self::wait) would return at once.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.ended.is_over()
+        self.running.is_finished()
     }
 
     /// An event descriptor that becomes readable, and stays so, when the migration is over. It is not to be read.
     #[must_use]
     pub fn ended(&self) -> BorrowedFd<'_> {
-        self.ended.as_fd()
+        self.running.ended()
     }
 
     /// Waits for the end.
@@ -291,13 +259,7 @@ impl Migration {
     /// If the control thread panicked, which is a bug; with the same words.
     #[must_use]
     pub fn wait(self) -> Finished {
-        if let Err(panic) = self.thread.join() {
-            std::panic::resume_unwind(panic);
-        }
-        match lock(&self.finished).take() {
-            Some(finished) => finished,
-            None => unreachable!("the control thread leaves its result before it ends"),
-        }
+        self.running.wait()
     }
 }
 
@@ -424,16 +386,4 @@ enum Note {
 /// A poisoned lock means that another thread panicked; what it guards here is always left whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// CPU time of this thread since `last`, which is moved on.
-fn thread_cpu(last: &mut Duration) -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    let now = Duration::new(
-        u64::try_from(time.tv_sec).unwrap_or(0),
-        u32::try_from(time.tv_nsec).unwrap_or(0),
-    );
-    let spent = now.saturating_sub(*last);
-    *last = now;
-    spent
 }

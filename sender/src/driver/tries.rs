@@ -7,6 +7,7 @@ use std::error::Error;
 use std::io;
 use std::time::{Duration, Instant};
 
+use multifd_session::common::Failure as _;
 use multifd_transport::{ConnectError, ListenError};
 use multifd_wire::{ChannelRef, Hello, Reason};
 

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use multifd_wire::{Token, limits};
+use multifd_wire::Token;
 
-/// The most data channels that the format has room for.
-const LANES_MAX: u32 = limits::LANES_MAX as u32;
+pub use crate::common::ConfigError;
+use crate::common::config::{HOUR, LANES_MAX, Waits, within, within_time};
 
 /// Whether a guest may be larger than the memory that is left for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -156,6 +156,7 @@ impl Config {
 
 impl Default for Config {
     fn default() -> Self {
+        let waits = Waits::default();
         Self {
             lanes_max: LANES_MAX,
             pass: Token::NONE,
@@ -165,25 +166,16 @@ impl Default for Config {
             blob_bytes_max: 64 << 20,
             device_window_bytes: 16 << 20,
             device_bytes_max: 1 << 30,
-            device_deadline: Duration::from_secs(10),
-            hello_deadline: Duration::from_secs(5),
-            setup_deadline: Duration::from_secs(60),
-            stall: Duration::from_secs(10),
-            keep_alive: Duration::from_secs(1),
+            device_deadline: waits.device_deadline,
+            hello_deadline: waits.hello_deadline,
+            setup_deadline: waits.setup_deadline,
+            stall: waits.stall,
+            keep_alive: waits.keep_alive,
             ack_period: Duration::from_millis(20),
             suspend: Duration::from_secs(60),
-            progress_deadline: Duration::from_secs(60),
+            progress_deadline: waits.progress_deadline,
         }
     }
-}
-
-/// A setting that is out of its range. The text says which range.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{setting} is {value}, but must be {range}")]
-pub struct ConfigError {
-    setting: &'static str,
-    value: String,
-    range: String,
 }
 
 /// Builds a [`Config`]; each method replaces one default.
@@ -311,8 +303,6 @@ impl ConfigBuilder {
     /// # Errors
     /// The first setting that is out of its range, by name, with the range.
     pub fn build(self) -> Result<Config, ConfigError> {
-        const HOUR: Duration = Duration::from_secs(3600);
-        const SHORTEST: Duration = Duration::from_millis(100);
         let c = &self.config;
         within("lanes max", &c.lanes_max, &1, &LANES_MAX)?;
         within("blob octets max", &c.blob_bytes_max, &(1 << 20), &(1 << 30))?;
@@ -328,58 +318,18 @@ impl ConfigBuilder {
             &(64 << 10),
             &(1 << 40),
         )?;
-        let least = Duration::from_millis(10);
-        within_time("device deadline", c.device_deadline, least, HOUR)?;
-        within_time(
-            "hello deadline",
-            c.hello_deadline,
-            SHORTEST,
-            Duration::from_secs(600),
-        )?;
-        within_time("set-up deadline", c.setup_deadline, SHORTEST, HOUR)?;
-        within_time("stall", c.stall, SHORTEST, HOUR)?;
-        within_time(
-            "keep-alive",
-            c.keep_alive,
-            Duration::from_millis(10),
-            c.stall / 2,
-        )?;
+        Waits {
+            device_deadline: c.device_deadline,
+            hello_deadline: c.hello_deadline,
+            setup_deadline: c.setup_deadline,
+            stall: c.stall,
+            keep_alive: c.keep_alive,
+            progress_deadline: c.progress_deadline,
+        }
+        .check()?;
         within_time("suspend", c.suspend, Duration::ZERO, HOUR)?;
-        within_time("progress deadline", c.progress_deadline, c.stall, HOUR)?;
         Ok(self.config)
     }
-}
-
-fn within<T: PartialOrd + std::fmt::Display>(
-    setting: &'static str,
-    value: &T,
-    least: &T,
-    most: &T,
-) -> Result<(), ConfigError> {
-    if value < least || value > most {
-        return Err(ConfigError {
-            setting,
-            value: value.to_string(),
-            range: format!("{least} to {most}"),
-        });
-    }
-    Ok(())
-}
-
-fn within_time(
-    setting: &'static str,
-    value: Duration,
-    least: Duration,
-    most: Duration,
-) -> Result<(), ConfigError> {
-    if value < least || value > most {
-        return Err(ConfigError {
-            setting,
-            value: format!("{value:?}"),
-            range: format!("{least:?} to {most:?}"),
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,18 +1,11 @@
 //! What can end a migration at the destination, sorted by whose fault it is, with where it happened.
 
-use std::fmt;
+use multifd_wire::{Malformed, Misbehaved, Misuse, Reason};
 
-use multifd_wire::{ChannelRef, Malformed, Misbehaved, Misuse, Phase, Reason};
+use crate::common::{ChannelFault, DeviceError, Failure, VmmError};
 
-use crate::common::{ChannelFault, DeviceError, VmmError};
-
-/// Why a migration ended, when, and on which channel.
-#[derive(Debug)]
-pub struct Error {
-    phase: Phase,
-    at: ChannelRef,
-    fault: Box<Fault>,
-}
+/// Why a migration ended at the destination, when, and on which channel.
+pub type Error = crate::common::Error<Fault>;
 
 /// What went wrong, sorted by whose fault it is.
 #[derive(Debug, thiserror::Error)]
@@ -179,10 +172,8 @@ pub enum Fault {
     },
 }
 
-impl Fault {
-    /// A stable identifier, the same in every version.
-    #[must_use]
-    pub fn code(&self) -> &'static str {
+impl Failure for Fault {
+    fn code(&self) -> &'static str {
         match self {
             Self::Malformed(e) => e.code(),
             Self::Misbehaved(e) | Self::DeviceMisbehaved { source: e, .. } => e.code(),
@@ -209,9 +200,7 @@ impl Fault {
         }
     }
 
-    /// The reason that the peer is told.
-    #[must_use]
-    pub fn reason(&self) -> Reason {
+    fn reason(&self) -> Reason {
         match self {
             Self::Malformed(e) => e.reason(),
             Self::Misbehaved(e) | Self::DeviceMisbehaved { source: e, .. } => e.reason(),
@@ -238,89 +227,15 @@ impl Fault {
             }
         }
     }
-}
 
-impl Error {
-    /// A fault on no channel in particular.
-    #[must_use]
-    pub fn new(phase: Phase, fault: impl Into<Fault>) -> Self {
-        Self {
-            phase,
-            at: ChannelRef::None,
-            fault: Box::new(fault.into()),
+    fn malformed(&self) -> Option<&Malformed> {
+        match self {
+            Self::Malformed(error) => Some(error),
+            _ => None,
         }
     }
 
-    /// Names the channel.
-    #[must_use]
-    pub fn at(mut self, at: ChannelRef) -> Self {
-        self.at = at;
-        self
-    }
-
-    /// Says when it happened, once that is known.
-    #[must_use]
-    pub fn in_phase(mut self, phase: Phase) -> Self {
-        self.phase = phase;
-        self
-    }
-
-    /// Whether the link of the control channel failed, and no more than that: then the source may come back over another.
-    #[must_use]
-    pub fn loses_control(&self) -> bool {
-        self.at == ChannelRef::Control
-            && (matches!(*self.fault, Fault::Channel(_)) || self.is_damage())
-    }
-
-    /// Whether octets were changed on the way: a checksum is wrong.
-    #[must_use]
-    pub fn is_damage(&self) -> bool {
-        matches!(&*self.fault, Fault::Malformed(error) if error.reason() == Reason::Corruption)
-    }
-
-    /// When it happened.
-    #[must_use]
-    pub fn phase(&self) -> Phase {
-        self.phase
-    }
-
-    /// On which channel.
-    #[must_use]
-    pub fn channel(&self) -> ChannelRef {
-        self.at
-    }
-
-    /// What happened.
-    #[must_use]
-    pub fn fault(&self) -> &Fault {
-        &self.fault
-    }
-
-    /// A stable identifier, the same in every version.
-    #[must_use]
-    pub fn code(&self) -> &'static str {
-        self.fault.code()
-    }
-
-    /// The reason that the peer is told.
-    #[must_use]
-    pub fn reason(&self) -> Reason {
-        self.fault.reason()
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (phase: {}", self.fault, self.phase)?;
-        if self.at != ChannelRef::None {
-            write!(f, ", {}", self.at)?;
-        }
-        f.write_str(")")
-    }
-}
-
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        std::error::Error::source(&*self.fault)
+    fn is_channel(&self) -> bool {
+        matches!(self, Self::Channel(_))
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use multifd_wire::{PAGE_BYTES, Token, limits};
 
-/// The most data channels that the format has room for.
-const LANES_MAX: u32 = limits::LANES_MAX as u32;
+pub use crate::common::ConfigError;
+use crate::common::config::{HOUR, LANES_MAX, SHORTEST, Waits, within, within_time};
 
 /// What to do when the guest dirties memory faster than it can be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -219,15 +219,6 @@ impl Default for Config {
     }
 }
 
-/// A setting that is out of its range. The text says which range.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{setting} is {value}, but must be {range}")]
-pub struct ConfigError {
-    setting: &'static str,
-    value: String,
-    range: String,
-}
-
 /// Builds a [`Config`]; each method replaces one default.
 #[derive(Debug, Clone)]
 pub struct ConfigBuilder {
@@ -236,6 +227,7 @@ pub struct ConfigBuilder {
 
 impl Default for ConfigBuilder {
     fn default() -> Self {
+        let waits = Waits::default();
         Self {
             config: Config {
                 channels: 4,
@@ -249,14 +241,14 @@ impl Default for ConfigBuilder {
                 device_chunk: 256 << 10,
                 ack_deadline: None,
                 when_ack_late: WhenAckLate::default(),
-                device_deadline: Duration::from_secs(10),
-                hello_deadline: Duration::from_secs(5),
-                setup_deadline: Duration::from_secs(60),
-                stall: Duration::from_secs(10),
-                keep_alive: Duration::from_secs(1),
+                device_deadline: waits.device_deadline,
+                hello_deadline: waits.hello_deadline,
+                setup_deadline: waits.setup_deadline,
+                stall: waits.stall,
+                keep_alive: waits.keep_alive,
                 commit_deadline: Duration::from_secs(30),
                 reconnect: Duration::from_secs(60),
-                progress_deadline: Duration::from_secs(60),
+                progress_deadline: waits.progress_deadline,
                 when_destination_lost: WhenDestinationLost::default(),
                 dirty_scan: DirtyScan::Off,
             },
@@ -425,8 +417,6 @@ impl ConfigBuilder {
     /// # Errors
     /// The first setting that is out of its range, by name, with the range.
     pub fn build(self) -> Result<Config, ConfigError> {
-        const HOUR: Duration = Duration::from_secs(3600);
-        const SHORTEST: Duration = Duration::from_millis(100);
         let c = &self.config;
         within("channels", &c.channels, &1, &LANES_MAX)?;
         within(
@@ -460,59 +450,19 @@ impl ConfigBuilder {
         if let Some(deadline) = c.ack_deadline {
             within_time("ack deadline", deadline, Duration::from_millis(1), HOUR)?;
         }
-        let least = Duration::from_millis(10);
-        within_time("device deadline", c.device_deadline, least, HOUR)?;
-        within_time(
-            "hello deadline",
-            c.hello_deadline,
-            SHORTEST,
-            Duration::from_secs(600),
-        )?;
-        within_time("set-up deadline", c.setup_deadline, SHORTEST, HOUR)?;
-        within_time("stall", c.stall, SHORTEST, HOUR)?;
-        within_time(
-            "keep-alive",
-            c.keep_alive,
-            Duration::from_millis(10),
-            c.stall / 2,
-        )?;
+        Waits {
+            device_deadline: c.device_deadline,
+            hello_deadline: c.hello_deadline,
+            setup_deadline: c.setup_deadline,
+            stall: c.stall,
+            keep_alive: c.keep_alive,
+            progress_deadline: c.progress_deadline,
+        }
+        .check()?;
         within_time("commit deadline", c.commit_deadline, SHORTEST, HOUR)?;
         within_time("reconnect deadline", c.reconnect, Duration::ZERO, HOUR)?;
-        within_time("progress deadline", c.progress_deadline, c.stall, HOUR)?;
         Ok(self.config)
     }
-}
-
-fn within<T: PartialOrd + std::fmt::Display>(
-    setting: &'static str,
-    value: &T,
-    least: &T,
-    most: &T,
-) -> Result<(), ConfigError> {
-    if value < least || value > most {
-        return Err(ConfigError {
-            setting,
-            value: value.to_string(),
-            range: format!("{least} to {most}"),
-        });
-    }
-    Ok(())
-}
-
-fn within_time(
-    setting: &'static str,
-    value: Duration,
-    least: Duration,
-    most: Duration,
-) -> Result<(), ConfigError> {
-    if value < least || value > most {
-        return Err(ConfigError {
-            setting,
-            value: format!("{value:?}"),
-            range: format!("{least:?} to {most:?}"),
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]
