@@ -158,6 +158,7 @@ fn killed_while_memory_travels_the_source_hears_at_once_that_it_failed() {
     assert!(scene.source_hears().is_empty());
 }
 
+/// SPEC: CARRY-12
 #[test]
 fn killed_after_the_guest_was_stopped_the_source_hears_nothing_until_it_runs_there() {
     let mut scene = scene("scripted-runs");
@@ -168,6 +169,7 @@ fn killed_after_the_guest_was_stopped_the_source_hears_nothing_until_it_runs_the
     assert_eq!(scene.source_hears(), SHUT);
 }
 
+/// SPEC: CARRY-10, CARRY-12
 #[test]
 fn killed_after_the_guest_was_stopped_the_source_hears_an_end_if_it_can_not_run_there() {
     let mut scene = scene("scripted-fails");
@@ -181,6 +183,7 @@ fn killed_after_the_guest_was_stopped_the_source_hears_an_end_if_it_can_not_run_
     assert!(scene.source_hears().is_empty());
 }
 
+/// SPEC: CARRY-10, CARRY-11
 #[test]
 fn the_last_word_reaches_the_source_and_both_programs_end() {
     let mut scene = scene("scripted-whole");

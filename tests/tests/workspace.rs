@@ -70,6 +70,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     (
         "multifd-tests",
         &[
+            "multifd-bridge",
             "multifd-wire",
             "multifd-transport",
             "multifd-tracking",

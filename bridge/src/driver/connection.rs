@@ -273,7 +273,7 @@ fn work(shared: &Shared, stream: u32) -> Work {
                 core.break_connection(stream);
                 return Work::Stop;
             }
-            Some(StreamEndKind::Clean) if !told => {
+            Some(StreamEndKind::Clean) if !told && !core.holds_back_end(stream) => {
                 if let Some(connection) = core.connections.get_mut(&stream) {
                     connection.told_end = true;
                 }

@@ -79,10 +79,12 @@ fn lost(shared: &Shared, epoch: u64, error: &Fault) {
             tracing::warn!(%error, "the control channel ended");
         }
         if error.is_peers() {
+            // The channel is whole: the writer says why before it ends.
             let why = format!("the peer broke the protocol: {error}");
             core.give_up(Ended::Failed, Reason::Misbehaved, why);
+        } else {
+            core.link_down(shared.now());
         }
-        core.link_down(shared.now());
     }
     drop(core);
     shared.wake_all();

@@ -236,6 +236,17 @@ impl Core {
         self.main.is_some()
     }
 
+    /// Whether the monitor must not hear yet that the peer's monitor ended this connection: the first one goes on, and nobody
+    /// knows how the migration ended.
+    // SPEC: CARRY-9
+    pub(crate) fn holds_back_end(&self, stream: u32) -> bool {
+        let Some(main) = self.main.filter(|main| *main != stream) else {
+            return false;
+        };
+        let goes_on = |first: &Connection| !(first.told_end || first.broken);
+        self.outcome.is_none() && self.connections.get(&main).is_some_and(goes_on)
+    }
+
     /// Whether the destination's monitor can't have all that it needs to run the guest.
     pub(crate) fn is_safe(&self) -> bool {
         let untouched = self.connections.keys().all(|stream| {

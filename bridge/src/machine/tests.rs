@@ -287,6 +287,7 @@ fn run(seed: u64) {
     }
 }
 
+// SPEC: CARRY-3, CARRY-6, CARRY-13
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
     #[test]
@@ -303,6 +304,7 @@ fn every_octet_arrives_for_many_seeds() {
     }
 }
 
+/// SPEC: CARRY-5, CARRY-7, CARRY-8
 #[test]
 fn refuses_what_was_not_granted_overlaps_or_was_never_sent() {
     let mut streams = Streams::new(100, HORIZON);
