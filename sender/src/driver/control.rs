@@ -25,7 +25,7 @@ use multifd_wire::{
 };
 
 use super::ask::AskTicket;
-use super::device::{Fleet, Order};
+use super::device::{DeviceCommand, DeviceSet};
 use super::first::first_contact;
 use super::first_round::{Unused, mark_populated};
 use super::lane::LaneCommand;
@@ -57,7 +57,7 @@ pub(super) struct Control {
     vmm: Box<dyn Vmm>,
     sources: Vec<Box<dyn Source>>,
     tracking: bool,
-    fleet: Fleet,
+    device_set: DeviceSet,
     dial: Arc<dyn Dial>,
     spawner: Arc<dyn Spawner>,
     notes: Sender<Note>,
@@ -116,7 +116,7 @@ impl Control {
             vmm,
             sources,
             tracking: false,
-            fleet: Fleet::default(),
+            device_set: DeviceSet::default(),
             dial,
             spawner,
             notes,
@@ -206,7 +206,7 @@ impl Control {
             self.shared.layout.pages_total().value(),
             now,
         );
-        if !self.fleet.is_empty() {
+        if !self.device_set.is_empty() {
             self.session.expect_devices();
         }
         self.take_control(opened)
@@ -371,13 +371,13 @@ impl Control {
             }
             Effect::Pause => self.pause().map(Some),
             Effect::Quiesce => {
-                self.fleet.order(Order::Quiesce);
+                self.device_set.command(DeviceCommand::Quiesce);
                 Ok(None)
             }
             Effect::StopDevices => {
                 self.timeline.quiesced();
-                let depot = Arc::clone(&self.shared.depot);
-                self.fleet.stop(&depot);
+                let table = Arc::clone(&self.shared.devices);
+                self.device_set.stop(&table);
                 Ok(None)
             }
             Effect::AnnounceSwitchover { round } => self
@@ -468,7 +468,7 @@ impl Control {
         let regions: Vec<RawRegion> = shared.layout.regions().map(RawRegion::from).collect();
         self.try_send(Regions { regions: &regions })?;
         let memory_bytes = shared.layout.pages_total().value() * multifd_wire::PAGE_BYTES_U64;
-        let devices = self.fleet.table();
+        let devices = self.device_set.table();
         self.try_send(Devices { devices: &devices })?;
         self.try_send(SetupEnd {
             configs,
@@ -952,7 +952,7 @@ impl Control {
             error,
             vmm: self.vmm,
             sources: self.sources,
-            devices: self.fleet.sources,
+            devices: self.device_set.sources,
         }
     }
 

@@ -31,14 +31,14 @@ pub(super) const UNACKED_FRAMES_MAX: u64 = 4096;
 /// Zero pages are told in frames of at most this many, so that they are acknowledged as they go.
 const ZERO_PAGES_PER_FRAME_MAX: u64 = 1 << 16;
 
-/// How long a wait may be before it looks whether the migration is over.
-const NAP: Duration = Duration::from_millis(10);
+/// How often a wait checks whether the migration is over.
+const STOP_POLL: Duration = Duration::from_millis(10);
 
-/// How long an idle lane waits for a token before it looks whether there is an item all the same.
-const LOOK: Duration = Duration::from_millis(100);
+/// How often an idle lane without a token checks whether there is an item all the same.
+const TOKEN_POLL: Duration = Duration::from_millis(100);
 
-/// How long a lane waits for others to take the round's pages before it looks how they do.
-const STAND: Duration = Duration::from_millis(5);
+/// How often a lane that leaves the round's pages to others checks how far they are.
+const ROUND_POLL: Duration = Duration::from_millis(5);
 
 /// How long a slow lane leaves the pages to faster ones at most.
 const REFUSES_MAX: Duration = Duration::from_millis(500);
@@ -73,8 +73,8 @@ pub(super) fn serve(
                 Ok(command) => Some(command),
                 Err(_) => return Ok(()),
             },
-            recv(shared.depot.outbox.tokens()) -> _ => None,
-            default(LOOK) => None,
+            recv(shared.devices.queue.tokens()) -> _ => None,
+            default(TOKEN_POLL) => None,
         };
         match command {
             Some(LaneCommand::Round {
@@ -140,32 +140,32 @@ impl<'s> Feeder<'s> {
         // The end mark follows whatever is sent below, and is sent without delay. Not so while devices are read with the guest
         // paused: what follows may take them a while, and the destination waits for the last octets of each chunk.
         self.tx
-            .set_more(!(last && self.shared.depot.outbox.is_used()));
+            .set_more(!(last && self.shared.devices.queue.is_used()));
         let mut unsent = Unsent::new(self.shared.dirty.clone());
         let shared = self.shared;
-        let mut seat = None;
+        let mut permit = None;
         let mut ahead = 0;
         let mut refused_since = None;
         loop {
             self.shared.check_stop()?;
             self.items(last, &mut ahead)?;
-            seat = seat.or_else(|| shared.crew.sit(last));
-            if seat.is_none() {
+            permit = permit.or_else(|| shared.permits.acquire(last));
+            if permit.is_none() {
                 // It has only devices to serve.
                 ahead = 0;
                 self.check_stop()?;
-                let served = !self.shared.depot.outbox.has_item();
-                if work.wait_until_taken(if served { STAND } else { Duration::ZERO }) {
+                let served = !self.shared.devices.queue.has_item();
+                if work.wait_until_taken(if served { ROUND_POLL } else { Duration::ZERO }) {
                     break;
                 }
-                self.shared.crew.look(Instant::now());
+                self.shared.permits.observe(Instant::now());
                 continue;
             }
             let Some(pages) = self.share(work, &mut refused_since) else {
                 // The others will be done with all of it before this lane would be with one frame more.
-                (seat, ahead) = (None, 0);
+                (permit, ahead) = (None, 0);
                 self.check_stop()?;
-                if work.wait_until_taken(STAND) {
+                if work.wait_until_taken(ROUND_POLL) {
                     break;
                 }
                 continue;
@@ -183,7 +183,7 @@ impl<'s> Feeder<'s> {
             }
             let ran = thread_cpu(&mut self.cpu);
             self.shared.counters.add_cpu(ran);
-            self.shared.crew.ran(ran);
+            self.shared.permits.ran(ran);
         }
         self.send_zeros(&mut unsent, round)?;
         self.send_pages(&mut unsent, round)?;
@@ -233,7 +233,7 @@ impl<'s> Feeder<'s> {
     /// Items of devices, between two extents of pages: with the guest paused all that are there, otherwise until devices are
     /// `ahead` of memory by some octets, so that the two share the lane.
     fn items(&mut self, last: bool, ahead: &mut u64) -> Result<(), Fault> {
-        if !self.shared.depot.outbox.is_used() {
+        if !self.shared.devices.queue.is_used() {
             return Ok(());
         }
         while last || *ahead == 0 {
@@ -249,11 +249,11 @@ impl<'s> Feeder<'s> {
     /// Nothing of a device may follow the mark of a round with the guest paused (SPEC: DEVSTREAM-7): sends what is left of all
     /// streams, and waits for what was not read yet. It waits for devices and for no other lane.
     fn rest_of_devices(&mut self) -> Result<(), Fault> {
-        let depot = Arc::clone(&self.shared.depot);
-        while !depot.outbox.is_drained() {
+        let table = Arc::clone(&self.shared.devices);
+        while !table.queue.is_drained() {
             self.check_stop()?;
             if self.item_in_round()?.is_none() {
-                let _ = depot.outbox.tokens().recv_timeout(NAP);
+                let _ = table.queue.tokens().recv_timeout(STOP_POLL);
             }
         }
         Ok(())
@@ -264,21 +264,21 @@ impl<'s> Feeder<'s> {
     fn item_in_round(&mut self) -> Result<Option<u64>, Fault> {
         let sent = self.item()?;
         if sent.is_some() {
-            let _ = self.shared.depot.outbox.tokens().try_recv();
+            let _ = self.shared.devices.queue.tokens().try_recv();
         }
         Ok(sent)
     }
 
     /// Sends the most urgent item, if there is one; gives its size. From the ledger it comes back if the lane dies.
     fn item(&mut self) -> Result<Option<u64>, Fault> {
-        let depot = Arc::clone(&self.shared.depot);
-        if !depot.outbox.has_item() {
+        let table = Arc::clone(&self.shared.devices);
+        if !table.queue.has_item() {
             return Ok(None);
         }
         // The lane whose channel is free takes it. One that took it first and then waited would keep the destination waiting
         // for this item, with all that follow it in hand and the window full.
         self.tx.wait_for_room().map_err(failed)?;
-        let Some(item) = depot.outbox.take() else {
+        let Some(item) = table.queue.take() else {
             return Ok(None);
         };
         let frame = match item.head() {
@@ -292,7 +292,7 @@ impl<'s> Feeder<'s> {
         let sequence = match entered {
             Ok(sequence) => sequence,
             Err(fault) => {
-                depot.outbox.again(vec![item]);
+                table.queue.again(vec![item]);
                 return Err(fault);
             }
         };
@@ -306,7 +306,7 @@ impl<'s> Feeder<'s> {
             let sources = [IoSource::Octets(item.octets())];
             self.tx.send(&self.head, &sources).map_err(failed)?;
         }
-        depot.sent(&item);
+        table.sent(&item);
         let counters = &self.shared.counters;
         counters.sent_bytes.fetch_add(octets, Relaxed);
         counters
@@ -463,8 +463,8 @@ impl<'s> Feeder<'s> {
     fn wait_for_turn(&self, octets: u64) -> Result<(), Fault> {
         let mut wait = self.shared.pacer.book(octets, self.shared.began.elapsed());
         while !wait.is_zero() {
-            std::thread::sleep(wait.min(NAP));
-            wait = wait.saturating_sub(NAP);
+            std::thread::sleep(wait.min(STOP_POLL));
+            wait = wait.saturating_sub(STOP_POLL);
             self.check_stop()?;
         }
         let since = Instant::now();

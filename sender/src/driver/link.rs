@@ -16,7 +16,7 @@ use multifd_wire::{
     HelloReply, Incompatible, Misbehaved, Phase, Role, Sequence,
 };
 
-use super::device::Depot;
+use super::device::DeviceTable;
 use super::{Note, Shared};
 use crate::error::{Error, Fault};
 
@@ -153,7 +153,7 @@ pub(super) fn read_control(
     let mut reader = Reader {
         expected: Sequence::new(0),
         table: Vec::new(),
-        depot: Arc::clone(&shared.depot),
+        devices: Arc::clone(&shared.devices),
         epoch,
     };
     loop {
@@ -184,7 +184,7 @@ pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fau
         expected: Sequence::new(0),
         table: Vec::new(),
         // No device is spoken of there.
-        depot: Arc::new(Depot::new()),
+        devices: Arc::new(DeviceTable::new()),
         epoch: 0,
     };
     let header = reader.next(rx)?;
@@ -199,7 +199,7 @@ pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fau
 struct Reader {
     expected: Sequence,
     table: Vec<u8>,
-    depot: Arc<Depot>,
+    devices: Arc<DeviceTable>,
     epoch: u32,
 }
 
@@ -222,13 +222,13 @@ impl Reader {
         rx.receive(&mut self.table).map_err(failed)?;
         let frame = Frame::decode(&header, &self.table)?;
         // Straight to the devices: the control thread may be busy pausing the guest, and they must not stand still for that.
-        let devices = !self.depot.desks().is_empty();
+        let devices = !self.devices.streams().is_empty();
         if let Frame::Credit(credits) = &frame
             && devices
         {
             for credit in credits.iter() {
-                let desk = self.depot.desk(credit.device)?;
-                desk.grant(self.epoch, credit.offset_max)?;
+                let stream = self.devices.stream(credit.device)?;
+                stream.grant(self.epoch, credit.offset_max)?;
             }
         }
         skip_body(rx, header.body_bytes()).map_err(failed)?;

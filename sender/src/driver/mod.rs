@@ -12,7 +12,6 @@
 
 mod ask;
 mod control;
-mod crew;
 mod device;
 mod dial;
 mod first;
@@ -20,6 +19,7 @@ mod first_round;
 mod lane;
 mod link;
 mod mismatch;
+mod permits;
 mod redial;
 mod scan;
 mod tries;
@@ -49,7 +49,7 @@ use crate::progress::{Counters, Snapshot};
 use crate::report::Report;
 use crate::speed::LaneLoad;
 use crate::vmm::Vmm;
-use crew::Crew;
+use permits::LanePermits;
 
 /// Notes to the control thread that may wait: enough that lanes and the control reader never stand still for it while it
 /// pauses the guest or writes to the control channel.
@@ -191,11 +191,11 @@ impl Migration {
             digest: SharedDigest::default(),
             counters,
             pacer: Pacer::new(parts.config.bandwidth()),
-            crew: Crew::new(parts.config.channels(), parts.config.lanes_at_work()),
+            permits: LanePermits::new(parts.config.channels(), parts.config.lanes_at_work()),
             loads: Mutex::default(),
             began: Instant::now(),
             stop: AtomicBool::new(false),
-            depot: Arc::new(device::Depot::new()),
+            devices: Arc::new(device::DeviceTable::new()),
             cancelled: Arc::clone(&handle.cancelled),
             config: parts.config.clone(),
         });
@@ -273,11 +273,11 @@ struct Shared {
     digest: SharedDigest,
     counters: Arc<Counters>,
     pacer: Pacer,
-    crew: Crew,
+    permits: LanePermits,
     loads: Mutex<Loads>,
     began: Instant,
     stop: AtomicBool,
-    depot: Arc<device::Depot>,
+    devices: Arc<device::DeviceTable>,
     cancelled: Arc<AtomicBool>,
 }
 

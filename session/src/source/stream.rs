@@ -104,7 +104,7 @@ impl Stream {
 }
 
 /// Takes buffers back once nobody needs their octets any more.
-pub trait Home: Send + Sync {
+pub trait BufferPool: Send + Sync {
     /// One comes back.
     fn take_back(&self, octets: Vec<u8>);
 }
@@ -114,7 +114,7 @@ pub trait Home: Send + Sync {
 pub struct Item {
     head: Head,
     octets: Vec<u8>,
-    home: Option<Arc<dyn Home>>,
+    pool: Option<Arc<dyn BufferPool>>,
 }
 
 /// What an item is.
@@ -127,13 +127,13 @@ pub enum Head {
 }
 
 impl Item {
-    /// A chunk, whose buffer goes home in the end.
+    /// A chunk, whose buffer goes back to its pool in the end.
     #[must_use]
-    pub fn chunk(chunk: DeviceChunk, octets: Vec<u8>, home: Arc<dyn Home>) -> Arc<Self> {
+    pub fn chunk(chunk: DeviceChunk, octets: Vec<u8>, pool: Arc<dyn BufferPool>) -> Arc<Self> {
         Arc::new(Self {
             head: Head::Chunk(chunk),
             octets,
-            home: Some(home),
+            pool: Some(pool),
         })
     }
 
@@ -143,7 +143,7 @@ impl Item {
         Arc::new(Self {
             head: Head::Mark(mark),
             octets: Vec::new(),
-            home: None,
+            pool: None,
         })
     }
 
@@ -198,8 +198,8 @@ impl fmt::Debug for Item {
 
 impl Drop for Item {
     fn drop(&mut self) {
-        if let Some(home) = &self.home {
-            home.take_back(std::mem::take(&mut self.octets));
+        if let Some(pool) = &self.pool {
+            pool.take_back(std::mem::take(&mut self.octets));
         }
     }
 }

@@ -11,7 +11,7 @@ use multifd_wire::frame::{DeviceLoaded, SwitchoverAck};
 use multifd_wire::{Features, Misbehaved, Phase};
 
 use super::Control;
-use crate::driver::device::{Desk, DeviceNote};
+use crate::driver::device::{DeviceNote, DeviceStream};
 use crate::error::{Error, Fault};
 use crate::report::{DeviceReport, ms};
 use crate::session::Event;
@@ -27,8 +27,8 @@ impl Control {
             .devices()
             .map_err(|source| fail(Fault::Vmm { step, source }))?;
         let chunk = self.shared.config.device_chunk();
-        self.fleet.take(sources, chunk).map_err(fail)?;
-        Ok(if self.fleet.is_empty() {
+        self.device_set.take(sources, chunk).map_err(fail)?;
+        Ok(if self.device_set.is_empty() {
             Features::NONE
         } else {
             Features::DEVICE_STATE
@@ -38,18 +38,18 @@ impl Control {
     /// The destination is ready: readers start, and devices that can begin pre-copy.
     pub(super) fn start_devices(&mut self) -> Result<(), Error> {
         let window = self.grant.map_or(0, |grant| grant.device_window_bytes);
-        if self.fleet.is_empty() {
+        if self.device_set.is_empty() {
             return Ok(());
         }
-        self.fleet
-            .start(window, &self.shared.depot, &*self.spawner, &self.notes)
+        self.device_set
+            .start(window, &self.shared.devices, &*self.spawner, &self.notes)
             .map_err(|fault| Error::new(Phase::Setup, fault))
     }
 
     /// Tells the machine what devices would add to the downtime, before it decides.
     pub(super) fn look_at_devices(&mut self) {
-        if !self.fleet.is_empty() {
-            let outlook = self.fleet.outlook(&self.shared.depot);
+        if !self.device_set.is_empty() {
+            let outlook = self.device_set.outlook(&self.shared.devices);
             // A decision follows anyway: it is not asked for here.
             let _ = self
                 .session
@@ -59,7 +59,7 @@ impl Control {
 
     /// The last look at the acknowledgements: from here on no device announces anything.
     pub(super) fn devices_allow_pause(&mut self) -> bool {
-        let unacked = self.fleet.close();
+        let unacked = self.device_set.close();
         self.shared.counters.devices_awaited.store(0, Relaxed);
         if unacked.is_empty() {
             return true;
@@ -68,13 +68,13 @@ impl Control {
             tracing::warn!(devices = %unacked.join(", "), "switching over although initial bytes are not loaded yet");
             return true;
         }
-        self.fleet.reopen();
+        self.device_set.reopen();
         false
     }
 
     /// The guest runs on: says why.
     pub(super) fn await_devices(&mut self) {
-        let unacked = self.fleet.unacked();
+        let unacked = self.device_set.unacked();
         let count = u32::try_from(unacked.len()).unwrap_or(u32::MAX);
         let before = self.shared.counters.devices_awaited.swap(count, Relaxed);
         self.timeline.awaiting(self.shared.now());
@@ -89,7 +89,7 @@ impl Control {
         if self.session.is_committed() {
             return;
         }
-        if let Some(fault) = self.fleet.stuck(self.shared.config.device_deadline()) {
+        if let Some(fault) = self.device_set.stuck(self.shared.config.device_deadline()) {
             let error = Error::new(self.session.phase(), fault);
             self.drive(Event::Failed(error));
         }
@@ -97,7 +97,7 @@ impl Control {
 
     pub(super) fn device(&mut self, note: DeviceNote) {
         let phase = self.session.phase();
-        match self.fleet.note(note) {
+        match self.device_set.note(note) {
             Ok(event) => {
                 if let Some(event) = event {
                     self.drive(event);
@@ -108,40 +108,42 @@ impl Control {
     }
 
     pub(super) fn device_acked(&mut self, ack: &SwitchoverAck) -> Result<Event, Misbehaved> {
-        let desk = Arc::clone(self.shared.depot.desk(ack.device)?);
-        desk.acked(
+        let stream = Arc::clone(self.shared.devices.stream(ack.device)?);
+        stream.acked(
             ack.generation,
             ack.bytes,
             Duration::from_micros(ack.load_us),
         )?;
-        tracing::info!(device = %desk.name, generation = %ack.generation, bytes = ack.bytes, load_ms = ack.load_us / 1000, "initial bytes loaded");
-        Ok(Event::Devices(self.fleet.outlook(&self.shared.depot)))
+        tracing::info!(device = %stream.name, generation = %ack.generation, bytes = ack.bytes, load_ms = ack.load_us / 1000, "initial bytes loaded");
+        Ok(Event::Devices(
+            self.device_set.outlook(&self.shared.devices),
+        ))
     }
 
     pub(super) fn device_loaded(&mut self, loaded: &DeviceLoaded) -> Result<(), Misbehaved> {
-        let desk = self.shared.depot.desk(loaded.device)?;
-        desk.loaded(
+        let stream = self.shared.devices.stream(loaded.device)?;
+        stream.loaded(
             loaded.bytes,
             Duration::from_micros(loaded.load_us),
             Duration::from_micros(loaded.config_us),
         );
-        tracing::debug!(device = %desk.name, load_us = loaded.load_us, config_us = loaded.config_us, "loaded");
+        tracing::debug!(device = %stream.name, load_us = loaded.load_us, config_us = loaded.config_us, "loaded");
         Ok(())
     }
 
     /// Before the guest: its devices run again, quiescent first, and are read further or anew, since the migration goes on.
     pub(super) fn go_on_with_devices(&mut self, proof: &Reclaimed) -> Result<(), Error> {
-        let depot = Arc::clone(&self.shared.depot);
-        let patience = self.shared.config.device_deadline();
-        let broken = self.fleet.go_on(proof, &depot, patience);
+        let table = Arc::clone(&self.shared.devices);
+        let limit = self.shared.config.device_deadline();
+        let broken = self.device_set.go_on(proof, &table, limit);
         self.check_devices(&broken)
     }
 
     /// The destination has nothing of them any more; the guest has run here all along.
-    pub(super) fn begin_devices_anew(&mut self) -> Result<(), Error> {
-        let depot = Arc::clone(&self.shared.depot);
-        let (epoch, patience) = (self.epoch, self.shared.config.device_deadline());
-        let broken = self.fleet.begin_anew(&depot, epoch, patience);
+    pub(super) fn start_devices_over(&mut self) -> Result<(), Error> {
+        let table = Arc::clone(&self.shared.devices);
+        let (epoch, limit) = (self.epoch, self.shared.config.device_deadline());
+        let broken = self.device_set.start_over(&table, epoch, limit);
         self.check_devices(&broken)
     }
 
@@ -158,8 +160,8 @@ impl Control {
 
     /// Before the guest: its devices come back, quiescent first.
     pub(super) fn reclaim_devices(&mut self, proof: &Reclaimed) {
-        let patience = self.shared.config.device_deadline();
-        let broken = self.fleet.reclaim(proof, patience);
+        let limit = self.shared.config.device_deadline();
+        let broken = self.device_set.reclaim(proof, limit);
         if !broken.is_empty() {
             // The machine is over already: this can only be told.
             tracing::error!(devices = %broken.join(", "), "devices could not be brought back to running at the source");
@@ -168,57 +170,59 @@ impl Control {
 
     /// The migration is over: devices that do not run here any more stand still, and all come back from their readers.
     pub(super) fn end_devices(&mut self, gone: bool) -> Vec<DeviceReport> {
-        let patience = self.shared.config.device_deadline();
+        let limit = self.shared.config.device_deadline();
         if gone {
-            self.fleet.retire(patience);
+            self.device_set.retire(limit);
         }
         let inbox = self.inbox.clone();
-        self.fleet.end(patience, || {
+        self.device_set.end(limit, || {
             let _ = inbox.recv_timeout(Duration::from_millis(1));
         });
-        let desks = self.shared.depot.desks();
+        let streams = self.shared.devices.streams();
         // One that failed is the cause; the others need no word then.
-        let cause = desks.iter().any(|desk| desk.figures().trouble.is_some());
+        let cause = streams
+            .iter()
+            .any(|stream| stream.stats().trouble.is_some());
         if !gone && !cause {
-            desks.iter().for_each(|desk| desk.was_cut_off());
+            streams.iter().for_each(|stream| stream.was_cut_off());
         }
-        desks.iter().map(|desk| device_report(desk)).collect()
+        streams.iter().map(|stream| device_report(stream)).collect()
     }
 }
 
-fn device_report(desk: &Desk) -> DeviceReport {
-    let figures = desk.figures();
+fn device_report(stream: &DeviceStream) -> DeviceReport {
+    let stats = stream.stats();
     let since_stop = |at: Option<Instant>| {
-        let stopped = figures.stopped_at?;
+        let stopped = stats.stopped_at?;
         Some(ms(at?.saturating_duration_since(stopped)))
     };
     DeviceReport {
-        name: desk.name.clone(),
-        state: figures.state.map_or("unknown", |state| state.name()),
-        initial_bytes: figures.initial_bytes,
-        pre_copy_bytes: figures.pre_copy_bytes,
-        stop_copy_bytes: figures.stop_copy_bytes,
-        config_bytes: figures.config_bytes,
-        generations: figures.announced.max(figures.acked),
-        acked: figures.acked,
-        ack_load_ms: ms(figures.acked_load),
-        quiesce_ms: ms(figures.quiesce),
-        stop_ms: ms(figures.stop),
-        read_ms: ms(figures.read),
-        saved_after_ms: since_stop(figures.saved_at),
-        sent_after_ms: since_stop(figures.sent_at),
-        arrived_after_ms: since_stop(figures.arrived_at),
-        loaded_after_ms: since_stop(figures.loaded_at),
-        load_ms: figures.loaded.map(|(load, _)| ms(load)),
-        config_ms: figures.loaded.map(|(_, config)| ms(config)),
-        was_reset: figures.was_reset,
-        restarts: figures.restarts,
-        given_back: figures.given_back,
-        error: figures.trouble,
-        stopped_at: figures.stopped_at,
-        saved_at: figures.saved_at,
-        sent_at: figures.sent_at,
-        arrived_at: figures.arrived_at,
-        loaded_at: figures.loaded_at,
+        name: stream.name.clone(),
+        state: stats.state.map_or("unknown", |state| state.name()),
+        initial_bytes: stats.initial_bytes,
+        pre_copy_bytes: stats.pre_copy_bytes,
+        stop_copy_bytes: stats.stop_copy_bytes,
+        config_bytes: stats.config_bytes,
+        generations: stats.announced.max(stats.acked),
+        acked: stats.acked,
+        ack_load_ms: ms(stats.acked_load),
+        quiesce_ms: ms(stats.quiesce),
+        stop_ms: ms(stats.stop),
+        read_ms: ms(stats.read),
+        saved_after_ms: since_stop(stats.saved_at),
+        sent_after_ms: since_stop(stats.sent_at),
+        arrived_after_ms: since_stop(stats.arrived_at),
+        loaded_after_ms: since_stop(stats.loaded_at),
+        load_ms: stats.loaded.map(|(load, _)| ms(load)),
+        config_ms: stats.loaded.map(|(_, config)| ms(config)),
+        was_reset: stats.was_reset,
+        restarts: stats.restarts,
+        given_back: stats.given_back,
+        error: stats.trouble,
+        stopped_at: stats.stopped_at,
+        saved_at: stats.saved_at,
+        sent_at: stats.sent_at,
+        arrived_at: stats.arrived_at,
+        loaded_at: stats.loaded_at,
     }
 }

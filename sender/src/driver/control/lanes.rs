@@ -184,7 +184,7 @@ impl Control {
         };
         // Some of these may have been lost with the lane as well, and are about to be in the set for that.
         self.mismatches.leave_open(&self.shared.dirty);
-        let items = self.shared.depot.outbox.again(lane.take_items());
+        let items = self.shared.devices.queue.again(lane.take_items());
         let counters = &self.shared.counters;
         // What is under way at the end is lost, and not sent again.
         if self.session.phase() != Phase::Done {
@@ -275,7 +275,7 @@ impl Control {
         let Some(lane) = lane.as_mut() else {
             return Ok(Settled::default());
         };
-        self.shared.depot.arrived(lane.items_below(frames));
+        self.shared.devices.arrived(lane.items_below(frames));
         let settled = lane.acked(frames)?;
         let counters = &self.shared.counters;
         counters.acked_bytes.fetch_add(settled.octets, Relaxed);
@@ -301,8 +301,8 @@ impl Control {
         for slot in &mut self.lanes {
             slot.before = None;
         }
-        let depot = Arc::clone(&self.shared.depot);
-        self.fleet.landed(&depot);
+        let table = Arc::clone(&self.shared.devices);
+        self.device_set.landed(&table);
         Ok(())
     }
 

@@ -115,7 +115,7 @@ impl Control {
 
     /// The features that this side can't do without.
     fn needed(&self) -> Features {
-        if self.fleet.is_empty() {
+        if self.device_set.is_empty() {
             Features::NONE
         } else {
             Features::DEVICE_STATE
@@ -229,7 +229,7 @@ impl Control {
     /// stays in their ledgers.
     pub(super) fn disconnect(&mut self) {
         self.epoch += 1;
-        self.fleet.suspend(&self.shared.depot);
+        self.device_set.suspend(&self.shared.devices);
         if let Some(closer) = self.control_closer.take() {
             closer.shutdown();
         }
@@ -283,7 +283,7 @@ impl Control {
         })?;
         self.id = SessionId::new(id);
         self.lanes.clear();
-        self.begin_devices_anew()?;
+        self.start_devices_over()?;
         self.secret = None;
         self.agreement = None;
         // Nothing is at the destination any more, also if this attempt gets no further than to dial.

@@ -13,7 +13,10 @@ use multifd_wire::frame::{Device, DeviceFlags, RawDevice};
 use multifd_wire::limits::{DEVICE_NAME_BYTES_MAX, DEVICES_MAX};
 use multifd_wire::{DeviceId, Text};
 
-use super::{Depot, Desk, DeviceNote, Mode, Order, Reader, Stuck};
+use super::stream::{DeviceStream, Stuck};
+use super::table::DeviceTable;
+use super::thread::{Mode, Reader};
+use super::{DeviceCommand, DeviceNote};
 use crate::device::{DeviceError, DeviceSource, DeviceTraits};
 use crate::driver::Note;
 use crate::error::Fault;
@@ -22,24 +25,24 @@ use crate::vmm::Reclaimed;
 
 /// The devices, from the VMM's hands and back into them.
 #[derive(Default)]
-pub(crate) struct Fleet {
+pub(crate) struct DeviceSet {
     /// Before their readers are started, and after those have ended.
     pub(crate) sources: Vec<Box<dyn DeviceSource>>,
     traits: Vec<DeviceTraits>,
     chunk: u64,
     readers: Vec<ReaderThread>,
-    /// The order that is being carried out, and by how many it was.
-    order: Option<(Order, usize)>,
+    /// The command that is being carried out, and by how many it was.
+    command: Option<(DeviceCommand, usize)>,
     saved: usize,
 }
 
 struct ReaderThread {
-    desk: Arc<Desk>,
+    stream: Arc<DeviceStream>,
     thread: JoinHandle<()>,
     back: Receiver<Box<dyn DeviceSource>>,
 }
 
-impl Fleet {
+impl DeviceSet {
     /// Devices that can be moved together (SPEC: DEVICE-4).
     ///
     /// # Errors
@@ -50,7 +53,7 @@ impl Fleet {
         chunk: u64,
     ) -> Result<(), Fault> {
         let refuse = |text| Err(Fault::Devices { text });
-        // Whatever comes of it, they go home in the end.
+        // Whatever comes of it, they are given back in the end.
         self.sources = sources;
         let traits: Vec<_> = self.sources.iter().map(|source| source.traits()).collect();
         if traits.len() > DEVICES_MAX {
@@ -100,33 +103,40 @@ impl Fleet {
     pub(crate) fn start(
         &mut self,
         window: u64,
-        depot: &Arc<Depot>,
+        table: &Arc<DeviceTable>,
         spawner: &dyn Spawner,
         notes: &Sender<Note>,
     ) -> Result<(), Fault> {
         // A set-up whose channels were lost held it, with or without readers.
-        depot.outbox.hold(false);
+        table.queue.hold(false);
         if !self.readers.is_empty() {
             // Begun again, for a destination that has nothing.
             for reader in &self.readers {
                 // A window is more than none.
-                let _ = reader.desk.grant(u32::MAX, window);
+                let _ = reader.stream.grant(u32::MAX, window);
             }
-            self.order(Order::PreCopy);
+            self.command(DeviceCommand::PreCopy);
             return Ok(());
         }
-        let desks: Vec<_> = (0..)
+        let streams: Vec<_> = (0..)
             .zip(&self.traits)
-            .map(|(id, traits)| Arc::new(Desk::new(DeviceId::new(id), traits, window, self.chunk)))
+            .map(|(id, traits)| {
+                Arc::new(DeviceStream::new(
+                    DeviceId::new(id),
+                    traits,
+                    window,
+                    self.chunk,
+                ))
+            })
             .collect();
-        depot.outbox.open(desks.len());
-        let _ = depot.desks.set(desks.clone());
-        for (desk, source) in desks.into_iter().zip(std::mem::take(&mut self.sources)) {
+        table.queue.open(streams.len());
+        let _ = table.streams.set(streams.clone());
+        for (stream, source) in streams.into_iter().zip(std::mem::take(&mut self.sources)) {
             let (give, back) = crossbeam_channel::bounded(1);
             let reader = Reader {
-                desk: Arc::clone(&desk),
+                stream: Arc::clone(&stream),
                 source,
-                depot: Arc::clone(depot),
+                table: Arc::clone(table),
                 notes: notes.clone(),
                 chunk: usize::try_from(self.chunk).unwrap_or(usize::MAX),
                 mode: Mode::Idle,
@@ -139,22 +149,26 @@ impl Fleet {
             let body = Box::new(move || {
                 let _ = give.send(reader.run());
             });
-            let name = format!("mfd-dev{}", desk.id);
+            let name = format!("mfd-dev{}", stream.id);
             let thread = spawner.spawn(&name, body).map_err(|source| Fault::System {
                 step: "start a thread",
                 source,
             })?;
-            self.readers.push(ReaderThread { desk, thread, back });
+            self.readers.push(ReaderThread {
+                stream,
+                thread,
+                back,
+            });
         }
-        self.order(Order::PreCopy);
+        self.command(DeviceCommand::PreCopy);
         Ok(())
     }
 
-    /// Gives an order to all.
-    pub(crate) fn order(&mut self, order: Order) {
-        self.order = Some((order, 0));
+    /// Gives a command to all.
+    pub(crate) fn command(&mut self, command: DeviceCommand) {
+        self.command = Some((command, 0));
         for reader in &self.readers {
-            reader.desk.order(order);
+            reader.stream.command(command);
         }
     }
 
@@ -166,12 +180,12 @@ impl Fleet {
                 tracing::debug!(%device, "read to its end");
                 self.saved += 1;
                 // One that was read for a switchover that was broken off says so late.
-                let stops = matches!(self.order, Some((Order::Stop, _)));
+                let stops = matches!(self.command, Some((DeviceCommand::Stop, _)));
                 Ok((stops && self.saved == self.readers.len()).then_some(Event::DevicesSaved))
             }
-            DeviceNote::Done { device, order } => {
-                tracing::debug!(%device, ?order, "device");
-                let Some((open, done)) = self.order.as_mut().filter(|(open, _)| *open == order)
+            DeviceNote::Done { device, command } => {
+                tracing::debug!(%device, ?command, "device");
+                let Some((open, done)) = self.command.as_mut().filter(|(open, _)| *open == command)
                 else {
                     return Ok(None);
                 };
@@ -180,8 +194,8 @@ impl Fleet {
                     return Ok(None);
                 }
                 Ok(match open {
-                    Order::Quiesce => Some(Event::DevicesQuiesced),
-                    Order::Stop => Some(Event::DevicesStopped),
+                    DeviceCommand::Quiesce => Some(Event::DevicesQuiesced),
+                    DeviceCommand::Stop => Some(Event::DevicesStopped),
                     _ => None,
                 })
             }
@@ -191,7 +205,7 @@ impl Fleet {
     /// No device announces anything any more: the guest is about to be paused. Gives those that are not acknowledged.
     pub(crate) fn close(&self) -> Vec<String> {
         for reader in &self.readers {
-            reader.desk.lock().closed = true;
+            reader.stream.lock().closed = true;
         }
         self.unacked()
     }
@@ -199,127 +213,127 @@ impl Fleet {
     /// The guest runs on after all.
     pub(crate) fn reopen(&self) {
         for reader in &self.readers {
-            reader.desk.lock().closed = false;
+            reader.stream.lock().closed = false;
         }
     }
 
     /// Names of those whose newest initial bytes are not acknowledged.
     pub(crate) fn unacked(&self) -> Vec<String> {
         let readers = self.readers.iter();
-        let unacked = readers.filter(|reader| reader.desk.figures().is_unacked());
-        unacked.map(|reader| reader.desk.name.clone()).collect()
+        let unacked = readers.filter(|reader| reader.stream.stats().is_unacked());
+        unacked.map(|reader| reader.stream.name.clone()).collect()
     }
 
     /// What the devices would add to the downtime.
-    pub(crate) fn outlook(&self, depot: &Depot) -> DeviceOutlook {
+    pub(crate) fn outlook(&self, table: &DeviceTable) -> DeviceOutlook {
         let mut outlook = DeviceOutlook {
-            stop_bytes: depot.outbox.octets(),
+            stop_bytes: table.queue.octets(),
             ..DeviceOutlook::default()
         };
         for reader in &self.readers {
-            let figures = reader.desk.figures();
-            outlook.stop_bytes += figures.stop_bytes;
+            let stats = reader.stream.stats();
+            outlook.stop_bytes += stats.stop_bytes;
             let takes = |bytes: u64, time: Duration| {
-                let share = figures.stop_bytes as f64 / bytes.max(1) as f64;
+                let share = stats.stop_bytes as f64 / bytes.max(1) as f64;
                 Duration::try_from_secs_f64(time.as_secs_f64() * share).unwrap_or(Duration::MAX)
             };
-            let load = takes(figures.loaded_bytes, figures.loaded_time);
+            let load = takes(stats.loaded_bytes, stats.loaded_time);
             outlook.load = outlook.load.max(load);
-            let read = takes(figures.read_bytes, figures.read_time);
+            let read = takes(stats.read_bytes, stats.read_time);
             outlook.read = outlook.read.max(read);
-            if figures.is_unacked() {
-                outlook.unacked.push(reader.desk.name.clone());
+            if stats.is_unacked() {
+                outlook.unacked.push(reader.stream.name.clone());
             }
         }
         outlook
     }
 
     /// All devices stop, the one with most left is sent first.
-    pub(crate) fn stop(&mut self, depot: &Depot) {
+    pub(crate) fn stop(&mut self, table: &DeviceTable) {
         let left: Vec<u64> = self
             .readers
             .iter()
-            .map(|reader| reader.desk.figures().stop_bytes)
+            .map(|reader| reader.stream.stats().stop_bytes)
             .collect();
-        depot
-            .outbox
+        table
+            .queue
             .pause(|index| left.get(index).copied().unwrap_or(0));
         self.saved = 0;
-        self.order(Order::Stop);
+        self.command(DeviceCommand::Stop);
     }
 
     /// The channels are lost, and the migration is kept: what lanes carried waits in their ledgers, and nothing more goes out.
-    pub(crate) fn suspend(&self, depot: &Depot) {
-        depot.outbox.hold(true);
+    pub(crate) fn suspend(&self, table: &DeviceTable) {
+        table.queue.hold(true);
     }
 
     /// The switchover was broken off: every device runs again, and is read further, or anew. Gives those that could not.
     pub(crate) fn go_on(
         &mut self,
         _: &Reclaimed,
-        depot: &Depot,
-        patience: Duration,
+        table: &DeviceTable,
+        limit: Duration,
     ) -> Vec<String> {
-        self.suspend(depot);
-        depot.outbox.go_on();
+        self.suspend(table);
+        table.queue.go_on();
         self.reopen();
-        self.lead_back([Order::Hold, Order::GoOn], patience)
+        self.lead_back([DeviceCommand::Hold, DeviceCommand::Continue], limit)
     }
 
     /// The destination said what landed: items go out again, and it repeats what it said of the devices (SPEC: RESUME-12).
-    pub(crate) fn landed(&self, depot: &Depot) {
+    pub(crate) fn landed(&self, table: &DeviceTable) {
         for reader in &self.readers {
-            reader.desk.lock().repeats = true;
+            reader.stream.lock().repeats = true;
         }
-        depot.outbox.hold(false);
+        table.queue.hold(false);
     }
 
     /// For a destination that has nothing, while the guest runs here: all that was read of the devices is void.
-    pub(crate) fn begin_anew(
+    pub(crate) fn start_over(
         &mut self,
-        depot: &Depot,
+        table: &DeviceTable,
         epoch: u32,
-        patience: Duration,
+        limit: Duration,
     ) -> Vec<String> {
-        let broken = self.lead_back([Order::Back, Order::Run], patience);
-        depot.outbox.clear();
+        let broken = self.lead_back([DeviceCommand::Restore, DeviceCommand::Run], limit);
+        table.queue.clear();
         for reader in &self.readers {
-            reader.desk.begin_anew(epoch);
+            reader.stream.reset(epoch);
         }
         broken
     }
 
     /// Brings every device back to running: first all to where none disturbs another, then on. What stays broken is reported.
-    pub(crate) fn reclaim(&mut self, _: &Reclaimed, patience: Duration) -> Vec<String> {
-        self.lead_back([Order::Back, Order::Run], patience)
+    pub(crate) fn reclaim(&mut self, _: &Reclaimed, limit: Duration) -> Vec<String> {
+        self.lead_back([DeviceCommand::Restore, DeviceCommand::Run], limit)
     }
 
-    /// Two orders, the second only when all have carried out the first. Gives the devices that do not run.
-    fn lead_back(&mut self, orders: [Order; 2], patience: Duration) -> Vec<String> {
-        for order in orders {
-            self.order(order);
+    /// Two commands, the second only when all have carried out the first. Gives the devices that do not run.
+    fn lead_back(&mut self, commands: [DeviceCommand; 2], limit: Duration) -> Vec<String> {
+        for command in commands {
+            self.command(command);
             for reader in &self.readers {
-                if !reader.desk.wait_for(order, patience) {
-                    reader.gone(patience);
+                if !reader.stream.wait_for(command, limit) {
+                    reader.gone(limit);
                 }
             }
         }
         self.readers
             .iter()
             .filter(|reader| {
-                let state = reader.desk.figures().state;
+                let state = reader.stream.stats().state;
                 !state.is_some_and(|state| state.is_running() && !state.is_quiescent())
             })
-            .map(|reader| reader.desk.name.clone())
+            .map(|reader| reader.stream.name.clone())
             .collect()
     }
 
     /// Stops every device for good: the guest is gone, or may be.
-    pub(crate) fn retire(&mut self, patience: Duration) {
-        self.order(Order::Retire);
+    pub(crate) fn retire(&mut self, limit: Duration) {
+        self.command(DeviceCommand::Retire);
         for reader in &self.readers {
-            if !reader.desk.wait_for(Order::Retire, patience) {
-                reader.gone(patience);
+            if !reader.stream.wait_for(DeviceCommand::Retire, limit) {
+                reader.gone(limit);
             }
         }
     }
@@ -331,21 +345,21 @@ impl Fleet {
 
     /// Ends the readers and takes the devices back, but for those whose own code does not return: their threads are left behind
     /// and end when it does, and the devices with them. `make_room` keeps the queue of notes from filling up.
-    pub(crate) fn end(&mut self, patience: Duration, make_room: impl Fn()) {
-        self.order(Order::End);
+    pub(crate) fn end(&mut self, limit: Duration, make_room: impl Fn()) {
+        self.command(DeviceCommand::End);
         for reader in std::mem::take(&mut self.readers) {
-            while !reader.thread.is_finished() && reader.stuck(patience).is_none() {
+            while !reader.thread.is_finished() && reader.stuck(limit).is_none() {
                 make_room();
             }
             if !reader.thread.is_finished() {
-                reader.gone(patience);
-                tracing::error!(device = %reader.desk.name, "a device is not given back: its code does not return");
+                reader.gone(limit);
+                tracing::error!(device = %reader.stream.name, "a device is not given back: its code does not return");
                 continue;
             }
             let back = reader.back.try_recv().ok();
             reader
-                .desk
-                .note(|figures| figures.given_back = back.is_some());
+                .stream
+                .note(|stats| stats.given_back = back.is_some());
             self.sources.extend(back);
             let _ = reader.thread.join();
         }
@@ -355,8 +369,8 @@ impl Fleet {
 impl ReaderThread {
     /// Why nothing more is to be expected of its device, if that is so.
     fn stuck(&self, limit: Duration) -> Option<Fault> {
-        let device = self.desk.name.clone();
-        if let Some(Stuck { step, waited }) = self.desk.stuck(limit) {
+        let device = self.stream.name.clone();
+        if let Some(Stuck { step, waited }) = self.stream.stuck(limit) {
             let waited_ms = waited.as_millis();
             return Some(Fault::DeviceStuck {
                 device,
@@ -371,17 +385,17 @@ impl ReaderThread {
         })
     }
 
-    /// It did not carry an order out.
+    /// It did not carry a command out.
     fn gone(&self, limit: Duration) {
-        let name = &self.desk.name;
+        let name = &self.stream.name;
         let why = self.stuck(limit).map_or_else(
             || format!("device {name} does not answer"),
             |fault| fault.to_string(),
         );
         tracing::error!(device = %name, %why, "where a device stands is not known");
-        self.desk.note(|figures| {
-            figures.state = None;
-            figures.trouble.get_or_insert(why);
+        self.stream.note(|stats| {
+            stats.state = None;
+            stats.trouble.get_or_insert(why);
         });
     }
 }
