@@ -6,6 +6,7 @@ use multifd_tests::bounded::{GRACE, HELLO_DEADLINE, SETUP_DEADLINE, STALL, Sourc
 use multifd_tests::fake_destination::{FakeDestination, Taking, prepared, running};
 use multifd_tests::fake_source::run;
 use multifd_tests::peer::Craft;
+use multifd_transport::ChannelError;
 use multifd_wire::frame::{
     Abort, Acks, Commit, Credit, Credits, Grant, LaneDown, LaneMark, Outcome, OutcomeState,
     RawCredit, RawLaneMark, RoundClosed,
@@ -381,4 +382,39 @@ fn no_more_lanes_are_opened_than_granted() {
     }
     taking.control.cut();
     let _ = source.end(GRACE);
+}
+
+/// SPEC: JOIN-6
+#[test]
+fn nothing_is_said_on_a_lane_before_ready() {
+    for is_ready in [false, true] {
+        let fake = FakeDestination::listen();
+        let source = Source::to(&fake.address, tx_builder().build().unwrap());
+        let mut taking = fake.welcome();
+        taking.grant();
+        taking.control.keep_alive();
+        taking.hear_tables();
+        taking.accept_lane();
+        if is_ready {
+            taking.ready(1);
+        }
+        let lane = taking.lanes.values_mut().next().expect("it joined");
+        let wait = if is_ready {
+            GRACE
+        } else {
+            Duration::from_millis(300)
+        };
+        let heard = lane.hear(wait).map(|heard| heard.kind());
+        if is_ready {
+            assert!(heard.is_ok(), "{heard:?}");
+        } else {
+            assert!(
+                matches!(heard, Err(ChannelError::Deadline { .. })),
+                "{heard:?}"
+            );
+        }
+        source.handle().cancel();
+        drop(taking);
+        source.end(GRACE).runs_on("cancelled");
+    }
 }
