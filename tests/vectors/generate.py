@@ -6,6 +6,7 @@ of them shows as a difference. Run it without arguments from anywhere; it needs 
 committed, and the tests read only the committed files.
 """
 
+import copy
 import pathlib
 import struct
 import zlib
@@ -535,7 +536,15 @@ def rejected():
     no("devices-order", "frame", bad + "value", "DEVICE-1", frame("DEVICES", devices([(1, 0, 0, 0, 1, b"a")])))
     no("devices-chunk-too-long", "frame", bad + "value", "DEVICE-3",
        frame("DEVICES", devices([(0, 0, 0, 0, MIB + 1, b"a")])))
-    no("setup_end-memory", "frame", bad + "value", "SETUP-2", frame("SETUP_END", setup_end(memory=4097)))
+    no("frame-reserved-before-kind", "frame", bad + "reserved", "HEAD-10", frame(0x7FFE, commit(1), reserved=1))
+    no("frame-sizes-before-checksum", "frame", bad + "table-bytes", "HEAD-10", frame("COMMIT", Octets().zero(12), table_crc=5))
+    no("frame-body-crc-before-table-crc", "frame", bad + "value", "HEAD-10", frame("COMMIT", commit(1), table_crc=5, body_crc=1))
+    no("frame-table-crc-before-table", "frame", bad + "table-crc", "HEAD-10", frame("OUTCOME", outcome(0), table_crc=5))
+    no("frame-table-before-body", "frame", bad + "value", "HEAD-10",
+       frame("DEVICE_CHUNK", device_chunk(256, 0, 0, 0), body=b"x", body_crc=1))
+    no("setup_end-memory", "frame", bad + "value", "LIMIT-15", frame("SETUP_END", setup_end(memory=4097)))
+    no("setup_end-no-memory", "frame", bad + "value", "LIMIT-15", frame("SETUP_END", setup_end(memory=0)))
+    no("setup_end-too-much-memory", "frame", bad + "value", "LIMIT-15", frame("SETUP_END", setup_end(memory=(1 << 52) + PAGE)))
     no("ready-no-lanes", "frame", bad + "value", "READY-1", frame("READY", ready(0)))
     no("pages-count", "frame", bad + "count", "PAGES-3", pages(0, [(0, 3, 2)], [page(1)]))
     no("pages-count-over-runs", "frame", bad + "count", "PAGES-3", pages(0, [(0, 3, 1)], [page(1), page(2)]))
@@ -552,6 +561,7 @@ def rejected():
        pages(0, [(0, 0, 1)], [page(1)], run_count=2))
     no("zeros-count", "frame", bad + "count", "ZEROS-2", frame("ZEROS", zeros(0, [(0, 0, 3)], page_count=4)))
     no("zeros-count-under-runs", "frame", bad + "count", "ZEROS-2", frame("ZEROS", zeros(0, [(0, 0, 3)], page_count=2)))
+    no("zeros-too-many", "frame", bad + "value", "ZEROS-2 LIMIT-15", frame("ZEROS", zeros(0, [(0, 0, NONE)] * 257)))
     no("zeros-none", "frame", bad + "table-bytes", "ZEROS-1", frame("ZEROS", zeros(0, [])))
     no("zeros-with-a-body", "frame", bad + "body-bytes", "ZEROS-1", frame("ZEROS", zeros(0, [(0, 0, 1)]), body=page(0)))
     no("credit-none", "frame", bad + "table-bytes", "CREDIT-1", frame("CREDIT", credit([])))
@@ -594,6 +604,7 @@ def rejected():
     no("abort-control-character", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, b"a\nb")))
     no("abort-direction", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, "a\u202eb".encode())))
     no("abort-zero-width", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, "a\u200bb".encode())))
+    no("abort-unassigned", "frame", bad + "text", "TEXT-1", frame("ABORT", abort(1, 2, 0, "a\u2065b".encode())))
     no("abort-phase", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 8, 0, b"")))
     no("abort-channel", "frame", bad + "value", "ABORT-1", frame("ABORT", abort(1, 2, 257, b"")))
     no("abort-reason", "frame", bad + "value", "REASON-1", frame("ABORT", abort(0, 2, 0, b"")))
@@ -643,35 +654,65 @@ def sessions():
         plain("ROUND_END", round_end(1, 1, 1, 0))])
 
 
-class Talk:
-    """A session of several channels, in an order in which it can have happened. Each block is what one side writes to one channel."""
+class Block:
+    """What one side writes to one channel: a hello, a reply or a frame; or, of the mark "!", that the channel is lost."""
 
-    def __init__(self, name, rules, what):
-        self.name, self.rules = name, rules
-        self.lines = [f"; {what}"]
-        self.sequences = {}
+    def __init__(self, mark, side="", channel="", octets=None, kind=None, table=None, bodies=()):
+        self.mark, self.side, self.channel = mark, side, channel
+        self.octets, self.kind, self.table, self.bodies = octets, kind, table, list(bodies)
+        self.sequence = None
 
-    def say(self, side, channel, octets, mark=">"):
-        self.lines.append(f"{mark} {side} {channel}")
-        for raw, remark in octets.lines:
-            self.lines += show(raw, remark)
+    def is_hello(self):
+        return self.octets is not None
+
+    def copy(self):
+        twin = copy.deepcopy(self)
+        twin.sequence = None
+        return twin
+
+    def set(self, nth=0, **fields):
+        """Changes fields by name, the nth of each; the checksums follow."""
+        octets = self.octets or self.table
+        for name, value in fields.items():
+            places = [at for at, (_, remark) in enumerate(octets.lines) if remark.split(" = ")[0] in (name, "run." + name)]
+            raw, remark = octets.lines[places[nth]]
+            if isinstance(value, bytes):
+                octets.lines[places[nth]] = (value, remark)
+            else:
+                shown = f"{value:#0{2 + 2 * len(raw)}x}" if " = 0x" in remark else value
+                octets.lines[places[nth]] = (value.to_bytes(len(raw), "little"), f"{remark.split(' = ')[0]} = {shown}")
+        if self.octets:
+            crc = zlib.crc32(b"".join(raw for raw, _ in octets.lines[:-1]))
+            octets.lines[-1] = (struct.pack("<I", crc), f"crc = {crc:#010x}")
         return self
 
-    def frame(self, side, channel, kind, table, body=b""):
-        sequence = self.sequences.get((side, channel), 0)
-        self.sequences[side, channel] = sequence + 1
-        return self.say(side, channel, frame(kind, table, sequence, body))
+    def field(self, name, nth=0):
+        octets = self.octets or self.table
+        found = [raw for raw, remark in octets.lines if remark.split(" = ")[0] in (name, "run." + name)]
+        return int.from_bytes(found[nth], "little")
 
-    def pages(self, channel, round_number, entries, contents, mark=">"):
-        sequence = self.sequences.get(("source", channel), 0)
-        self.sequences["source", channel] = sequence + 1
-        return self.say("source", channel, pages(round_number, entries, contents, sequence), mark)
+
+class Talk:
+    """A session of several channels, in an order in which it can have happened. Frames are numbered when it is written."""
+
+    def __init__(self, name, rules, what, expect="accept"):
+        self.name, self.rules, self.what, self.expect = name, rules, what, expect
+        self.blocks = []
+
+    def frame(self, side, channel, kind, table, body=b""):
+        self.blocks.append(said(side, channel, kind, table, body))
+        return self
+
+    def pages(self, channel, round_number, entries, contents, mark=">", arrive=None):
+        self.blocks.append(said_pages(channel, round_number, entries, contents, mark, arrive))
+        return self
 
     def open(self, channel, hello_octets, reply_octets):
-        return self.say("source", channel, hello_octets).say("destination", channel, reply_octets)
+        self.blocks += [Block(">", "source", channel, hello_octets), Block(">", "destination", channel, reply_octets)]
+        return self
 
     def close(self, channel):
-        self.lines.append(f"! {channel} is lost")
+        self.blocks.append(Block("!", channel=channel))
         return self
 
     def set_up(self, control, lanes, table=(), ticket=TICKET, features=3, incarnation=0):
@@ -687,6 +728,10 @@ class Talk:
         return self.open(f"lane-{lane}-{incarnation}", hello(2, ticket, lane=lane, incarnation=incarnation, channel=1,
                                                              mandatory=features, optional=0), hello_reply(features=features))
 
+    def sent(self, channel):
+        """How many frames the source has sent on a channel."""
+        return sum(block.channel == channel and block.side == "source" and not block.is_hello() for block in self.blocks)
+
     def to_the_end(self, control, lanes, round_number, region_page, content, digest, pages_so_far):
         """The paused round with one page on the first lane, and the commit."""
         self.frame("source", control, "SWITCHOVER", switchover(round_number))
@@ -695,7 +740,7 @@ class Talk:
         for place, lane in enumerate(lanes):
             self.frame("source", lane, "ROUND_END", round_end(round_number, 1, 0 if place else 1, 0))
         self.frame("source", control, "FINAL", final(round_number, 1, digest, 8))
-        marks = [(int(lane.split("-")[1]), int(lane.split("-")[2]), self.sequences["source", lane]) for lane in lanes]
+        marks = [(int(lane.split("-")[1]), int(lane.split("-")[2]), self.sent(lane)) for lane in lanes]
         self.frame("destination", control, "ACK", ack(marks))
         self.frame("destination", control, "ROUND_CLOSED", round_closed(round_number, 1, 0, digest, 700))
         self.frame("destination", control, "PREPARED", prepared(digest, 10, 20, 30))
@@ -707,9 +752,65 @@ class Talk:
         self.frame("destination", control, "KEEP_ALIVE", keep_alive(900000))
         return self.frame("source", control, "KEEP_ALIVE", keep_alive(800000, 900000, 4, 0))
 
+    # What the illegal sessions are made with.
+
+    def find(self, kind, nth=0, channel=None):
+        """The place of the nth frame of a kind, or of a hello or reply."""
+        def is_it(block):
+            if channel not in (None, block.channel) or block.mark == "!":
+                return False
+            if kind in ("hello", "reply"):
+                return block.is_hello() and (block.side == "source") == (kind == "hello")
+            return block.kind == kind
+        return [at for at, block in enumerate(self.blocks) if is_it(block)][nth]
+
+    def get(self, kind, nth=0, channel=None):
+        return self.blocks[self.find(kind, nth, channel)]
+
+    def until(self, kind, nth=0, channel=None):
+        """Ends the session with this block, and gives it."""
+        at = self.find(kind, nth, channel)
+        del self.blocks[at + 1:]
+        return self.blocks[at]
+
+    def drop(self, kind, nth=0, channel=None):
+        return self.blocks.pop(self.find(kind, nth, channel))
+
+    def then(self, *blocks):
+        """One more thing is said."""
+        self.blocks += blocks
+        return self
+
     def write(self):
-        text = [f"name: {self.name}", "structure: session", "expect: accept", f"spec: {self.rules}", "blocks:"]
-        (HERE / f"{self.name}.txt").write_text("\n".join(text + self.lines) + "\n")
+        text = [f"name: {self.name}", "structure: session", f"expect: {self.expect}", f"spec: {self.rules}", "blocks:",
+                f"; {self.what}"]
+        sequences = {}
+        for block in self.blocks:
+            if block.mark == "!":
+                text.append(f"! {block.channel} is lost")
+                continue
+            text.append(f"{block.mark} {block.side} {block.channel}")
+            way = block.side, block.channel
+            octets = block.octets
+            if octets is None:
+                sequence = sequences.get(way, 0) if block.sequence is None else block.sequence
+                sequences[way] = sequence + 1
+                octets = frame(block.kind, block.table, sequence, b"".join(block.bodies), bodies=block.bodies)
+            elif block.side == "source":
+                sequences[way] = sequences["destination", block.channel] = 0
+            for raw, remark in octets.lines:
+                text += show(raw, remark)
+        (HERE / f"{self.name}.txt").write_text("\n".join(text) + "\n")
+        return self
+
+
+def said(side, channel, kind, table, body=b""):
+    return Block(">", side, channel, kind=kind, table=table, bodies=[body] if body else [])
+
+
+def said_pages(channel, round_number, entries, contents, mark=">", arrive=None):
+    """A PAGES frame; `arrive`: what comes in the place of the contents."""
+    return Block(mark, "source", channel, kind="PAGES", table=pages_table(round_number, entries, contents), bodies=arrive or contents)
 
 
 SMALL = [(0, 0x100000, 8 * PAGE)]
@@ -759,9 +860,7 @@ def talks():
     damaged = begin("session-page-damaged", "BACK-1 BACK-2 BACK-3 PAGES-6 CLOSED-2 DIGEST-6 ACK-1",
                     "page 1 arrives with other octets than its checksum says, is given back, and is sent again", 1)
     damaged.pages("lane-0-0", 0, [(0, 0, 1)], [one])
-    broken = pages_table(0, [(0, 1, 1)], [two])
-    damaged.say("source", "lane-0-0", frame("PAGES", broken, 1, three))
-    damaged.sequences["source", "lane-0-0"] = 2
+    damaged.pages("lane-0-0", 0, [(0, 1, 1)], [two], arrive=[three])
     damaged.frame("source", "lane-0-0", "ZEROS", zeros(0, [(0, 2, 6)]))
     damaged.frame("source", "lane-0-0", "ROUND_END", round_end(0, 0, 2, 6))
     damaged.frame("destination", "control-0", "GIVE_BACK", give_back(0, 0, 1, 1, [(0, 1, 1)]))
@@ -828,7 +927,7 @@ def talks():
     setup.frame("destination", "control-0", "READY", ready(1, 4000))
     setup.frame("source", "control-0", "ABORT", abort(1, 2, NONE, b"cancelled")).write()
 
-    refused = Talk("session-refusals", "VER-3 FEAT-1 FEAT-3 HELLO-10 REPLY-3 JOIN-1 RESUME-1", "what is refused in a reply, channel by channel")
+    refused = Talk("session-refusals", "VER-3 HELLO-3 FEAT-1 FEAT-3 HELLO-10 REPLY-3 JOIN-1 RESUME-1", "what is refused in a reply, channel by channel")
     no = lambda reason, text, session=SESSION: hello_reply(0, 1, reason, 0, session=session, text=text)
     refused.open("control-0", hello(versions=(2, 9)), no(13, b"no version in common"))
     refused.open("control-1", hello(mandatory=1 << 40, optional=0), no(14, b"feature 40 is not offered"))
@@ -836,7 +935,300 @@ def talks():
     refused.open("control-3", hello(session=bytes(16)), no(2, b"no session", bytes(16)))
     refused.open("control-4", hello(3, SECRET, mandatory=3, optional=0), no(15, b"no such session"))
     refused.open("lane-0-0", hello(2, TICKET, channel=1, mandatory=3, optional=0), no(15, b"no such session"))
+    refused.open("control-5", hello(versions=(2, 9), role=7, reserved=1), no(13, b"no version in common"))
     refused.write()
+    return {"plain": plain, "lane-lost": lost, "page-damaged": damaged, "devices": devs, "resume": again, "ask": asked, "abort": ended}
+
+
+def illegal(legal):
+    """Sessions that break a rule with their last block. Each is a legal one, changed in one place.
+
+    `reason-N`: whoever reads the last block has to refuse it with that reason. `kept`: the writer may not do it, and nobody has to find out."""
+    one, two, three = page(0x11), page(0x22), page(0x33)
+    v = lambda number, content: term(0, number, page_value(content))
+    base = v(0, one) + v(1, two) & MASK
+
+    def bad(name, expect, rules, what, edit, of="plain"):
+        talk = copy.deepcopy(legal[of])
+        talk.name, talk.rules, talk.expect = f"illegal-{name}", rules, expect
+        talk.what = f"{legal[of].name}, changed: {what}"
+        edit(talk)
+        talk.write()
+
+    control = "control-0"
+    own = lambda kind, table, body=b"": said("source", control, kind, table, body)
+    theirs = lambda kind, table, channel=control: said("destination", channel, kind, table)
+
+    def features(talk, agreed):
+        """As if the session had been begun with these features."""
+        for block in talk.blocks:
+            if block.is_hello() and block.side == "source":
+                block.set(**{"features_optional" if block.channel == control else "features_mandatory": agreed})
+            elif block.is_hello():
+                block.set(features=agreed)
+
+    # --- hello, reply, joining
+    bad("reply-another-session", "reason-15", "REPLY-5", "the reply names another session",
+        lambda t: t.until("reply").set(session=bytes(range(0x11, 0x21))))
+    bad("reply-version-not-offered", "reason-13", "REPLY-5", "the reply chooses version 2", lambda t: t.until("reply").set(version=2))
+    bad("reply-feature-not-asked", "reason-14", "REPLY-6", "the reply agrees to feature 5", lambda t: t.until("reply").set(features=0x23))
+
+    def lane_zero(t, **fields):
+        t.until("reply", channel="lane-0-0")
+        return t.get("hello", channel="lane-0-0").set(**fields)
+
+    def fewer_features(t):
+        lane_zero(t, features_mandatory=1, features_optional=2)
+        t.get("reply", channel="lane-0-0").set(features=1)
+
+    bad("join-reply-other-features", "reason-14", "JOIN-2", "the reply on lane 0 agrees to less than the session", fewer_features)
+    bad("join-wrong-ticket", "reason-16", "JOIN-1", "lane 0 shows another ticket and is accepted", lambda t: lane_zero(t, token=SECRET))
+
+    def renamed(t, old, new, **fields):
+        for kind in ("hello", "reply"):
+            t.get(kind, channel=old).channel = new
+        t.get("hello", channel=new).set(**fields)
+        t.until("reply", channel=new)
+
+    bad("join-lane-past-lanes", "reason-3", "JOIN-5", "lane 2 joins a session of two lanes and is accepted",
+        lambda t: renamed(t, "lane-1-0", "lane-2-0", lane=2))
+    bad("join-lane-past-the-grant", "reason-17", "JOIN-1", "lane 16 joins a session of which 16 lanes were granted and is accepted",
+        lambda t: renamed(t, "lane-1-0", "lane-16-0", lane=16))
+    bad("join-first-incarnation-1", "reason-3", "JOIN-1", "the first incarnation of lane 1 is 1, and is accepted",
+        lambda t: renamed(t, "lane-1-0", "lane-1-1", incarnation=1))
+    bad("join-before-setup-end", "kept", "JOIN-5", "lane 0 is answered before SETUP_END was sent",
+        lambda t: (t.drop("SETUP_END"), t.until("reply", channel="lane-0-0")))
+    bad("dialled-again-too-early", "kept", "LANE-5", "lane 1 is dialled again before the source has said LANE_DOWN",
+        lambda t: (t.drop("LANE_DOWN", 1), t.until("reply", channel="lane-1-1")), "lane-lost")
+    def twice(t):
+        t.until("reply", channel="lane-1-1").channel = "lane-1-0"
+        t.get("hello", channel="lane-1-1").set(incarnation=0).channel = "lane-1-0"
+
+    bad("lane-twice", "reason-3", "JOIN-1", "lane 1 comes back with incarnation 0 again and is accepted",
+        twice, "lane-lost")
+    bad("incarnation-skipped", "kept", "JOIN-3", "lane 1 comes back with incarnation 2",
+        lambda t: renamed(t, "lane-1-1", "lane-1-2", incarnation=2), "lane-lost")
+
+    # --- set-up
+    def wrong_number(t):
+        t.until("CONFIG").sequence = 1
+
+    bad("sequence", "reason-3", "HEAD-8", "the first frame of the source has the sequence 1", wrong_number)
+
+    def swapped(t, kind, other):
+        """The frame comes after the other one, which ends it."""
+        t.blocks.insert(t.find(other) + 1, t.drop(kind))
+        t.until(kind)
+
+    bad("grant-twice", "reason-3", "SETUP-1", "GRANT is said twice",
+        lambda t: (t.until("GRANT"), t.then(t.get("GRANT").copy().set(ticket=SECRET[::-1]))))
+    bad("devices-before-regions", "reason-3", "SETUP-1", "DEVICES stands before REGIONS",
+        lambda t: (t.drop("REGIONS"), t.until("DEVICES")))
+    bad("config-after-regions", "reason-3", "SETUP-1", "CONFIG stands behind REGIONS", lambda t: swapped(t, "CONFIG", "REGIONS"))
+    for name, what, fields in [("counts", "two blobs where there is one", {"configs": 2}), ("memory", "one page more", {"memory_bytes": 9 * PAGE}),
+                               ("lanes", "17 lanes where 16 are granted", {"lanes": 17})]:
+        bad("setup-end-" + name, "reason-3", "SETUP-2", f"SETUP_END says {what}", lambda t: t.until("SETUP_END").set(**fields))
+    one_device = devices([(0, 15, 4, 9, 1024, b"net0")])
+
+    def device_without_feature(t):
+        features(t, 2)
+        t.until("DEVICES").table = one_device
+
+    bad("devices-without-feature", "reason-3", "FEAT-4", "DEVICE_STATE was not agreed on, and DEVICES has an entry", device_without_feature)
+    bad("device-past-the-window", "reason-10", "DEVICE-3", "the window is shorter than a chunk of the device",
+        lambda t: (t.get("GRANT").set(device_window_bytes=1023), t.until("DEVICES")), "devices")
+    bad("suspend-without-resume", "kept", "FEAT-5", "RESUME was not agreed on, and GRANT has suspend_ms",
+        lambda t: (features(t, 1), t.until("GRANT")))
+
+    def two_parts(t, **fields):
+        config = t.until("CONFIG")
+        config.table, config.bodies = blob(blob_bytes=MIB + 1), [bytes(MIB)]
+        t.then(own("CONFIG", blob(**{"part": 1, "blob_bytes": MIB + 1, **fields}), b"x"))
+
+    bad("blob-changes", "reason-3", "BLOB-4", "the second part of a blob has another version", lambda t: two_parts(t, version=3))
+    bad("blob-part-missing", "reason-3", "BLOB-2", "a blob begins with its second part",
+        lambda t: (two_parts(t), t.drop("CONFIG")))
+    bad("blob-index-skipped", "reason-3", "BLOB-2", "the first blob has the index 1", lambda t: t.until("CONFIG").set(index=1))
+    bad("ready-lanes", "reason-3", "READY-1", "READY says one lane where two have joined", lambda t: t.until("READY").set(lanes=1))
+    bad("pages-before-ready", "reason-3", "KIND-2 JOIN-6", "PAGES on lane 0 before READY", lambda t: (t.drop("READY"), t.until("PAGES")))
+    bad("give-back-in-set-up", "reason-3", "RESUME-10", "GIVE_BACK before READY of a start",
+        lambda t: (t.until("READY"), t.drop("READY"), t.then(theirs("GIVE_BACK", give_back(0, 0, 0, 1, [(0, 0, 1)])))))
+    bad("lane-down-unknown", "reason-3", "LANE-2", "LANE_DOWN of lane 5, which never was",
+        lambda t: (t.until("READY"), t.then(theirs("LANE_DOWN", lane_down(5, 0, 18)))))
+
+    # --- kinds
+    bad("ack-from-source", "reason-3", "KIND-1", "the source says ACK", lambda t: (t.until("READY"), t.then(own("ACK", ack([(0, 0, 0)])))))
+
+    def on_control(t):
+        misled = t.get("PAGES").copy()
+        misled.channel = control
+        t.until("READY")
+        t.then(misled)
+
+    bad("pages-on-control", "reason-3", "KIND-1", "PAGES on the control channel", on_control)
+    bad("destination-on-lane", "reason-3", "KIND-1 CHAN-2", "the destination says KEEP_ALIVE on lane 0",
+        lambda t: (t.until("READY"), t.then(theirs("KEEP_ALIVE", keep_alive(5), "lane-0-0"))))
+    chunk = lambda channel, *place, body=b"init": said("source", channel, "DEVICE_CHUNK", device_chunk(*place), body)
+    bad("chunk-without-feature", "reason-3", "FEAT-4", "DEVICE_STATE was not agreed on, and DEVICE_CHUNK is sent",
+        lambda t: (features(t, 2), t.until("READY"), t.then(chunk("lane-0-0", 0, 0, 0, 0))))
+
+    # --- rounds
+    bad("run-region", "reason-3", "RUN-1", "a run of region 1 where there is one region", lambda t: t.until("PAGES").set(region=1))
+    bad("run-past-region", "reason-3", "RUN-3", "a run ends one page past the region", lambda t: t.until("ZEROS").set(first=3))
+    again = lambda round_number, number, channel="lane-0-0": said_pages(channel, round_number, [(0, number, 1)], [three])
+    mark = lambda channel, *says: said("source", channel, "ROUND_END", round_end(*says))
+    bad("page-twice-in-a-round", "kept", "ROUND-2", "lane 0 sends page 2, which lane 1 has sent as zeros in the same round",
+        lambda t: (t.until("ZEROS"), t.then(again(0, 2))))
+    bad("round-end-counts", "reason-3", "ROUND-5", "ROUND_END says one page more than were sent", lambda t: t.until("ROUND_END").set(pages=3))
+    bad("round-end-twice", "reason-3", "ROUND-8", "lane 0 ends round 0 twice", lambda t: (t.until("ROUND_CLOSED"), t.then(mark("lane-0-0", 0, 0, 0, 0))))
+    bad("page-of-a-closed-round", "reason-3", "ROUND-8", "PAGES of round 0 when round 0 is closed",
+        lambda t: (t.until("ROUND_CLOSED"), t.then(again(0, 3))))
+    bad("page-of-a-later-round", "reason-3", "ROUND-8", "PAGES of round 1 in round 0", lambda t: t.until("PAGES").set(round=1))
+    bad("read-behind-the-fence", "kept", "ROUND-3", "a frame of round 1 is read before round 0 is closed",
+        lambda t: (t.until("ROUND_END"), t.then(again(1, 3))))
+    bad("flags-differ", "reason-3", "ROUND-4", "lane 1 ends the last round without bit 0", lambda t: t.until("ROUND_END", 3).set(flags=0))
+    bad("paused-without-switchover", "kept", "ROUND-4", "bit 0 in a round that no SWITCHOVER names", lambda t: t.until("ROUND_END").set(flags=1))
+
+    def without_a_lane(t):
+        t.drop("ROUND_END", 0, "lane-1-0")
+        t.get("ACK").set(1, frames=1)
+        t.until("ROUND_CLOSED")
+
+    bad("closed-before-a-lane", "kept", "CLOSED-1", "ROUND_CLOSED although lane 1 has not ended the round", without_a_lane)
+    bad("closed-digest", "kept", "CLOSED-1 DIGEST-3", "one bit of the digest of ROUND_CLOSED", lambda t: t.until("ROUND_CLOSED").set(digest=base ^ 1))
+    bad("closed-pages", "kept", "CLOSED-1", "ROUND_CLOSED counts one page of zeros too few", lambda t: t.until("ROUND_CLOSED").set(zero_pages=5))
+    bad("closed-damaged", "kept", "CLOSED-2", "damaged_pages is 0 where one page is damaged",
+        lambda t: t.until("ROUND_CLOSED").set(damaged_pages=0), "page-damaged")
+    bad("closed-without-ack", "kept", "CLOSED-3", "ROUND_CLOSED before the ACK", lambda t: (t.drop("ACK"), t.until("ROUND_CLOSED")))
+
+    # --- acknowledgements, lanes
+    bad("ack-more-than-sent", "reason-3", "ACK-3", "ACK covers 9 frames of a lane that has sent 2", lambda t: t.until("ACK").set(frames=9))
+    bad("ack-of-no-lane", "reason-3", "ACK-3", "ACK names lane 7", lambda t: t.until("ACK").set(1, lane=7))
+    bad("ack-falls", "reason-3", "ACK-1", "the second ACK says one frame where the first said two", lambda t: t.until("ACK", 1).set(frames=1))
+    bad("not-given-back", "kept", "BACK-2", "ACK of a frame with a damaged page that was not given back",
+        lambda t: (t.drop("GIVE_BACK"), t.until("ACK")), "page-damaged")
+    bad("give-back-after-ack", "kept", "BACK-3", "GIVE_BACK is said once more behind the ACK",
+        lambda t: (t.until("ACK"), t.then(t.get("GIVE_BACK").copy())), "page-damaged")
+    bad("give-back-other-frame", "kept", "BACK-3", "GIVE_BACK of a page that the frame does not hold",
+        lambda t: t.until("GIVE_BACK").set(first=6), "page-damaged")
+    bad("give-back-no-pages-frame", "kept", "BACK-3", "GIVE_BACK of the ROUND_END", lambda t: t.until("GIVE_BACK").set(sequence=3), "page-damaged")
+    bad("give-back-landed", "kept", "BACK-1", "GIVE_BACK of a page that has landed",
+        lambda t: t.until("GIVE_BACK").set(sequence=0, first=0), "page-damaged")
+    bad("give-back-no-lane", "reason-3", "BACK-3", "GIVE_BACK names lane 7", lambda t: t.until("GIVE_BACK").set(lane=7), "page-damaged")
+    bad("give-back-past-region", "reason-3", "RUN-3 BACK-3", "GIVE_BACK of a page past the region",
+        lambda t: t.until("GIVE_BACK").set(first=8), "page-damaged")
+
+    def used_after_down(t):
+        t.until("LANE_DOWN", 1)
+        t.then(theirs("LANE_DOWN", lane_down(0, 0, 18)), own("LANE_DOWN", lane_down(0, 0, 18)), again(0, 7))
+
+    bad("lane-used-after-down", "kept", "LANE-1 LANE-2", "lane 0 carries on after both sides have said LANE_DOWN", used_after_down, "lane-lost")
+
+    # --- devices
+    bad("chunk-no-device", "reason-3", "DEVSTREAM-2", "DEVICE_CHUNK of device 1 of one device", lambda t: t.until("DEVICE_CHUNK").set(device=1), "devices")
+    bad("chunk-offset", "reason-3", "DEVSTREAM-2", "the second chunk has the offset 5 instead of 4", lambda t: t.until("DEVICE_CHUNK", 1).set(offset=5), "devices")
+
+    def long_chunk(t):
+        t.until("DEVICE_CHUNK").bodies = [bytes(1025)]
+
+    bad("chunk-too-long", "reason-3", "DEVSTREAM-2", "a chunk of 1025 octets of a device that said 1024", long_chunk, "devices")
+    bad("configuration-before-data-end", "reason-3", "DEVSTREAM-3", "the first chunk is of section 1", lambda t: t.until("DEVICE_CHUNK").set(section=1), "devices")
+    bad("generation-skipped", "reason-3", "DEVSTREAM-4", "the first INITIAL_END has generation 2", lambda t: t.until("DEVICE_MARK").set(generation=2), "devices")
+
+    bad("initial-end-without-pre-copy", "kept", "DEVSTREAM-10", "INITIAL_END of a device without PRE_COPY",
+        lambda t: (t.get("DEVICES").set(flags=2, initial_bytes=0), t.until("DEVICE_MARK")), "devices")
+
+    def small_window(t):
+        t.get("GRANT").set(device_window_bytes=1024)
+        t.until("DEVICE_CHUNK")
+        t.then(chunk("lane-1-0", 0, 0, 1, 4, body=bytes(1024)))
+
+    bad("past-the-credit", "reason-3", "CREDIT-3", "a chunk ends at 1028 of a window of 1024", small_window, "devices")
+
+    def item_twice(t):
+        item = t.until("DEVICE_CHUNK").copy()
+        item.channel = "lane-1-0"
+        t.then(item)
+
+    bad("item-twice", "reason-3", "DEVSTREAM-1", "the first chunk comes again although no lane was lost", item_twice, "devices")
+    bad("credit-no-device", "reason-3", "CREDIT-1", "CREDIT names device 1 of one device", lambda t: t.until("CREDIT").set(device=1), "devices")
+    bad("credit-falls", "reason-3", "CREDIT-2", "CREDIT says less than the GRANT", lambda t: t.until("CREDIT").set(offset_max=100), "devices")
+    bad("ack-of-no-generation", "reason-3", "SWACK-1", "SWITCHOVER_ACK of generation 2 when 1 was announced",
+        lambda t: t.until("SWITCHOVER_ACK").set(generation=2), "devices")
+    bad("switchover-ack-no-device", "reason-3", "SWACK-1", "SWITCHOVER_ACK names device 1 of one device",
+        lambda t: t.until("SWITCHOVER_ACK").set(device=1), "devices")
+    bad("switchover-ack-twice", "reason-3", "SWACK-1", "SWITCHOVER_ACK of generation 1 again",
+        lambda t: (t.until("SWITCHOVER_ACK"), t.then(t.get("SWITCHOVER_ACK").copy())), "devices")
+    bad("loaded-no-device", "reason-3", "LOADED-1", "DEVICE_LOADED names device 1 of one device",
+        lambda t: (t.until("CREDIT"), t.then(theirs("DEVICE_LOADED", device_loaded(1, 4, 5, 6)))), "devices")
+    bad("loaded-too-early", "kept", "LOADED-1", "DEVICE_LOADED before CONFIG_END",
+        lambda t: (t.until("CREDIT"), t.then(theirs("DEVICE_LOADED", device_loaded(0, 4, 5, 6)))), "devices")
+    bad("switchover-without-ack", "kept", "SWACK-2", "SWITCHOVER although generation 2 is not acknowledged",
+        lambda t: (t.drop("SWITCHOVER_ACK", 1), t.until("SWITCHOVER")), "devices")
+    bad("final-before-config-end", "kept", "FINAL-2 DEVSTREAM-8", "FINAL without the device's CONFIG_END",
+        lambda t: (t.drop("DEVICE_MARK", 4), t.until("FINAL")), "devices")
+
+    # --- switchover and commit
+    bad("switchover-of-a-closed-round", "reason-3", "SWITCH-1", "SWITCHOVER names round 0, which is closed", lambda t: t.until("SWITCHOVER").set(final_round=0))
+    bad("switchover-skips-a-round", "reason-3", "SWITCH-1 SWITCH-2", "the second SWITCHOVER names round 3 behind round 1",
+        lambda t: (t.until("ROUND_CLOSED", 1), t.then(own("SWITCHOVER", switchover(3)))))
+    bad("state-without-switchover", "reason-3", "KIND-2", "VM_STATE while the guest runs", lambda t: (t.drop("SWITCHOVER"), t.until("VM_STATE")))
+    bad("state-after-final", "kept", "STATE-1", "VM_STATE behind FINAL",
+        lambda t: (t.until("FINAL"), t.then(t.get("VM_STATE").copy().set(index=1))))
+    bad("final-pages", "reason-3", "FINAL-5", "FINAL says one page more", lambda t: t.until("FINAL").set(memory_pages=9))
+    bad("final-states", "reason-3", "FINAL-5", "FINAL says two blobs where there is one", lambda t: t.until("FINAL").set(states=2))
+    bad("final-round", "reason-3", "FINAL-1", "FINAL names round 0", lambda t: t.until("FINAL").set(final_round=0))
+    bad("final-digest", "reason-7", "FINAL-4 FINAL-1", "one bit of the digest of FINAL", lambda t: t.until("FINAL").set(digest=base ^ 1))
+
+    def damaged_to_the_end(t):
+        """The last round's page arrives damaged."""
+        t.get("PAGES", 2).bodies = [three]
+        wrong = v(0, one) + v(1, three) & MASK
+        at = t.find("ROUND_CLOSED", 1)
+        t.blocks.insert(at, theirs("GIVE_BACK", give_back(0, 0, 4, 1, [(0, 1, 1)])))
+        t.blocks[at - 1], t.blocks[at] = t.blocks[at], t.blocks[at - 1]
+        t.get("ROUND_CLOSED", 1).set(pages=0, digest=wrong, damaged_pages=1)
+        t.until("PREPARED").set(digest=wrong)
+
+    bad("prepared-though-digests-differ", "reason-7", "PREP-1 FINAL-4", "the last page arrives damaged, and the destination says PREPARED with its own digest",
+        damaged_to_the_end, "page-damaged")
+    bad("prepared-before-final", "reason-3", "PREP-1", "PREPARED without FINAL", lambda t: (t.drop("FINAL"), t.until("PREPARED")))
+    bad("prepared-twice", "reason-3", "KIND-2 PREP-1", "PREPARED is said twice", lambda t: (t.until("PREPARED"), t.then(t.get("PREPARED").copy())))
+    bad("commit-before-prepared", "reason-3", "KIND-2 COMMIT-2", "COMMIT before PREPARED", lambda t: (t.drop("PREPARED"), t.until("COMMIT")))
+    bad("commit-digest", "reason-7", "COMMIT-1", "COMMIT has another digest than PREPARED", lambda t: t.until("COMMIT").set(digest=1))
+    bad("running-before-commit", "reason-3", "RUNNING-1 COMMIT-1", "RUNNING without a COMMIT", lambda t: (t.drop("COMMIT"), t.until("RUNNING")))
+    bad("abort-after-commit", "kept", "COMMIT-5", "the source says ABORT behind COMMIT",
+        lambda t: (t.until("COMMIT"), t.then(own("ABORT", abort(1, 4, NONE, b"")))))
+    bad("frame-after-abort", "kept", "ABORT-2", "KEEP_ALIVE behind ABORT", lambda t: t.then(own("KEEP_ALIVE", keep_alive(99))), "abort")
+    bad("abort-phase", "kept", "ABORT-1", "ABORT says the phase commit in rounds", lambda t: t.until("ABORT").set(phase=4), "abort")
+    bad("two-outcomes", "kept", "ASK-1", "OUTCOME is said twice", lambda t: t.then(t.get("OUTCOME").copy()), "ask")
+    bad("outcome-not-what-happened", "kept", "ASK-2 ASK-3", "OUTCOME says that no COMMIT was read", lambda t: t.until("OUTCOME").set(state=1), "ask")
+
+    # --- resume
+    bad("resume-wrong-secret", "reason-16", "RESUME-1", "a resume shows another secret and is accepted",
+        lambda t: (t.until("reply", channel="control-1"), t.get("hello", channel="control-1").set(token=TICKET)), "resume")
+
+    def with_a_value(t):
+        reply = t.until("reply", channel="control-1")
+        reply.octets = hello_reply(values=[(1, 0, 5)])
+
+    bad("resume-with-values", "reason-14", "PARAM-2", "the acceptance of a resume has a parameter", with_a_value, "resume")
+    bad("resume-old-ticket", "kept", "GRANT-1", "the second GRANT has the ticket of the first", lambda t: t.until("GRANT", 1).set(ticket=TICKET), "resume")
+    bad("resume-new-secret", "kept", "GRANT-1", "the second GRANT has another secret",
+        lambda t: t.until("GRANT", 1).set(resume_secret=SECRET[::-1]), "resume")
+    bad("resume-other-grant", "kept", "GRANT-5", "the second GRANT has another window", lambda t: t.until("GRANT", 1).set(device_window_bytes=4096), "resume")
+    bad("resume-other-regions", "reason-3", "RESUME-5", "the region lies elsewhere", lambda t: t.until("REGIONS", 1).set(guest_address=0), "resume")
+    bad("resume-page-before-landed", "reason-3", "KIND-2 JOIN-6", "PAGES before LANDED", lambda t: (t.drop("LANDED"), t.until("PAGES", channel="lane-1-1")), "resume")
+    bad("landed-before-ready", "reason-3", "RESUME-6", "LANDED before READY", lambda t: (t.drop("READY", 1), t.until("LANDED")), "resume")
+    bad("landed-rounds", "reason-3", "LANDED-1", "LANDED says that 9 rounds are closed", lambda t: t.until("LANDED").set(rounds_closed=9), "resume")
+    bad("landed-more-than-sent", "reason-3", "LANDED-1", "LANDED covers 9 frames of a lane that has sent 3", lambda t: t.until("LANDED").set(frames=9), "resume")
+    bad("landed-newer-incarnation", "reason-3", "LANDED-1", "LANDED speaks of incarnation 2 of a lane that is at 1",
+        lambda t: t.until("LANDED").set(incarnation=2), "resume")
+
+    # --- signs of life
+    alive = lambda *says: own("KEEP_ALIVE", keep_alive(*says))
+    bad("keep-alive-stamp", "kept", "ALIVE-1", "the second stamp is the first again", lambda t: (t.until("READY"), t.then(alive(5), alive(5))))
+    bad("keep-alive-echo", "kept", "ALIVE-4", "a stamp is echoed that nobody sent", lambda t: (t.until("READY"), t.then(alive(5, 77, 1))))
 
 
 def layout_seeds():
@@ -860,7 +1252,7 @@ def main():
     accepted()
     rejected()
     sessions()
-    talks()
+    illegal(talks())
     digest_file()
     layout_seeds()
 

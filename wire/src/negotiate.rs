@@ -7,9 +7,10 @@ use crate::VERSION;
 use crate::code::Reason;
 use crate::error::{Incompatible, Malformed};
 use crate::feature::Features;
-use crate::hello::{HELLO_BYTES, Hello, VersionRange};
+use crate::hello::{HELLO_BYTES, Hello, Intent, VersionRange};
 use crate::hello_reply::HelloReply;
 use crate::id::SessionId;
+use crate::parameter::Parameters;
 
 /// What the destination can do and what it insists on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,13 +104,13 @@ pub fn refuse(octets: &[u8; HELLO_BYTES], error: &Malformed, offer: &Offer) -> H
 /// [`Incompatible`]: the destination refused, or agreed to something that was not asked for.
 // SPEC: REPLY-5, REPLY-6
 pub fn accept(hello: &Hello, reply: &HelloReply) -> Result<Agreement, Incompatible> {
-    let (version, features, session) = match *reply {
+    let (version, features, session, parameters) = match *reply {
         HelloReply::Accepted {
             version,
             features,
             session,
-            parameters: _,
-        } => (version, features, session),
+            parameters,
+        } => (version, features, session, parameters),
         HelloReply::Refused { reason, text, .. } => {
             let text = text.as_str().into();
             return Err(Incompatible::Refused { reason, text });
@@ -124,6 +125,10 @@ pub fn accept(hello: &Hello, reply: &HelloReply) -> Result<Agreement, Incompatib
     let wanted = hello.features_mandatory.union(hello.features_optional);
     if !features.contains(hello.features_mandatory) || !wanted.contains(features) {
         return Err(Incompatible::Features { agreed: features });
+    }
+    // SPEC: PARAM-2
+    if hello.intent != Intent::Start && parameters != Parameters::NONE {
+        return Err(Incompatible::Parameters);
     }
     Ok(Agreement { version, features })
 }

@@ -206,7 +206,8 @@ fn is_visible(character: char) -> bool {
                 .any(|(first, last)| (*first..=*last).contains(&code)))
 }
 
-/// The general categories Cf, Zl and Zp of Unicode 16.0 (UnicodeData.txt), with the unassigned points of the tag block.
+/// The code points that TEXT-1 names beside the controls: the general categories Cf, Zl and Zp of Unicode 16.0, with the unassigned
+/// points among them.
 const UNSEEN: [(u32, u32); 20] = [
     (0x00AD, 0x00AD),
     (0x0600, 0x0605),

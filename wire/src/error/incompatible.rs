@@ -29,6 +29,9 @@ pub enum Incompatible {
     /// The reply is about another session.
     #[error("the reply names another session")]
     Session,
+    /// The reply has values of features although the hello did not begin a session.
+    #[error("the reply has values of features, which only that to the start of a session has")]
+    Parameters,
 }
 
 impl Incompatible {
@@ -40,6 +43,7 @@ impl Incompatible {
             Self::Version { .. } => "wire.incompatible.version",
             Self::Features { .. } => "wire.incompatible.features",
             Self::Session => "wire.incompatible.session",
+            Self::Parameters => "wire.incompatible.parameters",
         }
     }
 
@@ -49,7 +53,7 @@ impl Incompatible {
         match self {
             Self::Refused { reason, .. } => *reason,
             Self::Version { .. } => Reason::Version,
-            Self::Features { .. } => Reason::Feature,
+            Self::Features { .. } | Self::Parameters => Reason::Feature,
             Self::Session => Reason::WrongSession,
         }
     }

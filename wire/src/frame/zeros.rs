@@ -19,7 +19,7 @@ use crate::error::{Malformed, Misuse};
 use crate::header::Header;
 use crate::id::Round;
 use crate::kind::Kind;
-use crate::limits::RUNS_PER_ZEROS_MAX;
+use crate::limits::{MEMORY_PAGES_MAX, RUNS_PER_ZEROS_MAX};
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -50,7 +50,7 @@ impl Zeros<'_> {
 }
 
 impl<'a> Table<'a> for Zeros<'a> {
-    // SPEC: ZEROS-1, ZEROS-2
+    // SPEC: ZEROS-1, ZEROS-2, LIMIT-15
     fn read(_: &Header, table: &'a [u8]) -> Result<Self, Malformed> {
         let (raw, rest) = codec::prefix::<Raw>(Kind::Zeros, table)?;
         codec::count(
@@ -70,6 +70,7 @@ impl<'a> Table<'a> for Zeros<'a> {
                 found,
             });
         }
+        codec::between("zeros.page_count", declared, 1, MEMORY_PAGES_MAX)?;
         Ok(Self { round, runs })
     }
 

@@ -25,6 +25,8 @@ enum Bound {
     Any,
     NotZero,
     Range(u64, u64),
+    /// From the first to the second, by the third.
+    Stepped(u64, u64, u64),
     /// What a rule says.
     Rule(String),
 }
@@ -36,7 +38,10 @@ fn bound(text: &str) -> Bound {
         "not 0" => Bound::NotZero,
         _ => match (text.strip_prefix("see "), text.split_once(" to ")) {
             (Some(rule), _) => Bound::Rule(rule.to_string()),
-            (_, Some((low, high))) => Bound::Range(number(low), number(high)),
+            (_, Some((low, high))) => match high.split_once(" by ") {
+                Some((high, step)) => Bound::Stepped(number(low), number(high), number(step)),
+                None => Bound::Range(number(low), number(high)),
+            },
             _ => Bound::Range(number(text), number(text)),
         },
     }
@@ -276,6 +281,10 @@ fn trials(field: &Field) -> (Vec<u64>, Vec<u64>) {
             let above = high.checked_add(1).filter(|above| *above <= most);
             (vec![low, high], below.into_iter().chain(above).collect())
         }
+        Bound::Stepped(low, high, step) => (
+            vec![low, low + step, high],
+            vec![low - step, low - 1, low + 1, high + 1, high + step],
+        ),
         Bound::Rule(_) => (vec![], vec![]),
     }
 }
@@ -368,7 +377,7 @@ fn each_bound_of_hello_and_reply_is_where_the_decoder_begins_to_refuse() {
 fn each_rule_that_is_a_bound_has_a_vector_that_is_refused() {
     let broken: BTreeSet<String> = vectors()
         .into_iter()
-        .filter(|vector| vector.expect != "accept")
+        .filter(|vector| vector.structure != "session" && vector.expect != "accept")
         .flat_map(|vector| vector.spec)
         .collect();
     let mut rows = [

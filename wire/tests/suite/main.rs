@@ -14,7 +14,7 @@
 //! | `layout` | region tables and runs |
 //! | `digest` | the digest does not depend on order and sees every difference |
 //! | `round_trip` | arbitrary frames come back as they went |
-//! | `sessions` | the vectors of whole sessions keep the rules that they cite |
+//! | `sessions` | the vectors of whole sessions keep every rule, and illegal ones break the rule that they cite; `onlooker` reads them |
 //! | `bodies` | the fuzz bodies hold over the committed corpus and over damaged frames |
 //! | `specification` | SPEC.md and the code say the same |
 
@@ -27,6 +27,7 @@ mod fields;
 mod frames;
 mod hello;
 mod layout;
+mod onlooker;
 mod parameters;
 mod pulse;
 mod round_trip;

@@ -2,8 +2,8 @@
 
 use multifd_wire::negotiate::{Offer, accept, answer};
 use multifd_wire::{
-    Features, Hello, HelloReply, Incarnation, LaneId, Malformed, Parameter, Parameters, SessionId,
-    Token,
+    Features, Hello, HelloReply, Incarnation, Incompatible, LaneId, Malformed, Parameter,
+    Parameters, SessionId, Token,
 };
 
 use multifd_wire::exercise::reseal_hello;
@@ -105,6 +105,10 @@ fn only_a_start_and_an_acceptance_have_them() {
         parameters: values,
     };
     assert_eq!(HelloReply::decode(&accepted.encode()), Ok(accepted));
+    let start = Hello::start(SESSION, Features::DEVICE_STATE, Features::NONE);
+    assert!(accept(&start, &accepted).is_ok());
+    let resume = Hello::resume(SESSION, token, Features::DEVICE_STATE);
+    assert_eq!(accept(&resume, &accepted), Err(Incompatible::Parameters));
     let mut octets = accepted.encode();
     octets[16] = 2;
     reseal_hello(&mut octets);
