@@ -8,7 +8,7 @@ mod destination;
 mod pair;
 
 pub use destination::destination;
-pub use pair::{Run, pair};
+pub use pair::{Run, pair, pair_traced};
 
 /// Reads a script, one byte after another.
 struct Script<'a>(std::slice::Iter<'a, u8>);
