@@ -18,7 +18,7 @@ pub enum Fault {
     #[error("the source broke the protocol: {0}")]
     Misbehaved(#[from] Misbehaved),
     /// The source said something in a state that does not know it.
-    #[error("{what} came out of turn")]
+    #[error("the source broke the protocol: {what} came out of turn")]
     OutOfTurn {
         /// What it said.
         what: String,

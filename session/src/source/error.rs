@@ -22,7 +22,7 @@ pub enum Fault {
     #[error("the destination broke the protocol: {0}")]
     Misbehaved(#[from] Misbehaved),
     /// The peer said something in a state that does not know it.
-    #[error("{what} came out of turn")]
+    #[error("the destination broke the protocol: {what} came out of turn")]
     OutOfTurn {
         /// The event.
         what: String,

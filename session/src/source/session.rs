@@ -23,7 +23,7 @@ mod switchover;
 
 use std::time::Duration;
 
-use multifd_wire::{Phase, Round};
+use multifd_wire::{ChannelRef, Phase, Round};
 
 use crate::source::config::{Config, WhenAckLate};
 use crate::source::error::{Error, Fault};
@@ -548,19 +548,21 @@ impl Session {
 
     /// An event that this state does not know. What the destination says out of turn is its fault, all else is ours.
     fn unexpected(&mut self, event: &Event) -> Vec<Effect> {
-        let what = format!("{event:?}");
-        let fault = match event {
-            Event::Granted
-            | Event::Closed { .. }
-            | Event::Prepared { .. }
-            | Event::Running
-            | Event::Landed { .. }
-            | Event::Answered(_) => Fault::OutOfTurn { what },
-            _ => Fault::Internal {
-                what: format!("unexpected {what}"),
-            },
+        let what = match event {
+            Event::Granted => "GRANT",
+            Event::Closed { .. } => "ROUND_CLOSED",
+            Event::Prepared { .. } => "PREPARED",
+            Event::Running => "RUNNING",
+            Event::Landed { .. } => "LANDED",
+            Event::Answered(_) => "OUTCOME",
+            _ => {
+                let what = format!("unexpected {event:?}");
+                return self.fail(Error::new(self.phase(), Fault::Internal { what }));
+            }
         };
-        self.fail(Error::new(self.phase(), fault))
+        let what = what.to_owned();
+        let error = Error::new(self.phase(), Fault::OutOfTurn { what });
+        self.fail(error.at(ChannelRef::Control))
     }
 
     fn fail(&mut self, error: Error) -> Vec<Effect> {

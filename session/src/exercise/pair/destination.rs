@@ -37,6 +37,8 @@ pub(super) struct Destination {
     /// What its threads have said and the control thread has not read.
     notes: VecDeque<Event>,
     events: VecDeque<Event>,
+    /// How far frames were handled, which is about to be said.
+    counting: Option<Vec<LaneMark>>,
     control: Option<usize>,
     deaf: bool,
     heard: Sequence,
@@ -67,6 +69,7 @@ impl Destination {
             loaders: Vec::new(),
             notes: VecDeque::new(),
             events: VecDeque::new(),
+            counting: None,
             control: None,
             deaf: false,
             heard: Sequence::FIRST,
@@ -94,8 +97,27 @@ impl Pair {
         }
     }
 
-    /// Carries effects out, and passes on what comes of them, until the session wants nothing more.
-    pub(super) fn destination_does(&mut self, mut effects: Vec<Effect>) {
+    /// Carries effects out. Before it is said how far frames were handled, everything that is in the queue goes first: a give-back for
+    /// one of them may be among it (SPEC: BACK-2).
+    pub(super) fn destination_does(&mut self, effects: Vec<Effect>) {
+        self.carry_out(effects);
+        while let Some(marks) = self.destination.counting.take() {
+            for _ in 0..self.destination.notes.len() {
+                let note = self.destination.notes.pop_front();
+                if let (Some(event), Some(session)) = (note, &mut self.destination.session) {
+                    let effects = session.handle(event, self.now);
+                    self.carry_out(effects);
+                }
+            }
+            if let Some(session) = &mut self.destination.session {
+                let effects = session.handle(Event::Handled(marks), self.now);
+                self.carry_out(effects);
+            }
+        }
+    }
+
+    /// Passes on what comes of effects, until the session wants nothing more.
+    fn carry_out(&mut self, mut effects: Vec<Effect>) {
         loop {
             for effect in effects {
                 self.note(|| format!("destination: {effect:?}"));
@@ -382,7 +404,7 @@ impl Pair {
                 slots.for_each(|slot| slot.start(round));
                 self.read_all();
             }
-            Effect::CountHandled => self.count_handled(),
+            Effect::CountHandled => self.destination.counting = Some(self.marks()),
             Effect::CloseRound(_) => self.close_round(),
             Effect::OpenGate(round) => {
                 self.destination.gate = round;
@@ -422,14 +444,6 @@ impl Pair {
                 self.later(MS, What::DestinationEnds(self.destination.program));
             }
         }
-    }
-
-    /// Notes that are in the queue at this moment go first: a give-back for one of these frames may be among them (SPEC: BACK-2).
-    fn count_handled(&mut self) {
-        let marks = self.marks();
-        let notes = std::mem::take(&mut self.destination.notes);
-        self.destination.events.extend(notes);
-        self.destination.events.push_back(Event::Handled(marks));
     }
 
     fn close_round(&mut self) {

@@ -83,6 +83,7 @@ pub(super) struct Watch {
     out: Option<Duration>,
     paused: Option<Duration>,
     committed: Option<Duration>,
+    asks: Option<Duration>,
     taken: Duration,
     phases: [Option<(Phase, Duration)>; 2],
     /// Pages that were said to have landed, in rounds that were closed.
@@ -103,7 +104,11 @@ impl Watch {
     }
 
     pub(super) fn reclaimed(&mut self) {
-        (self.paused, self.committed) = (None, None);
+        (self.paused, self.committed, self.asks) = (None, None, None);
+    }
+
+    pub(super) fn asks(&mut self, now: Duration) {
+        (self.committed, self.asks) = (None, Some(now));
     }
 
     pub(super) fn committed(&mut self, now: Duration) {
@@ -216,9 +221,10 @@ impl Pair {
             ),
             (
                 watch.committed.filter(|_| phase == Phase::Commit),
-                config.commit_deadline() + config.reconnect(),
+                config.commit_deadline(),
                 "committed",
             ),
+            (watch.asks, config.reconnect(), "asking"),
             (
                 connected.then_some(watch.heard[0]),
                 config.stall(),
@@ -450,8 +456,8 @@ impl Pair {
             Role::Source => "source",
             Role::Destination => "destination",
         };
-        // Equal digests are no matter of one channel.
-        let placed = placed || code.contains("digest");
+        // What is missing at the end of a round came on no channel.
+        let placed = placed || !code.starts_with("wire") || code.contains("device-stream");
         if accuses && !(placed && text.contains(peer)) {
             self.violation(format!("{code} does not say who: {text}"));
         }

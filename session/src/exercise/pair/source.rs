@@ -338,7 +338,10 @@ impl Pair {
             Effect::Reclaim { .. } => self.reclaim(),
             Effect::Disconnect => self.disconnect(),
             Effect::Reconnect { until } => self.go_back(Purpose::Resume, until),
-            Effect::Ask { until } => self.go_back(Purpose::Ask, until),
+            Effect::Ask { until } => {
+                self.watch.asks(self.now);
+                self.go_back(Purpose::Ask, until);
+            }
             Effect::StartAfresh => self.start_afresh(),
             Effect::Abort {
                 reason,

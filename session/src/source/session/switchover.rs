@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_wire::Phase;
+use multifd_wire::{ChannelRef, Phase};
 
 use super::{Effect, Event, Last, Session, State};
 use crate::source::error::{Error, Fault};
@@ -49,22 +49,14 @@ impl Session {
                 last.digest = Some(digest);
             }
             Event::Prepared { digest } => {
+                let wrong = |fault| Error::new(Phase::Switchover, fault).at(ChannelRef::Control);
                 let Some(ours) = last.digest else {
-                    return self.fail(Error::new(
-                        Phase::Switchover,
-                        Fault::OutOfTurn {
-                            what: "PREPARED before FINAL".into(),
-                        },
-                    ));
+                    let what = "PREPARED before FINAL".into();
+                    return self.fail(wrong(Fault::OutOfTurn { what }));
                 };
                 if digest != ours {
-                    return self.fail(Error::new(
-                        Phase::Switchover,
-                        Fault::DigestMismatch {
-                            ours,
-                            theirs: digest,
-                        },
-                    ));
+                    let theirs = digest;
+                    return self.fail(wrong(Fault::DigestMismatch { ours, theirs }));
                 }
                 self.state = State::Committed { since: now, last };
                 return vec![Effect::Commit];
