@@ -233,6 +233,11 @@ pub enum Fault {
         "the destination took the guest over and could not run it: it is loaded there and paused"
     )]
     FailedAfterCommit,
+    /// What was lost with a data channel is missing in what the destination loaded.
+    #[error(
+        "the destination prepared the guest before what a lost data channel had carried of a device's state came again"
+    )]
+    PreparedTooEarly,
     /// The operating system refused something: a thread, memory, random numbers.
     #[error("{step}: {source}")]
     System {
@@ -244,6 +249,11 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// The destination does not know the ticket that a channel showed.
+    pub(super) fn is_bad_ticket(&self) -> bool {
+        matches!(self, Self::Refused { reason, .. } if *reason == Reason::BadTicket)
+    }
+
     /// Of a frame that could not be sent: whether the destination can have none of it.
     pub fn sent_nothing(&self) -> bool {
         matches!(self, Self::Channel(error) if error.sent_nothing())
@@ -328,6 +338,7 @@ impl Failure for Fault {
             Self::OutcomeUnknown { .. } => "sender.outcome-unknown",
             Self::NotCommitted { .. } => "sender.not-committed",
             Self::FailedAfterCommit => "sender.peer.failed-after-commit",
+            Self::PreparedTooEarly => "sender.peer.prepared-too-early",
             Self::System { .. } => "sender.system",
         }
     }
@@ -364,6 +375,7 @@ impl Failure for Fault {
             Self::OutcomeUnknown { .. } => Reason::Timeout,
             Self::NotCommitted { .. } => Reason::ChannelsLost,
             Self::FailedAfterCommit => Reason::VmmRefused,
+            Self::PreparedTooEarly => Reason::ChannelsLost,
         }
     }
 

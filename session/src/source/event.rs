@@ -99,10 +99,12 @@ pub enum Event {
         /// Pages that were damaged on the way and are still missing there.
         damaged: u64,
     },
-    /// Answer to [`Effect::SettleLane`]: this many pages are dirty now that what the lane had not been acknowledged for is back.
+    /// Answer to [`Effect::SettleLane`]: what the lane had not been acknowledged for is back.
     LaneLost {
-        /// How many.
+        /// Pages that are dirty now.
         pages: u64,
+        /// Items of devices that have to be sent again.
+        items: u64,
     },
     /// Instead of sending COMMIT: the channel was gone before it took anything of it.
     CommitUnsent(Error),

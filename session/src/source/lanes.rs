@@ -404,6 +404,8 @@ impl Lanes {
             // Lost like the control channel may be: the set-up is made again, if it can be.
             Life::Alive if view.first_set_up() => Steps::lost(error(fault)),
             Life::Dialling if matches!(fault, Fault::Channel(_)) => Steps::lost(error(fault)),
+            // The destination has lost the control channel whose ticket it was; this side sees that in a moment (SPEC: RESUME-13).
+            Life::Dialling if fault.is_bad_ticket() => Steps::lost(error(fault)),
             // What may pass was tried again until the hello's deadline: a migration begins with all its lanes or not at all.
             Life::Dialling => Steps::failed(error(fault)),
             Life::Alive => {

@@ -124,6 +124,8 @@ struct Last {
     collected: bool,
     /// Pages that this round does not bring (dirtied by the save, damaged, lost with a lane): they need a further one.
     missing: u64,
+    /// The newest round in which items of devices were lost with a lane: until a later one is closed the devices lack them.
+    items_lost: Option<Round>,
     /// FINAL was sent for this round, and nothing has gone missing since.
     final_sent: bool,
     /// The destination closed this round with nothing damaged: what its lanes carried is there.
@@ -511,6 +513,7 @@ impl Session {
                     saved: false,
                     collected: false,
                     missing: 0,
+                    items_lost: None,
                     final_sent: false,
                     closed: false,
                     digest: None,

@@ -171,10 +171,9 @@ impl Control {
             }
             let _ = thread.join();
         }
-        // Items of devices are missing like pages are: with the guest paused they need a round that is open.
         let items = self.give_back_ledger(&state);
-        let pages = self.shared.dirty.dirty_pages() + items;
-        Some(Event::LaneLost { pages })
+        let pages = self.shared.dirty.dirty_pages();
+        Some(Event::LaneLost { pages, items })
     }
 
     /// Everything of a lane's connection that is not acknowledged comes back. Gives how many items of devices that is.

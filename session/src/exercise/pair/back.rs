@@ -117,6 +117,7 @@ impl Pair {
         let open = self.network.is_open(channel);
         match reached {
             Reached::Control(..) | Reached::Answer(_) | Reached::Refused(_) if !open => {
+                self.done.answer_lost |= matches!(reached, Reached::Answer(_));
                 self.dial_failed(purpose, channel);
             }
             Reached::Control(channel, features) => {

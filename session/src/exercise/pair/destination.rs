@@ -481,6 +481,7 @@ impl Pair {
             self.violation("the destination runs a guest twice");
         }
         self.destination.runs = true;
+        self.watch.owns(self.now);
         self.ask_vmm("run the guest", 5, Event::Resumed(Counts::default()));
     }
 

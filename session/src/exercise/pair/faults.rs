@@ -37,6 +37,8 @@ pub(super) struct Done {
     pub(super) refused: bool,
     /// What the source was answered last.
     pub(super) answer: Option<OutcomeState>,
+    /// What the destination answered was lost on its way, and it is not there any more.
+    pub(super) answer_lost: bool,
     /// The round that was opened last is one with the guest paused.
     pub(super) last_round: bool,
 }

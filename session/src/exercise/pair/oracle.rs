@@ -84,6 +84,8 @@ pub(super) struct Watch {
     paused: Option<Duration>,
     committed: Option<Duration>,
     asks: Option<Duration>,
+    /// Since when the destination has the guest.
+    owns: Option<Duration>,
     taken: Duration,
     phases: [Option<(Phase, Duration)>; 2],
     /// Pages that were said to have landed, in rounds that were closed.
@@ -105,6 +107,10 @@ impl Watch {
 
     pub(super) fn reclaimed(&mut self) {
         (self.paused, self.committed, self.asks) = (None, None, None);
+    }
+
+    pub(super) fn owns(&mut self, now: Duration) {
+        self.owns = Some(now);
     }
 
     pub(super) fn asks(&mut self, now: Duration) {
@@ -242,8 +248,8 @@ impl Pair {
     fn overdue_at_destination(&self, phase: Phase) -> Option<(Duration, Duration, &'static str)> {
         let config = &self.plan.destination;
         let since = self.watch.phases[1].map_or(self.now, |(_, since)| since);
-        let owns = self.destination.runs;
-        let connected = !owns && phase != Phase::Suspended;
+        let owns = self.watch.owns;
+        let connected = owns.is_none() && phase != Phase::Suspended;
         let waits = [
             (
                 (phase == Phase::Setup).then_some(since),
@@ -261,9 +267,8 @@ impl Pair {
                 "nothing heard",
             ),
             (
-                owns.then_some(since),
-                // From PREPARED to COMMIT, and from there to the guest.
-                config.progress_deadline() * 2,
+                owns,
+                config.progress_deadline(),
                 "with the guest",
             ),
         ];
@@ -395,7 +400,8 @@ impl Pair {
     fn must_succeed(&self) -> bool {
         let done = &self.done;
         let spared = done.cancelled == [false; 2] && done.crashed == [false; 2];
-        self.plan.gentle && spared && !done.vmm_refused && !done.vmm_hung && !done.early
+        let unwilling = done.vmm_refused || done.vmm_hung;
+        self.plan.gentle && spared && !unwilling && !done.early && !done.answer_lost
     }
 
     /// Whether an error fits what was done.

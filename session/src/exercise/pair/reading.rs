@@ -16,12 +16,12 @@ use super::plan::DevicePlan;
 use super::{Pair, What};
 use crate::source::event::Event;
 use crate::source::session::DeviceOutlook;
-use crate::source::stream::{Home, Item, Stream};
+use crate::source::stream::{BufferPool, Item, Stream};
 
-/// Buffers do not come home here.
-struct Gone;
+/// Buffers are not used again here.
+struct NoPool;
 
-impl Home for Gone {
+impl BufferPool for NoPool {
     fn take_back(&self, _: Vec<u8>) {}
 }
 
@@ -213,7 +213,7 @@ impl Reader {
         }
         let (section, octets) = self.pending.take()?;
         match self.stream.chunk(section, octets.len() as u64) {
-            Some(chunk) => Some(Item::chunk(chunk, octets, Arc::new(Gone))),
+            Some(chunk) => Some(Item::chunk(chunk, octets, Arc::new(NoPool))),
             None => {
                 self.pending = Some((section, octets));
                 None

@@ -162,8 +162,8 @@ impl Pair {
         };
         let machine = slot.machine.take();
         let items = machine.map_or(0, |machine| self.give_ledger_back(machine));
-        let pages = self.source.guest.dirty.len() as u64 + items;
-        self.source.events.push_back(Event::LaneLost { pages });
+        let pages = self.source.guest.dirty.len() as u64;
+        self.source.events.push_back(Event::LaneLost { pages, items });
     }
 
     /// Everything of a ledger comes back. Gives how many items of devices that is.

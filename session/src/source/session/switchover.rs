@@ -33,9 +33,13 @@ impl Session {
                 last.collected = true;
                 last.missing += pages;
             }
-            Event::LaneLost { pages } => {
-                last.missing += pages;
-                last.final_sent &= pages == 0;
+            // Items of devices are missing like pages are: they need a round that is open.
+            Event::LaneLost { pages, items } => {
+                last.missing += pages + items;
+                last.final_sent &= pages + items == 0;
+                if items > 0 {
+                    last.items_lost = Some(last.round);
+                }
             }
             // The receiver knows best whether a damaged page is still missing there: one that landed again is counted off.
             Event::Closed { round, damaged } if round == last.round => {
@@ -57,6 +61,11 @@ impl Session {
                 if digest != ours {
                     let theirs = digest;
                     return self.fail(wrong(Fault::DigestMismatch { ours, theirs }));
+                }
+                // The digest is that of memory. A stream that was whole before it began anew looks whole to a destination that has lost
+                // the RESTART with a lane (SPEC: PREP-3).
+                if last.items_lost.is_some_and(|round| self.closed <= Some(round)) {
+                    return self.lost(wrong(Fault::PreparedTooEarly), now);
                 }
                 self.state = State::Committed { since: now, last };
                 return vec![Effect::Commit];

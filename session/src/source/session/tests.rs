@@ -309,8 +309,8 @@ fn event(name: &str) -> (Event, Duration) {
             round: Round::new(0),
             damaged: 3,
         },
-        "lane lost, 0 pages" => Event::LaneLost { pages: 0 },
-        "lane lost, 7 pages" => Event::LaneLost { pages: 7 },
+        "lane lost, 0 pages" => Event::LaneLost { pages: 0, items: 0 },
+        "lane lost, 7 pages" => Event::LaneLost { pages: 7, items: 0 },
         "prepared" => Event::Prepared { digest: DIGEST },
         "prepared, other digest" => Event::Prepared {
             digest: OTHER_DIGEST,
@@ -701,9 +701,9 @@ fn no_lane_is_needed_from_the_closed_round_of_final_on_until_something_is_missin
         }
         assert!(!session.needs_lanes());
         // A lane of which everything was acknowledged costs nothing.
-        assert!(session.handle(Event::LaneLost { pages: 0 }, NOW).is_empty());
+        assert!(session.handle(Event::LaneLost { pages: 0, items: 0 }, NOW).is_empty());
         assert!(!session.needs_lanes());
-        assert_eq!(session.handle(Event::LaneLost { pages: 1 }, NOW).len(), 2);
+        assert_eq!(session.handle(Event::LaneLost { pages: 1, items: 0 }, NOW).len(), 2);
         assert!(session.needs_lanes(), "a further round has begun");
     }
     let mut session = after(10);
@@ -949,7 +949,7 @@ fn news_of_rounds_that_are_over_changes_nothing() {
 fn prepared_that_crosses_a_further_round_still_commits() {
     // The destination had everything: the lane died after that (SPEC: PREP-2).
     let mut session = after(11);
-    let effects = session.handle(Event::LaneLost { pages: 7 }, NOW);
+    let effects = session.handle(Event::LaneLost { pages: 7, items: 0 }, NOW);
     assert_eq!(effects.len(), 2, "a further round: {effects:?}");
     let (prepared, at) = event("prepared");
     assert!(matches!(session.handle(prepared, at)[..], [Effect::Commit]));
@@ -1221,7 +1221,7 @@ fn what_is_on_its_way_is_waited_for_and_not_followed_by_empty_rounds() {
     let mut session = draining();
     assert_eq!(state_name(&session), "draining 0");
     // What it says of other rounds, of lanes and of itself changes nothing.
-    assert!(session.handle(Event::LaneLost { pages: 1 }, NOW).is_empty());
+    assert!(session.handle(Event::LaneLost { pages: 1, items: 0 }, NOW).is_empty());
     assert!(session.handle(Event::RoundTrip(MS), NOW).is_empty());
     let words = |session: &mut Session, event: Event| -> Vec<String> {
         session.handle(event, NOW).iter().map(word).collect()
@@ -1436,7 +1436,7 @@ fn the_rounds_go_on_with_what_the_destination_has_closed() {
 #[test]
 fn a_lane_that_is_lost_on_the_way_back_ends_nothing_and_is_named_if_none_comes() {
     let mut session = kept(11, vec![lost(), Event::Reconnected, Event::Granted]);
-    assert!(words(&mut session, Event::LaneLost { pages: 7 }, NOW).is_empty());
+    assert!(words(&mut session, Event::LaneLost { pages: 7, items: 0 }, NOW).is_empty());
     assert!(session.is_rejoining());
     let lane = ChannelRef::Lane(multifd_wire::LaneId::new(2));
     session.hindered(Error::new(Phase::Setup, Fault::Dial("no way".into())).at(lane));
