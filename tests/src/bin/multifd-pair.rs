@@ -1,7 +1,7 @@
 //! Both roles' machines in one thread, joined by encoded frames over a made-up network, seed after seed.
 //!
 //! `cargo run --release -p multifd-tests --bin multifd-pair -- --count 1000000`. What it does and what must hold is in
-//! `session/src/exercise/pair.rs`. It complements `multifd-sim`, which runs the drivers and their threads.
+//! `session/src/exercise/pair/mod.rs`. It complements `multifd-sim`, which runs the drivers and their threads.
 #![allow(clippy::print_stdout)] // What it is for.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use clap::Parser;
-use multifd_session::exercise::pair;
+use multifd_session::exercise::{pair, pair_traced};
 
 /// Migrates with made-up faults, one migration per seed.
 #[derive(Parser)]
@@ -25,10 +25,25 @@ struct Args {
     /// How many at once.
     #[arg(long, default_value_t = 1)]
     jobs: u64,
+    /// Stop after this many seconds.
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Go on after a violation.
+    #[arg(long)]
+    keep_going: bool,
+    /// Print what happens in the migration of the first seed, and make no other.
+    #[arg(long)]
+    trace: bool,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if args.trace {
+        let run = pair_traced(args.from);
+        run.trace.iter().for_each(|line| println!("{line}"));
+        println!("{}, violations: {:?}", run.outcome, run.violations);
+        return ExitCode::from(u8::from(!run.violations.is_empty()));
+    }
     let (began, next) = (Instant::now(), AtomicU64::new(0));
     let outcomes = Mutex::new(BTreeMap::<&str, u64>::new());
     let violations = AtomicU64::new(0);
@@ -38,7 +53,12 @@ fn main() -> ExitCode {
                 let mut own = BTreeMap::<&str, u64>::new();
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= args.count {
+                    let time_is_up = || {
+                        let limit = args.seconds.map(std::time::Duration::from_secs);
+                        limit.is_some_and(|limit| began.elapsed() >= limit)
+                    };
+                    let stop = !args.keep_going && violations.load(Ordering::Relaxed) > 0;
+                    if number >= args.count || stop || number % 64 == 0 && time_is_up() {
                         break;
                     }
                     let seed = args.from.wrapping_add(number);
@@ -46,7 +66,7 @@ fn main() -> ExitCode {
                     *own.entry(run.outcome).or_default() += 1;
                     if !run.violations.is_empty() {
                         violations.fetch_add(1, Ordering::Relaxed);
-                        println!("VIOLATION seed {seed}: {run:?}");
+                        println!("VIOLATION seed {seed}: {}", run.violations.join("; "));
                     }
                 }
                 if let Ok(mut all) = outcomes.lock() {
@@ -64,7 +84,7 @@ fn main() -> ExitCode {
         .map(|(outcome, count)| format!("{count} {outcome}"))
         .collect();
     println!("{}", words.join(", "));
-    let (count, found) = (args.count, violations.into_inner());
+    let (count, found) = (outcomes.values().sum::<u64>(), violations.into_inner());
     println!(
         "{count} migrations in {seconds:.1} s, {:.0} a second; violations: {found}",
         count as f64 / seconds

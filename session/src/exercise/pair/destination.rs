@@ -170,6 +170,7 @@ impl Pair {
 
     fn take_control(&mut self, channel: usize) {
         self.watch.heard(Role::Destination, self.now);
+        self.watch.sets_up();
         let it = &mut self.destination;
         (it.control, it.deaf, it.heard) = (Some(channel), false, Sequence::FIRST);
     }

@@ -120,8 +120,7 @@ impl Pair {
 
     /// Frames of a channel are numbered without gaps.
     fn number(&mut self, channel: usize, from: Role, message: &mut Message) {
-        let said =
-            &mut self.network.channels[channel].said[usize::from(from == Role::Destination)];
+        let said = &mut self.network.channels[channel].said[usize::from(from == Role::Destination)];
         message.head[8..16].copy_from_slice(&said.to_le_bytes());
         *said += 1;
         reseal(&mut message.head);

@@ -82,7 +82,9 @@ impl Network {
     /// The channels that are open.
     pub(super) fn open_now(&self) -> Vec<usize> {
         let all = self.channels.iter().enumerate();
-        all.filter(|(_, it)| it.open).map(|(place, _)| place).collect()
+        all.filter(|(_, it)| it.open)
+            .map(|(place, _)| place)
+            .collect()
     }
 
     /// Whether more may be sent forth.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use multifd_wire::frame::OutcomeState;
-use multifd_wire::{ChannelRef, Frame, HEADER_BYTES, Header, Phase, Role};
+use multifd_wire::{Frame, HEADER_BYTES, Header, Phase, Role};
 
 use super::{MS, Pair, Run};
 use crate::common::Encoded;
@@ -28,8 +28,6 @@ pub(super) struct End {
     text: String,
     /// What was changed on the way.
     damage: bool,
-    /// The error names a channel.
-    placed: bool,
 }
 
 impl End {
@@ -40,7 +38,6 @@ impl End {
             code: "",
             text: String::new(),
             damage: false,
-            placed: false,
         }
     }
 
@@ -49,7 +46,6 @@ impl End {
             code: error.code(),
             text: error.to_string(),
             damage: error.is_damage(),
-            placed: error.channel() != ChannelRef::None,
             ..Self::new(says, at)
         }
     }
@@ -59,14 +55,19 @@ impl End {
             code: error.code(),
             text: error.to_string(),
             damage: error.is_damage(),
-            placed: error.channel() != ChannelRef::None,
             ..Self::new(says, at)
         }
     }
 
     /// It says that the other side broke the protocol.
     fn accuses(&self) -> bool {
-        let words = ["misbehaved", "malformed", "digest", "limit", "device.refused"];
+        let words = [
+            "misbehaved",
+            "malformed",
+            "digest",
+            "limit",
+            "device.refused",
+        ];
         !self.damage && words.iter().any(|word| self.code.contains(word))
     }
 }
@@ -131,6 +132,11 @@ impl Watch {
         (self.set_up, self.begun, self.out) = (now, false, None);
     }
 
+    /// The destination makes a set-up, for the first time or again.
+    pub(super) fn sets_up(&mut self) {
+        self.phases[1] = None;
+    }
+
     /// Another program of the destination.
     pub(super) fn begun_again(&mut self, now: Duration) {
         self.closed_pages = 0;
@@ -193,7 +199,11 @@ impl Pair {
 
     /// Whether so much time has passed, and its program could have noticed.
     fn passed(&self, who: usize, since: Duration, bound: Duration) -> bool {
-        self.now > since.saturating_add(bound).max(self.hosts[who].frozen_until) + MS
+        self.now
+            > since
+                .saturating_add(bound)
+                .max(self.hosts[who].frozen_until)
+                + MS
     }
 
     fn overdue_at_source(&mut self, phase: Phase) -> Option<(Duration, Duration, &'static str)> {
@@ -266,11 +276,7 @@ impl Pair {
                 config.stall(),
                 "nothing heard",
             ),
-            (
-                owns,
-                config.progress_deadline(),
-                "with the guest",
-            ),
+            (owns, config.progress_deadline(), "with the guest"),
         ];
         self.first_overdue(1, waits)
     }
@@ -282,7 +288,8 @@ impl Pair {
     ) -> Option<(Duration, Duration, &'static str)> {
         waits.into_iter().find_map(|(since, bound, what)| {
             let since = since?;
-            self.passed(who, since, bound).then_some((since, bound, what))
+            self.passed(who, since, bound)
+                .then_some((since, bound, what))
         })
     }
 
@@ -364,7 +371,9 @@ impl Pair {
                 self.violation(text);
             }
         }
-        let migrated = ends[0].as_ref().is_some_and(|end| end.says == Says::Migrated);
+        let migrated = ends[0]
+            .as_ref()
+            .is_some_and(|end| end.says == Says::Migrated);
         // A COMMIT that was lost on its way is as if it had not been sent, once the destination has said so.
         let undone = self.done.to_the_way()
             && ends[0]
@@ -391,7 +400,10 @@ impl Pair {
             Says::Unknown => !here && self.done.committed,
         };
         if !fits {
-            let text = format!("{:?}, and the guest runs here: {here}, there: {there}", end.says);
+            let text = format!(
+                "{:?}, and the guest runs here: {here}, there: {there}",
+                end.says
+            );
             self.violation(text);
         }
     }
@@ -421,8 +433,9 @@ impl Pair {
             // What the other side said is looked at there.
             "sender.peer.aborted" | "receiver.peer.aborted" => {
                 let other = ends[1 - who].as_ref();
-                other.is_some_and(|other| other.says != Says::Migrated && !other.code.contains("aborted"))
-                    || !self.ends.is_empty()
+                other.is_some_and(|other| {
+                    other.says != Says::Migrated && !other.code.contains("aborted")
+                }) || !self.ends.is_empty()
             }
             "sender.vmm.refused" | "receiver.vmm.refused" | "sender.peer.failed-after-commit" => {
                 done.vmm_refused || done.vmm_hung
@@ -441,7 +454,7 @@ impl Pair {
             | "sender.channel.nothing-taken"
             | "sender.channel.not-reconnected"
             | "receiver.channel.all-lanes-lost" => way || done.unwilling(),
-            "sender.peer.refused" => done.to_the_way() || done.cancelled[1],
+            "sender.peer.refused" => done.to_the_way() || done.unwilling(),
             _ => false,
         }
     }
@@ -453,7 +466,7 @@ impl Pair {
             Role::Destination => self.source.outcome.as_ref(),
         };
         let Some(end) = end else { return };
-        let (placed, accuses) = (end.placed, end.accuses());
+        let accuses = end.accuses();
         let (code, text) = (end.code, end.text.clone());
         if code.contains("internal") {
             self.violation(format!("a lie is called our own fault: {text}"));
@@ -462,9 +475,7 @@ impl Pair {
             Role::Source => "source",
             Role::Destination => "destination",
         };
-        // What is missing at the end of a round came on no channel.
-        let placed = placed || !code.starts_with("wire") || code.contains("device-stream");
-        if accuses && !(placed && text.contains(peer)) {
+        if accuses && !text.contains(peer) {
             self.violation(format!("{code} does not say who: {text}"));
         }
     }

@@ -403,16 +403,15 @@ impl Pair {
     }
 
     pub(super) fn grant(&mut self, device: DeviceId, offset_max: u64) -> Result<(), Misbehaved> {
-        self.source
-            .readers
-            .get(device)?
-            .stream
-            .grant(offset_max)?;
+        self.source.readers.get(device)?.stream.grant(offset_max)?;
         self.wake_reader(device.value() as usize);
         Ok(())
     }
 
-    pub(super) fn device_acked(&mut self, ack: &SwitchoverAck) -> Result<DeviceOutlook, Misbehaved> {
+    pub(super) fn device_acked(
+        &mut self,
+        ack: &SwitchoverAck,
+    ) -> Result<DeviceOutlook, Misbehaved> {
         self.source.readers.get(ack.device)?.acked(ack)?;
         Ok(self.source.readers.outlook())
     }

@@ -163,7 +163,9 @@ impl Pair {
         let machine = slot.machine.take();
         let items = machine.map_or(0, |machine| self.give_ledger_back(machine));
         let pages = self.source.guest.dirty.len() as u64;
-        self.source.events.push_back(Event::LaneLost { pages, items });
+        self.source
+            .events
+            .push_back(Event::LaneLost { pages, items });
     }
 
     /// Everything of a ledger comes back. Gives how many items of devices that is.
@@ -303,7 +305,9 @@ impl Pair {
             && !open.left.is_empty()
             && self.source.session.phase() < Phase::Done
         {
-            self.violation(format!("round {round} begins before the one before is over"));
+            self.violation(format!(
+                "round {round} begins before the one before is over"
+            ));
         }
         let left: VecDeque<u64> = std::mem::take(&mut self.source.guest.dirty)
             .into_iter()

@@ -353,6 +353,13 @@ fn a_first_connection_that_is_lost_loses_the_set_up_and_not_the_migration() {
     };
     let steps = lanes.ended(ONE, first(), reset(), &view, MS);
     assert!(matches!(steps.end, Some(End::Lost(_))), "{steps:?}");
+    // The destination lost the control channel first, and with it the ticket (SPEC: RESUME-13).
+    let stale = Some(Fault::Refused {
+        reason: Reason::BadTicket,
+        text: "not here".into(),
+    });
+    let steps = lanes.ended(ONE, first(), stale, &view, MS);
+    assert!(matches!(steps.end, Some(End::Lost(_))), "{steps:?}");
     // It was tried for as long as a hello may take.
     let refused = Some(Fault::Dial("connection refused".into()));
     let steps = lanes.ended(ONE, first(), refused, &view, MS);

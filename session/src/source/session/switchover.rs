@@ -64,7 +64,10 @@ impl Session {
                 }
                 // The digest is that of memory. A stream that was whole before it began anew looks whole to a destination that has lost
                 // the RESTART with a lane (SPEC: PREP-3).
-                if last.items_lost.is_some_and(|round| self.closed <= Some(round)) {
+                if last
+                    .items_lost
+                    .is_some_and(|round| self.closed <= Some(round))
+                {
                     return self.lost(wrong(Fault::PreparedTooEarly), now);
                 }
                 self.state = State::Committed { since: now, last };

@@ -701,9 +701,18 @@ fn no_lane_is_needed_from_the_closed_round_of_final_on_until_something_is_missin
         }
         assert!(!session.needs_lanes());
         // A lane of which everything was acknowledged costs nothing.
-        assert!(session.handle(Event::LaneLost { pages: 0, items: 0 }, NOW).is_empty());
+        assert!(
+            session
+                .handle(Event::LaneLost { pages: 0, items: 0 }, NOW)
+                .is_empty()
+        );
         assert!(!session.needs_lanes());
-        assert_eq!(session.handle(Event::LaneLost { pages: 1, items: 0 }, NOW).len(), 2);
+        assert_eq!(
+            session
+                .handle(Event::LaneLost { pages: 1, items: 0 }, NOW)
+                .len(),
+            2
+        );
         assert!(session.needs_lanes(), "a further round has begun");
     }
     let mut session = after(10);
@@ -953,6 +962,44 @@ fn prepared_that_crosses_a_further_round_still_commits() {
     assert_eq!(effects.len(), 2, "a further round: {effects:?}");
     let (prepared, at) = event("prepared");
     assert!(matches!(session.handle(prepared, at)[..], [Effect::Commit]));
+}
+
+#[test]
+fn prepared_is_not_taken_for_right_before_lost_items_of_devices_have_come_again() {
+    // SPEC: PREP-3. The digest is right, and what was lost with the lane may have been a RESTART.
+    let prepared = || Event::Prepared { digest: DIGEST };
+    let closed = |round| Event::Closed {
+        round: Round::new(round),
+        damaged: 0,
+    };
+    let sent_again = |session: &mut Session, round| {
+        let encoded = Event::Encoded {
+            octets: 1,
+            unacked_octets: 0,
+        };
+        let _ = session.handle(encoded, NOW);
+        let _ = session.handle(Event::FinalSent { digest: DIGEST }, NOW);
+        let _ = session.handle(closed(round), NOW);
+    };
+    let after_the_loss = || {
+        let mut session = kept(11, Vec::new());
+        let _ = session.handle(closed(1), NOW);
+        let lost = Event::LaneLost { pages: 0, items: 1 };
+        let effects = session.handle(lost, NOW);
+        assert_eq!(effects.len(), 2, "a further round: {effects:?}");
+        session
+    };
+    let mut early = after_the_loss();
+    assert_eq!(
+        words(&mut early, prepared(), NOW),
+        ["reclaim and resume", "disconnect", "reconnect"]
+    );
+    let mut in_time = after_the_loss();
+    sent_again(&mut in_time, 2);
+    assert!(matches!(
+        in_time.handle(prepared(), NOW)[..],
+        [Effect::Commit]
+    ));
 }
 
 /// One repair: the last round turns out damaged.
@@ -1221,7 +1268,11 @@ fn what_is_on_its_way_is_waited_for_and_not_followed_by_empty_rounds() {
     let mut session = draining();
     assert_eq!(state_name(&session), "draining 0");
     // What it says of other rounds, of lanes and of itself changes nothing.
-    assert!(session.handle(Event::LaneLost { pages: 1, items: 0 }, NOW).is_empty());
+    assert!(
+        session
+            .handle(Event::LaneLost { pages: 1, items: 0 }, NOW)
+            .is_empty()
+    );
     assert!(session.handle(Event::RoundTrip(MS), NOW).is_empty());
     let words = |session: &mut Session, event: Event| -> Vec<String> {
         session.handle(event, NOW).iter().map(word).collect()
