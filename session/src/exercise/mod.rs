@@ -6,9 +6,11 @@
 
 mod destination;
 mod pair;
+mod source;
 
 pub use destination::destination;
 pub use pair::{Run, pair, pair_traced};
+pub use source::source;
 
 /// Reads a script, one byte after another.
 struct Script<'a>(std::slice::Iter<'a, u8>);
@@ -28,12 +30,18 @@ impl Script<'_> {
 mod tests {
     /// Scripts that get far, and what a fuzzer found, with how each ends.
     macro_rules! corpus {
-        ($($name:literal: $end:expr;)*) => {
-            &[$(($name, include_bytes!(concat!("../../../fuzz/corpus/destination/", $name)), $end),)*]
+        ($role:literal: $($name:literal: $end:expr;)*) => {
+            &[$((
+                $name,
+                include_bytes!(concat!("../../../fuzz/corpus/", $role, "/", $name)),
+                $end,
+            ),)*]
         };
     }
 
-    const CORPUS: &[(&str, &[u8], Option<&str>)] = corpus! {
+    type Corpus = &'static [(&'static str, &'static [u8], Option<&'static str>)];
+
+    const DESTINATION: Corpus = corpus! { "destination":
         "asked": Some("failed");
         "devices": Some("running");
         "lane-lost-and-migrated": Some("running");
@@ -44,10 +52,25 @@ mod tests {
         "silent": Some("failed");
     };
 
+    const SOURCE: Corpus = corpus! { "source":
+        "asked-and-not-committed": Some("failed");
+        "asked-and-running": Some("migrated");
+        "forgotten-and-begun-again": Some("migrated");
+        "lane-lost-and-migrated": Some("migrated");
+        "migrated": Some("migrated");
+        "prepared-too-early": Some("migrated");
+        "resumed-and-migrated": Some("migrated");
+        "resumed-in-the-switchover": Some("migrated");
+        "silent": Some("failed");
+    };
+
     #[test]
     fn each_script_of_the_corpus_keeps_the_promises_and_ends_as_it_did() {
-        for (name, script, end) in CORPUS {
+        for (name, script, end) in DESTINATION {
             assert_eq!(super::destination::run(script), *end, "{name}");
+        }
+        for (name, script, end) in SOURCE {
+            assert_eq!(super::source::run(script), *end, "{name}");
         }
     }
 
@@ -68,6 +91,33 @@ mod tests {
             script in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
         ) {
             super::destination(&script);
+        }
+
+        /// Any script at all, for the source.
+        #[test]
+        fn no_script_makes_the_source_break_a_promise(
+            script in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
+        ) {
+            super::source(&script);
+        }
+
+        /// Scripts that begin with a set-up, and go on with a switchover, a resume, or both.
+        #[test]
+        fn no_script_after_a_set_up_makes_the_source_break_a_promise(
+            settings in 0..8_u8,
+            far in proptest::prelude::any::<[bool; 3]>(),
+            script in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
+        ) {
+            let mut all = super::source::SET_UP.to_vec();
+            all[0] = settings;
+            let parts = [super::source::SWITCHOVER, super::source::RESUMED, super::source::SWITCHOVER];
+            for (part, wanted) in parts.into_iter().zip(far) {
+                if wanted {
+                    all.extend(part);
+                }
+            }
+            all.extend(script);
+            super::source(&all);
         }
 
         /// Scripts that begin with a set-up, or with a switchover.
