@@ -4,6 +4,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`flags`] | flags that both programs have: kinds of channel, TLS, stall, output |
+//! | [`confinement`] | `--confine`: what a program takes from itself |
 //! | [`units`] | sizes, rates and times: read as people write them, printed in the same spelling |
 //! | [`say`] | lines on standard output and standard error that can't end the program |
 //! | [`signals`] | SIGINT, SIGTERM and SIGHUP ask for a cancellation, however often they come |
@@ -14,6 +15,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod confinement;
 pub mod flags;
 pub mod round_end;
 #[macro_use]

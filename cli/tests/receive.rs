@@ -23,6 +23,7 @@ const FLAGS: &[&str] = &[
     "--bridge",
     "--bridge-buffer",
     "--bridge-outage",
+    "--confine",
     "--expect",
     "--memory-ceiling",
     "--one-attempt",

@@ -28,6 +28,7 @@ const FLAGS: &[&str] = &[
     "--bridge-buffer",
     "--bridge-outage",
     "--channels",
+    "--confine",
     "--connect",
     "--data",
     "--debug-dirty-scan",

@@ -7,7 +7,7 @@ use landlock::{
     PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
 };
 
-use crate::{Error, Restricted};
+use crate::{Error, Exec, Restricted};
 
 /// The newest landlock that the rules are written for: TCP ports came with the fourth. An older kernel takes what it knows.
 const WRITTEN_FOR: ABI = ABI::V5;
@@ -67,9 +67,13 @@ pub struct Ports {
 
 /// Restricts this thread and those that it starts. A path that is not there is left out: nothing could be done with it, and nothing
 /// can be made in its place.
-pub(crate) fn restrict(files: &Files, ports: &Ports) -> Result<Restricted, Error> {
+pub(crate) fn restrict(files: &Files, ports: &Ports, exec: Exec) -> Result<Restricted, Error> {
     let read = AccessFs::from_read(WRITTEN_FOR) & !AccessFs::Execute;
-    let all = AccessFs::from_all(WRITTEN_FOR);
+    let all = match exec {
+        Exec::Forbidden => AccessFs::from_all(WRITTEN_FOR),
+        // The program, its interpreter and its libraries can be anywhere.
+        Exec::Allowed => AccessFs::from_all(WRITTEN_FOR) & !AccessFs::Execute,
+    };
     let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(all)?

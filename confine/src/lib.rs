@@ -190,7 +190,7 @@ pub fn capabilities(kept: Capabilities) -> Result<(), Error> {
 pub fn process(policy: &Policy) -> Result<Applied, Error> {
     set_no_new_privs(true).map_err(Error::step("forbid new privileges"))?;
     let dumpable = forbid_dumps()?;
-    let files = files::restrict(&policy.files, &policy.ports)?;
+    let files = files::restrict(&policy.files, &policy.ports, policy.exec)?;
     calls::restrict_process(policy.exec)?;
     Ok(Applied { files, dumpable })
 }

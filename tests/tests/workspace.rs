@@ -20,6 +20,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     // The protocol knows the format and nothing that does I/O.
     ("multifd-session", &["multifd-wire"]),
     ("multifd-bridge", &["multifd-wire", "multifd-transport"]),
+    ("multifd-confine", &["multifd-transport"]),
     (
         "multifd-guest",
         &["multifd-tracking", "multifd-transport", "multifd-wire"],
@@ -60,6 +61,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         "multifd-cli",
         &[
             "multifd-bridge",
+            "multifd-confine",
             "multifd-wire",
             "multifd-transport",
             "multifd-guest",
@@ -84,7 +86,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
 
 /// Crates in which the compiler forbids `unsafe` for good: no file of theirs can allow it again.
 const WITHOUT_UNSAFE: &[&str] = &[
-    "wire", "bridge", "session", "sender", "receiver", "multifd", "cli",
+    "wire", "bridge", "session", "sender", "receiver", "confine", "multifd", "cli",
 ];
 
 /// Crates whose files may allow `unsafe`, one by one and with a reason.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use multifd_cli::flags::{Output, Silence, TlsFiles, Transport};
-use multifd_cli::units;
+use multifd_cli::{confinement, units};
 use multifd_receiver::{AfterFailedSetup, Config, Overcommit};
 use multifd_transport::tls::{Clients, TlsServer};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
@@ -38,6 +38,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(crate) tls: TlsFiles,
+
+    #[command(flatten)]
+    pub(crate) confinement: confinement::Flags,
 
     #[command(flatten)]
     pub(crate) silence: Silence,

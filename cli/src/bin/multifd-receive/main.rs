@@ -16,8 +16,10 @@ use std::sync::atomic::Ordering;
 use anyhow::Context as _;
 use args::Args;
 use machine::{GuestHandle, Machine};
+use multifd_cli::confinement::Places;
 use multifd_cli::flags::ReportKind;
 use multifd_cli::{signals, start};
+use multifd_confine::{Exec, Side};
 use multifd_receiver::{Config, Parts, Reception};
 use multifd_transport::{Address, ChannelOptions, Listener};
 
@@ -34,6 +36,10 @@ fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(error) => return not_begun(&args, start::USAGE, 2, &error),
     };
+    let kinds = places.0.iter().map(Address::kind);
+    if let Err(error) = args.confinement.give_up_capabilities(kinds, &places.0) {
+        return not_begun(&args, start::NOT_BEGUN, 1, &error);
+    }
     if args.bridge.bridge.is_some() {
         return match bridge(&args, &places) {
             Ok(status) => ExitCode::from(status),
@@ -97,6 +103,11 @@ fn run(
         .iter()
         .map(|listener| listener.local_address().clone())
         .collect();
+    let bound = Places::Listening(&addresses);
+    let confined = args
+        .confinement
+        .confine(bound, &args.tls, &[], Exec::Forbidden);
+    confined?;
     let guest = GuestHandle::default();
     let ceiling = args
         .memory_ceiling
@@ -109,7 +120,7 @@ fn run(
         vmm: Box::new(machine),
         listeners,
         config,
-        spawner: None,
+        spawner: args.confinement.spawner(Side::Destination)?,
     })
     .map_err(|failed| failed.error)?;
     announce(args, &addresses);

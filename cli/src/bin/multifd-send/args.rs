@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use multifd_cli::flags::{Output, Silence, TlsFiles, Transport};
-use multifd_cli::units;
+use multifd_cli::{confinement, units};
 use multifd_guest::{Device, DeviceConfig, Fill, Pattern, Tracking};
 use multifd_sender::config::WhenDestinationLost;
 use multifd_sender::{Config, DirtyScan, WhenAckLate, WhenNotConverging};
@@ -112,6 +112,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(crate) tls: TlsFiles,
+
+    #[command(flatten)]
+    pub(crate) confinement: confinement::Flags,
 
     /// The name that the destination's certificate must be for. Default: the host that is dialled
     #[arg(long, value_name = "NAME", help_heading = "TLS")]

@@ -66,18 +66,22 @@ impl Receiver {
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         let mut errors = BufReader::new(child.stderr.take().context("its standard error is ours")?);
-        let mut addresses = Vec::new();
+        let (mut addresses, mut said) = (Vec::new(), String::new());
         while addresses.len() < args.transport.len() {
             let mut line = String::new();
-            errors.read_line(&mut line)?;
-            let Some(address) = line.trim().strip_prefix("listening on ") else {
-                let mut rest = String::new();
-                let _ = errors.read_to_string(&mut rest);
+            if errors.read_line(&mut line)? == 0 {
                 let _ = child.kill();
                 let _ = child.wait();
-                bail!("multifd-receive did not start: {}{}", line, rest);
-            };
-            addresses.push(address.parse()?);
+                bail!("multifd-receive did not start: {}", said.trim());
+            }
+            match line.trim().strip_prefix("listening on ") {
+                Some(address) => addresses.push(address.parse()?),
+                // Its log, or why it does not start.
+                None => said += &line,
+            }
+        }
+        if !said.is_empty() {
+            err!("{}", said.trim_end());
         }
         // Its log goes where ours goes.
         let thread = || std::thread::Builder::new();

@@ -21,12 +21,14 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use args::{Args, Way};
 use machine::Machine;
+use multifd_cli::confinement::{Places, folder_of};
 use multifd_cli::flags::ReportKind;
 use multifd_cli::units::{Rate, Size};
 use multifd_cli::{signals, start};
+use multifd_confine::{Exec, Side};
 use multifd_guest::{Guest, Tracking};
 use multifd_sender::{Config, Finished, Migration, OutcomeKind, Parts, SpreadDialer};
-use multifd_transport::rdma::RdmaOptions;
+use multifd_transport::{Address, rdma::RdmaOptions};
 use serde_json::Value;
 use state_file::StateFile;
 use summary::Summary;
@@ -92,6 +94,9 @@ fn run(
     guest_config: &multifd_guest::Config,
     way: Way,
 ) -> anyhow::Result<Summary> {
+    let dialled = way.data.iter().chain(&way.control).map(Address::kind);
+    let kinds = dialled.chain(args.transport.iter().map(|kind| kind.kind()));
+    args.confinement.give_up_capabilities(kinds, &[])?;
     // Before anything is started that would have to be taken down.
     let asked = signals::catch(
         "multifd-send",
@@ -108,6 +113,13 @@ fn run(
         (None, None) => anyhow::bail!("give --connect ADDRESS, or --loopback"),
     };
     let to = destinations(&control, &data);
+    let dialled: Vec<_> = data.iter().chain([&control]).cloned().collect();
+    let written: Vec<_> = args.state_file.iter().map(|file| folder_of(file)).collect();
+    let dialling = Places::Dialling(&dialled);
+    let confined = args
+        .confinement
+        .confine(dialling, &args.tls, &written, Exec::Forbidden);
+    confined?;
     let guest = Arc::new(Guest::create(guest_config).context("the guest can't be made")?);
     introduce(args, &guest, guest_config.tracking);
     guest.run()?;
@@ -150,7 +162,7 @@ fn run(
             options,
         }),
         config,
-        spawner: None,
+        spawner: args.confinement.spawner(Side::Source)?,
     };
     let finished = watch::watch(
         &args.output,
