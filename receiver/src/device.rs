@@ -7,14 +7,14 @@
 //!   set_state … Resuming ─► write … write ─► load_config ─► set_state(Stop)       everything is in, and checked by the device
 //!   after the commit: set_state(RunningP2p) on all devices, then set_state(Running)
 //! ```
-//! `device/` has what the destination does with it: the assembler of its stream, and the place where lanes hand it to the loader.
+//! `device/` has what the destination does with it: the assembler of its stream, and the stream in which lanes hand it to the loader.
 //! The mirror image at the source is `multifd_sender::device::DeviceSource`.
 
-pub(crate) mod handover;
 #[cfg(feature = "model")]
 mod model;
 #[cfg(test)]
 mod shuttled;
+pub(crate) mod stream;
 
 use std::any::Any;
 
@@ -24,7 +24,7 @@ use multifd_wire::frame::DeviceFlags;
 pub use multifd_session::common::DeviceError;
 pub use multifd_session::destination::assembler;
 
-/// What [`handover`] waits with.
+/// What [`stream`] waits with.
 mod sync {
     pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 }

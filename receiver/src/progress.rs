@@ -77,7 +77,7 @@ impl Counters {
     }
 
     /// What was counted of a source that came to nothing does not count for the next one. Who was refused stays counted.
-    pub(crate) fn begin_anew(&self) {
+    pub(crate) fn reset(&self) {
         self.set_phase(Phase::Hello);
         for counter in [
             &self.round,

@@ -7,7 +7,6 @@ use multifd_session::destination::Outcome;
 use multifd_wire::{DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
 
-use crate::driver::LoadedDevice;
 use crate::progress::Snapshot;
 
 /// How it ended, in one word.
@@ -91,6 +90,18 @@ pub struct DeviceReport {
     pub load_ms: f64,
     /// Time that it took for its configuration and its own final check.
     pub config_ms: f64,
+}
+
+/// A device that has everything, and how long that took.
+#[derive(Debug, Clone)]
+pub(crate) struct LoadedDevice {
+    pub(crate) device: DeviceId,
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
+    pub(crate) load: Duration,
+    pub(crate) config: Duration,
+    /// How often its stream had begun anew.
+    pub(crate) restarts: u32,
 }
 
 /// Times and results that the control thread notes down.

@@ -1,7 +1,7 @@
 //! What the destination's VMM gives to a migration, and the proof it is shown before it may run the guest.
 //!
 //! The rule this file keeps: the guest runs here only with a [`Ownership`], which the session makes from a
-//! `Ready` (last round closed, digests equal, state loaded) and a COMMIT (SPEC: COMMIT-1).
+//! `ReadyToCommit` (last round closed, digests equal, state loaded) and a COMMIT (SPEC: COMMIT-1).
 
 use std::any::Any;
 

@@ -1,6 +1,6 @@
-//! The hand-over between lanes and loader under random and systematic thread schedules.
+//! The stream between lanes and loader under random and systematic thread schedules.
 //!
-//! The file of the hand-over is compiled once more here, with the model's lock and condition variable in the place of the
+//! The file of the stream is compiled once more here, with the model's lock and condition variable in the stream of the
 //! standard ones. A lost wake-up shows as a deadlock, which the model reports.
 
 use multifd_wire::frame::{DeviceChunk, DeviceMark, Mark, Section};
@@ -17,36 +17,36 @@ mod sync {
 }
 
 #[allow(clippy::duplicate_mod)] // on purpose: with another lock
-#[path = "handover.rs"]
-mod handover;
+#[path = "stream.rs"]
+mod stream;
 
-use handover::{Body, Handover, Waited};
+use stream::{Body, DeviceStream, Waited};
 
 const RANDOM: usize = 3000;
 
-fn handover() -> Arc<Handover> {
+fn new_stream() -> Arc<DeviceStream> {
     let assembler = Assembler::new(DeviceId::new(0), 4, 8);
-    Arc::new(Handover::new(assembler, 4, 8))
+    Arc::new(DeviceStream::new(assembler, 4, 8))
 }
 
 /// A data chunk of four octets that all are its index.
-fn bring(handover: &Handover, index: u64) {
+fn bring(stream: &DeviceStream, index: u64) {
     let head = DeviceChunk {
         device: DeviceId::new(0),
         section: Section::Data,
         index,
         offset: index * 4,
     };
-    match handover.admit(&head, 4, 0).unwrap() {
+    match stream.admit(&head, 4, 0).unwrap() {
         Body::Take(mut octets) => {
             octets.fill(index as u8);
-            handover.arrived(index, octets).unwrap();
+            stream.arrived(index, octets).unwrap();
         }
         Body::Have => {}
     }
 }
 
-fn mark(handover: &Handover, what: Mark, index: u64, offset: u64) {
+fn mark(stream: &DeviceStream, what: Mark, index: u64, offset: u64) {
     let mark = DeviceMark {
         device: DeviceId::new(0),
         mark: what,
@@ -54,24 +54,24 @@ fn mark(handover: &Handover, what: Mark, index: u64, offset: u64) {
         index,
         offset,
     };
-    handover.mark(&mark).unwrap();
+    stream.mark(&mark).unwrap();
 }
 
 /// Loads to the end of the stream; gives the octets and the last credit.
-fn load(handover: &Handover) -> (Vec<u8>, u64) {
+fn load(stream: &DeviceStream) -> (Vec<u8>, u64) {
     let (mut got, mut credit, mut config) = (Vec::new(), 8, 0);
     loop {
-        match handover.next().expect("the stream ends, not the migration") {
+        match stream.next().expect("the stream ends, not the migration") {
             Item::Data(octets) => {
                 got.extend_from_slice(&octets);
-                credit = handover.loaded(octets).unwrap_or(credit);
+                credit = stream.loaded(octets).unwrap_or(credit);
             }
             Item::Config(octets) => {
                 got.extend_from_slice(&octets);
                 config += octets.len() as u64;
-                credit = handover.put_together(octets).unwrap_or(credit);
+                credit = stream.put_together(octets).unwrap_or(credit);
             }
-            Item::ConfigEnd => return (got, handover.let_go(config).unwrap_or(credit)),
+            Item::ConfigEnd => return (got, stream.let_go(config).unwrap_or(credit)),
             Item::InitialEnd(_) | Item::DataEnd | Item::Restart => {}
         }
     }
@@ -79,22 +79,22 @@ fn load(handover: &Handover) -> (Vec<u8>, u64) {
 
 /// Two lanes bring two chunks and the marks between them, a third thread loads.
 fn two_lanes_and_a_loader() {
-    let place = handover();
+    let stream = new_stream();
     let lanes: Vec<_> = (0..2u64)
         .map(|lane| {
-            let place = Arc::clone(&place);
+            let stream = Arc::clone(&stream);
             thread::spawn(move || {
-                bring(&place, lane);
+                bring(&stream, lane);
                 let what = if lane == 0 {
                     Mark::ConfigEnd
                 } else {
                     Mark::DataEnd
                 };
-                mark(&place, what, 3 - lane, 8);
+                mark(&stream, what, 3 - lane, 8);
             })
         })
         .collect();
-    let (got, credit) = load(&place);
+    let (got, credit) = load(&stream);
     assert_eq!(got, [0, 0, 0, 0, 1, 1, 1, 1]);
     assert_eq!(credit, 16, "all of it is credit again");
     lanes.into_iter().for_each(|lane| lane.join().unwrap());
@@ -102,20 +102,21 @@ fn two_lanes_and_a_loader() {
 
 /// A configuration as large as the window, of which the first lane is lost after it brought its half; that half comes again.
 fn a_configuration_that_fills_the_window() {
-    let place = handover();
+    let stream = new_stream();
     let config = |index: u64| DeviceChunk {
         device: DeviceId::new(0),
         section: Section::Config,
         index,
         offset: (index - 1) * 4,
     };
-    let bring = move |place: &Handover, index| match place.admit(&config(index), 4, 0).unwrap() {
-        Body::Take(octets) => {
-            place.arrived(index, octets).unwrap();
-        }
-        Body::Have => {}
-    };
-    let lost = Arc::clone(&place);
+    let bring =
+        move |stream: &DeviceStream, index| match stream.admit(&config(index), 4, 0).unwrap() {
+            Body::Take(octets) => {
+                stream.arrived(index, octets).unwrap();
+            }
+            Body::Have => {}
+        };
+    let lost = Arc::clone(&stream);
     let lane = thread::spawn(move || {
         mark(&lost, Mark::DataEnd, 0, 0);
         bring(&lost, 1);
@@ -128,14 +129,14 @@ fn a_configuration_that_fills_the_window() {
         mark(&lost, Mark::ConfigEnd, 3, 8);
         assert_eq!(lost.missing(), None);
     });
-    assert_eq!(load(&place), (vec![0; 8], 16), "credit only at the end");
+    assert_eq!(load(&stream), (vec![0; 8], 16), "credit only at the end");
     lane.join().unwrap();
 }
 
 /// One lane is cut off in a body; another brings the same chunk later. The loader may wait meanwhile.
 fn a_lane_dies_in_a_body() {
-    let place = handover();
-    let dying = Arc::clone(&place);
+    let stream = new_stream();
+    let dying = Arc::clone(&stream);
     let lane = thread::spawn(move || {
         let head = DeviceChunk {
             device: DeviceId::new(0),
@@ -150,44 +151,44 @@ fn a_lane_dies_in_a_body() {
         mark(&dying, Mark::DataEnd, 1, 4);
         mark(&dying, Mark::ConfigEnd, 2, 4);
     });
-    assert_eq!(load(&place).0, [0; 4]);
+    assert_eq!(load(&stream).0, [0; 4]);
     lane.join().unwrap();
 }
 
-/// The end of the migration sends the loader home, wherever it waits; so does the end of memory where that is waited for.
+/// The end of the migration ends the loader, wherever it waits; so does the end of memory where that is waited for.
 fn the_end_wakes_the_loader() {
-    let place = handover();
-    let loader = Arc::clone(&place);
+    let stream = new_stream();
+    let loader = Arc::clone(&stream);
     let waiting = thread::spawn(move || loader.next().is_none());
-    let last = Arc::clone(&place);
+    let last = Arc::clone(&stream);
     let gate = thread::spawn(move || {
         while last.wait_for_memory() == Waited::Restarted {}
         last.wait_for_memory()
     });
-    bring(&place, 1);
-    place.end();
+    bring(&stream, 1);
+    stream.end();
     assert!(waiting.join().unwrap(), "chunk 0 never came");
     assert_eq!(gate.join().unwrap(), Waited::Ended);
-    let place = handover();
-    let last = Arc::clone(&place);
+    let stream = new_stream();
+    let last = Arc::clone(&stream);
     let gate = thread::spawn(move || last.wait_for_memory());
-    place.memory_landed();
+    stream.memory_landed();
     assert_eq!(gate.join().unwrap(), Waited::Landed);
     // A switchover that is broken off waits anew, and a stream that begins anew behind it is heard.
-    place.memory_moves_on();
-    let last = Arc::clone(&place);
+    stream.memory_moves_on();
+    let last = Arc::clone(&stream);
     let gate = thread::spawn(move || last.wait_for_memory());
-    mark(&place, Mark::Restart, 0, 0);
+    mark(&stream, Mark::Restart, 0, 0);
     assert_eq!(gate.join().unwrap(), Waited::Restarted);
     // Memory that landed before the stream began anew is not what its end waits for.
-    assert_eq!(place.next(), Some(Item::Restart));
-    place.memory_landed();
-    mark(&place, Mark::Restart, 1, 0);
-    assert_eq!(place.next(), Some(Item::Restart));
-    assert_eq!((place.restarts(), place.granted()), (2, 8));
-    let last = Arc::clone(&place);
+    assert_eq!(stream.next(), Some(Item::Restart));
+    stream.memory_landed();
+    mark(&stream, Mark::Restart, 1, 0);
+    assert_eq!(stream.next(), Some(Item::Restart));
+    assert_eq!((stream.restarts(), stream.granted()), (2, 8));
+    let last = Arc::clone(&stream);
     let gate = thread::spawn(move || last.wait_for_memory());
-    place.end();
+    stream.end();
     assert_eq!(gate.join().unwrap(), Waited::Ended);
 }
 

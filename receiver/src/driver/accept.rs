@@ -16,7 +16,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use multifd_transport::{Channel, ListenError, Listener};
 
 use super::greet::{self, NoGreeter};
-use super::lobby::{Guest, Lobby, Origin, Seen};
+use super::pending::{Origin, Pending, PendingHellos, Seen};
 use super::{GREETERS_MAX, GREETERS_UNKNOWN_MAX, Shared};
 
 /// The waker's token.
@@ -55,18 +55,18 @@ impl Acceptor {
                 Interest::READABLE,
             )?;
         }
-        let door = Door {
+        let accepting = AcceptLoop {
             shared: Arc::clone(shared),
             poll,
             listeners,
-            lobby: Lobby::default(),
+            hellos: PendingHellos::default(),
             due: BTreeSet::new(),
             short: BTreeSet::new(),
             crowded: false,
         };
         let thread = shared
             .spawner
-            .spawn("mfd-accept", Box::new(move || door.keep()))?;
+            .spawn("mfd-accept", Box::new(move || accepting.run()))?;
         Ok(Self {
             running: Some((waker, thread)),
         })
@@ -83,11 +83,11 @@ impl Drop for Acceptor {
     }
 }
 
-struct Door {
+struct AcceptLoop {
     shared: Arc<Shared>,
     poll: Poll,
     listeners: Vec<Listener>,
-    lobby: Lobby,
+    hellos: PendingHellos,
     /// Listeners at which a connection may wait.
     due: BTreeSet<usize>,
     /// Of which: those where one could not be taken.
@@ -96,8 +96,8 @@ struct Door {
     crowded: bool,
 }
 
-impl Door {
-    fn keep(mut self) {
+impl AcceptLoop {
+    fn run(mut self) {
         let mut events = Events::with_capacity(256);
         loop {
             if let Err(error) = self.poll.poll(&mut events, self.longest()) {
@@ -113,7 +113,7 @@ impl Door {
                     Token(listener) if listener >= LISTENERS => {
                         self.due.insert(listener - LISTENERS);
                     }
-                    Token(id) => drop(self.lobby.look(id)),
+                    Token(id) => drop(self.hellos.look(id)),
                 }
             }
             for index in std::mem::take(&mut self.due) {
@@ -130,7 +130,7 @@ impl Door {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();
-        let ends = self.lobby.next_end(self.shared.config.hello_deadline());
+        let ends = self.hellos.next_end(self.shared.config.hello_deadline());
         [
             ends.map(|end| end.saturating_duration_since(now)),
             self.crowded.then_some(GREETER_AGAIN),
@@ -151,12 +151,12 @@ impl Door {
             Ok(false) | Err(ListenError::ShutDown) => {}
             Err(error) => {
                 // Once, and not each time that it is tried again.
-                if !was_short && let Some(unsaid) = self.shared.hush.speak() {
+                if !was_short && let Some(unsaid) = self.shared.log_limit.allow() {
                     tracing::warn!(%error, unsaid, "a connection could not be accepted");
                 }
                 // Who stands about has to make room for who comes.
                 let exhausted = matches!(error, ListenError::Exhausted(_));
-                if exhausted && let Some(channel) = self.lobby.evict() {
+                if exhausted && let Some(channel) = self.hellos.evict() {
                     greet::turn_away_busy(&self.shared, channel);
                 } else {
                     self.short.insert(index);
@@ -181,12 +181,12 @@ impl Door {
     }
 
     fn enter(&mut self, channel: Box<dyn Channel>, origin: Origin) {
-        let (id, evicted) = self.lobby.admit(channel, origin, Instant::now());
+        let (id, evicted) = self.hellos.admit(channel, origin, Instant::now());
         if let Some(evicted) = evicted {
             greet::turn_away_busy(&self.shared, evicted);
         }
         // Closing its descriptor takes it out of the poll again.
-        if let Seen::Waits(socket) = self.lobby.look(id)
+        if let Seen::Waits(socket) = self.hellos.look(id)
             && let Err(error) = self.poll.registry().register(
                 &mut SourceFd(&socket),
                 Token(id),
@@ -194,7 +194,7 @@ impl Door {
             )
         {
             tracing::warn!(%error, "a connection can't be waited for");
-            self.lobby.forget(id);
+            self.hellos.forget(id);
         }
     }
 
@@ -203,31 +203,31 @@ impl Door {
         loop {
             // Kinds that can't be looked at may be silent for as long as they are given: some greeters are kept from them.
             let unknown = self.shared.greeters.load(Ordering::Acquire) < GREETERS_UNKNOWN_MAX;
-            let Some((id, mut guest)) = self.lobby.take_ready(unknown) else {
+            let Some((id, mut pending)) = self.hellos.take_ready(unknown) else {
                 break;
             };
-            if let Some(socket) = guest.watched.take() {
+            if let Some(socket) = pending.watched.take() {
                 // What it receives from now on is no event here. It can't fail: it was registered.
                 let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
             }
-            let Guest { channel, .. } = guest;
+            let Pending { channel, .. } = pending;
             if let Err(NoGreeter { channel, .. }) =
                 greet::offer(&self.shared, channel, GREETERS_MAX)
             {
-                guest.channel = channel;
-                self.lobby.put_back(id, guest);
+                pending.channel = channel;
+                self.hellos.put_back(id, pending);
                 break;
             }
         }
-        self.crowded = self.lobby.is_anybody_ready();
+        self.crowded = self.hellos.is_anybody_ready();
     }
 
     /// Closes those whose time is over.
     fn let_go(&mut self) {
-        let (patience, now) = (self.shared.config.hello_deadline(), Instant::now());
-        while let Some(channel) = self.lobby.expired(patience, now) {
+        let (limit, now) = (self.shared.config.hello_deadline(), Instant::now());
+        while let Some(channel) = self.hellos.expired(limit, now) {
             self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
-            if let Some(unsaid) = self.shared.hush.speak() {
+            if let Some(unsaid) = self.shared.log_limit.allow() {
                 let peer = channel.describe();
                 tracing::warn!(channel = %peer, unsaid, "connection closed: it did not say hello in time");
             }

@@ -4,10 +4,12 @@
 //! session does not have: what was known before frames were counted is passed on before they are acknowledged (SPEC: BACK-2), and no
 //! lane of old channels is settled before its thread has ended (SPEC: RESUME-6).
 
-mod anew;
+mod channel;
 mod devices;
 mod end;
 mod lanes;
+mod next_source;
+mod notes;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -18,20 +20,19 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_session::common::Encoded;
-use multifd_session::destination::{Closed, Counts, Effect, Event, Outcome, Secrets, Session};
-use multifd_transport::Closer;
+use multifd_session::destination::{Closed, Counts, Effect, Event, Outcome, Session};
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{Features, Kind, Phase, Round, Token};
 
-use self::devices::Devices;
+use self::channel::Link;
 use self::lanes::Lanes;
 use super::accept::Acceptor;
+use super::device::DeviceSet;
 use super::greet::{Opened, turn_away};
-use super::link::{ControlSender, failed, read_control};
-use super::vmm::{VmmDone, VmmTask, VmmThread};
+use super::vmm::{VmmTask, VmmThread};
 use super::{Finished, Note, Shared, thread_cpu};
 use crate::error::{Error, Fault};
-use crate::landing::{Landing, LandingError};
+use crate::landing::Landing;
 use crate::report::Timeline;
 use crate::vmm::Vmm;
 
@@ -44,18 +45,6 @@ const ANSWER_MAX: Duration = Duration::from_secs(1);
 
 /// How often it is looked for a cancellation while nobody has come yet.
 const IDLE_POLL: Duration = Duration::from_millis(200);
-
-/// The control channel that there is.
-#[derive(Default)]
-struct Link {
-    sender: Option<ControlSender>,
-    closer: Option<Closer>,
-    reader: Option<JoinHandle<()>>,
-    /// The reader has said its last word.
-    lost: bool,
-    /// Counts the control channels: what an earlier one said is void.
-    epoch: u32,
-}
 
 pub(super) struct Control {
     shared: Arc<Shared>,
@@ -72,7 +61,7 @@ pub(super) struct Control {
     /// The source that came back, until the session has it accepted or turned away.
     returning: Option<Opened>,
     lanes: Lanes,
-    devices: Devices,
+    devices: DeviceSet,
     vmm: Option<VmmThread>,
     landing: Option<Arc<Landing>>,
     /// Who waits for an answer.
@@ -108,7 +97,7 @@ impl Control {
             link: Link::default(),
             returning: None,
             lanes: Lanes::default(),
-            devices: Devices::default(),
+            devices: DeviceSet::default(),
             vmm: Some(vmm),
             landing: None,
             asking: None,
@@ -311,7 +300,7 @@ impl Control {
                 self.devices.memory_landed();
             }
             Effect::Resume(proof) => {
-                let sinks = self.devices_home();
+                let sinks = self.take_devices_back();
                 self.ask_vmm(VmmTask::Resume(proof, sinks));
             }
             Effect::Suspend => self.suspend(),
@@ -384,203 +373,6 @@ impl Control {
             counts: self.counts(),
         };
         self.events.push_back(Event::Closed(closed));
-    }
-
-    // ── the control channel ──────────────────────────────────────────────────────────────────────────────────────────
-
-    /// Makes this the control channel.
-    fn take_control(&mut self, opened: Opened) -> Result<(), Fault> {
-        let (shared, epoch, rx) = (Arc::clone(&self.shared), self.link.epoch, opened.rx);
-        let mut tx = opened.tx;
-        tx.set_stall(Some(self.shared.config.stall()));
-        self.link.sender = Some(ControlSender::new(tx));
-        self.link.closer = Some(opened.closer);
-        self.link.lost = false;
-        let body = Box::new(move || read_control(rx, &shared, epoch));
-        let reader = self.shared.spawner.spawn("mfd-reader", body);
-        self.link.reader = Some(reader.map_err(|source| Fault::System {
-            step: "start a thread",
-            source,
-        })?);
-        Ok(())
-    }
-
-    fn opened(&mut self, opened: Opened) {
-        tracing::info!(channel = %opened.description, session = ?opened.session, "control channel open");
-        let now = self.now();
-        self.features = opened.features;
-        self.secret = Some(opened.resume_secret);
-        self.session = Some(Session::new(
-            self.shared.config.clone(),
-            opened.features,
-            now,
-        ));
-        let secrets = secrets(&opened);
-        match self.take_control(opened) {
-            Ok(()) => self.drive(Event::Opened(secrets)),
-            Err(fault) => self.drive(Event::Failed(fault)),
-        }
-    }
-
-    /// The source is back, and the session takes it.
-    fn accept_resume(&mut self) {
-        let Some(mut opened) = self.returning.take() else {
-            return self.internal("a source that did not come back");
-        };
-        opened.tx.set_deadline(Some(Instant::now() + ANSWER_MAX));
-        let reply = opened.reply.take();
-        let sent = reply.map_or(Ok(()), |reply| opened.tx.send(&reply.encode(), &[]));
-        opened.tx.set_deadline(None);
-        if let Err(error) = sent {
-            return self.events.push_back(Event::ControlLost(failed(error)));
-        }
-        tracing::info!(channel = %opened.description, "the source is back");
-        self.shared.desk.set_yields(false);
-        let taken = self.take_control(opened);
-        self.events.extend(taken.err().map(Event::Failed));
-    }
-
-    /// Closes every channel. The lanes' threads end with what they have read whole.
-    fn suspend(&mut self) {
-        self.link.epoch += 1;
-        if let Some(closer) = self.link.closer.take() {
-            closer.shutdown();
-        }
-        self.link.sender = None;
-        self.detached.extend(self.link.reader.take());
-        self.detached.retain(|thread| !thread.is_finished());
-        self.lanes.suspend();
-        self.devices.memory_moves_on();
-        self.timeline.suspended();
-        self.shared.desk.set_yields(self.gives_way());
-    }
-
-    // ── notes ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    fn note(&mut self, note: Note) {
-        match note {
-            Note::Opened(opened) => self.opened(opened),
-            // It belongs to a session before this one.
-            Note::LaneJoined(_) if self.session.is_none() => {}
-            Note::LaneJoined(joined) => self.lane_joined(joined),
-            // The same: its greeter was slow.
-            Note::Resuming(Opened {
-                resume_secret: secret,
-                ..
-            })
-            | Note::Asked { secret, .. }
-                if self.secret != Some(secret) => {}
-            Note::GiveWay => self.give_way(),
-            Note::Resuming(opened) => {
-                let secrets = secrets(&opened);
-                self.returning = Some(opened);
-                self.drive(Event::Resuming(secrets));
-            }
-            Note::Asked { answer, .. } => {
-                self.asking = Some(answer);
-                self.timeline.asked += 1;
-                self.drive(Event::Asked);
-                self.asking = None;
-            }
-            Note::Inbound { epoch, .. } | Note::ControlLost { epoch, .. }
-                if epoch != self.link.epoch => {}
-            Note::Inbound { message, .. } => {
-                let now = self.now();
-                let Some(session) = &mut self.session else {
-                    return;
-                };
-                let effects = match message.frame() {
-                    Ok(frame) => session.frame(&frame, message.body(), now),
-                    Err(malformed) => session.handle(Event::ControlLost(malformed.into()), now),
-                };
-                self.carry_out(effects);
-            }
-            Note::ControlLost { fault, .. } => {
-                self.link.lost = true;
-                self.drive(Event::ControlLost(fault));
-            }
-            Note::LaneArrived {
-                lane,
-                incarnation,
-                round,
-                last,
-            } => self.drive(Event::LaneArrived {
-                lane,
-                incarnation,
-                round,
-                last,
-            }),
-            Note::LaneEnded { mark, fault } => {
-                self.lanes.ended(mark.lane, mark.incarnation);
-                tracing::debug!(lane = %mark.lane, %fault, "lane ended");
-                self.drive(Event::LaneEnded { mark, fault });
-            }
-            Note::Damaged {
-                lane,
-                incarnation,
-                sequence,
-                runs,
-            } => {
-                tracing::debug!(%lane, %sequence, pages = runs.len(), "pages failed their checksum");
-                self.drive(Event::Damaged {
-                    lane,
-                    incarnation,
-                    sequence,
-                    runs,
-                });
-            }
-            Note::Vmm(done) => self.vmm_done(done),
-            Note::Device(note) => self.device(note),
-            Note::Cancel => self.cancel(),
-        }
-    }
-
-    fn vmm_done(&mut self, done: VmmDone) {
-        let event = match done {
-            VmmDone::Prepared(result, took) => {
-                self.devices.note_left(result.as_ref().err());
-                self.timeline.prepare_ms = ms(took);
-                let built = result.and_then(|(layout, memory, sinks)| {
-                    self.devices.take(sinks);
-                    Landing::new(layout, memory).map_err(|error| match error {
-                        LandingError::Differs(text) => Fault::MemoryDiffers { text },
-                        LandingError::NoRoom => Fault::System {
-                            step: "memory for page checksums",
-                            source: std::io::ErrorKind::OutOfMemory.into(),
-                        },
-                    })
-                });
-                match built {
-                    Ok(landing) => {
-                        self.landing = Some(Arc::new(landing));
-                        Event::MachineReady
-                    }
-                    Err(fault) => Event::Failed(fault),
-                }
-            }
-            VmmDone::Loaded(result, took) => {
-                self.timeline.load_ms = ms(took);
-                Event::Loaded(result)
-            }
-            VmmDone::Resumed(result, took, sinks) => {
-                self.devices.note_left(result.as_ref().err());
-                self.timeline.resume_ms = ms(took);
-                self.devices.take(sinks);
-                self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
-                match result {
-                    Ok(()) => Event::Resumed(self.counts()),
-                    Err(fault) => Event::Failed(fault),
-                }
-            }
-        };
-        self.drive(event);
-    }
-}
-
-fn secrets(opened: &Opened) -> Secrets {
-    Secrets {
-        ticket: opened.ticket,
-        resume: opened.resume_secret,
     }
 }
 

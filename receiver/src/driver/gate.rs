@@ -37,7 +37,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Sends every waiting lane home.
+    /// Ends the wait of every lane.
     pub(super) fn end(&self) {
         lock(&self.state).ended = true;
         self.changed.notify_all();

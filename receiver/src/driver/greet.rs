@@ -1,24 +1,26 @@
 //! Greeters: read the hello of a new connection, answer it, and pass the channel on or close it.
 //!
 //! Each has a thread of its own for as long as its deadline allows. Connections that can be looked at get one only when their
-//! whole hello is here (see `lobby`), so that silent and slow ones keep nobody else from being served. Nothing is allocated for a
+//! whole hello is here (see `pending`), so that silent and slow ones keep nobody else from being served. Nothing is allocated for a
 //! connection before its hello was accepted but that thread.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use multifd_session::destination::set_up;
+pub(super) use multifd_session::destination::registry::Refusal;
+use multifd_session::destination::registry::{Granted, Verdict};
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::Outcome;
-use multifd_wire::negotiate;
 use multifd_wire::{
-    Body, ChannelRef, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, Intent, LaneId,
-    Reason, Sequence, SessionId, Token,
+    Body, ChannelRef, Features, Frame, HELLO_BYTES, Hello, HelloReply, Incarnation, LaneId, Reason,
+    Sequence, SessionId, Token,
 };
 
-pub(super) use super::desk::Refusal;
 use super::{GREETERS_MAX, Note, OfferError, Shared, lock};
+
+/// How often it is looked whether a session that gives way is gone.
+const PLACE_POLL: Duration = Duration::from_millis(1);
 
 /// A control channel whose hello was accepted.
 pub(super) struct Opened {
@@ -93,7 +95,7 @@ fn receive(shared: &Shared, mut channel: Box<dyn Channel>) {
     let deadline = Instant::now() + shared.config.hello_deadline();
     let refused = |what: &'static str, error: &dyn std::fmt::Display| {
         shared.counters.refused.fetch_add(1, Ordering::Relaxed);
-        if let Some(unsaid) = shared.hush.speak() {
+        if let Some(unsaid) = shared.log_limit.allow() {
             tracing::warn!(channel = %peer, %error, unsaid, "{what}");
         }
     };
@@ -130,69 +132,41 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
     let deadline = Instant::now() + shared.config.hello_deadline();
     tx.set_deadline(Some(deadline));
     rx.set_deadline(Some(deadline));
-    let mut octets = [0u8; HELLO_BYTES];
-    rx.receive(&mut octets)?;
-    let hello = match Hello::decode(&octets) {
+    let mut bytes = [0u8; HELLO_BYTES];
+    rx.receive(&mut bytes)?;
+    let hello = match Hello::decode(&bytes) {
         Ok(hello) => hello,
         Err(error) => {
             if let Some(frame) = error.damaged() {
                 // It can't be trusted in what it says that the channel is for.
                 shared.counters.note_damage(ChannelRef::None, frame, 1);
             }
-            let features = set_up::offered(&shared.config);
-            let offer = shared.desk.offer_for(Intent::Start, features);
-            return refuse(
-                shared,
-                &mut *tx,
-                &mut *rx,
-                &negotiate::refuse(&octets, &error, &offer),
-            );
+            let reply = lock(&shared.registry).unreadable(&bytes, &error);
+            return refuse(shared, &mut *tx, &mut *rx, &reply);
         }
     };
-    // Who asks for what is not here is told so, whatever features it has in mind.
-    let knows = match hello.intent {
-        Intent::Resume | Intent::Ask => shared.desk.knows(&hello),
-        Intent::Start => shared.desk.expects(&hello, shared.config.pass()),
-        Intent::Join => Ok(()),
+    let opened = |(tx, rx, closer), granted: Granted, reply| Opened {
+        tx,
+        rx,
+        closer,
+        session: hello.session,
+        features: granted.features,
+        ticket: granted.ticket,
+        resume_secret: granted.resume_secret,
+        description: description.clone(),
+        reply,
     };
-    if let Err((reason, text)) = knows {
-        let reply = HelloReply::refused(reason, text, hello.session);
-        if reason == Reason::BadTicket && !wrong_token(shared, deadline) {
-            return Ok(());
+    let (note, reply) = match verdict(shared, &hello, deadline) {
+        Verdict::Start(reply, granted) => {
+            let opened = opened((tx, rx, closer), granted, None);
+            (Note::Opened(opened), reply)
         }
-        return refuse(shared, &mut *tx, &mut *rx, &reply);
-    }
-    let features = set_up::offered(&shared.config);
-    let reply = negotiate::answer(&hello, &shared.desk.offer_for(hello.intent, features));
-    let agreement = match negotiate::accept(&hello, &reply) {
-        Ok(agreement) => agreement,
-        Err(_) => return refuse(shared, &mut *tx, &mut *rx, &reply),
-    };
-    let no = |(reason, text): Refusal| HelloReply::refused(reason, text, hello.session);
-    if hello.intent == Intent::Start && shared.desk.claims_place() {
-        let _ = shared.notes.send(Note::GiveWay);
-        shared.desk.wait_until_free(deadline);
-    }
-    let note = match hello.intent {
-        Intent::Start => match shared
-            .desk
-            .start(&hello, agreement, shared.config.lanes_max())
-        {
-            Ok((ticket, resume_secret)) => Note::Opened(Opened {
-                tx,
-                rx,
-                closer,
-                session: hello.session,
-                features: agreement.features,
-                ticket,
-                resume_secret,
-                description,
-                reply: None,
-            }),
-            Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
-        },
-        Intent::Join => match shared.desk.join(&hello) {
-            Ok(()) => Note::LaneJoined(Joined {
+        Verdict::Resume(reply, granted) => {
+            let opened = opened((tx, rx, closer), granted, Some(reply));
+            (Note::Resuming(opened), reply)
+        }
+        Verdict::Join(reply) => {
+            let joined = Joined {
                 lane: hello.lane,
                 incarnation: hello.incarnation,
                 ticket: hello.token,
@@ -201,41 +175,60 @@ fn greet(shared: &Shared, channel: Box<dyn Channel>) -> Result<(), ChannelError>
                 closer,
                 description,
                 reply: (hello.incarnation != Incarnation::new(0)).then_some(reply),
-            }),
-            Err(refusal) => {
-                if refusal.0 == Reason::BadTicket && !wrong_token(shared, deadline) {
-                    return Ok(());
-                }
-                return refuse(shared, &mut *tx, &mut *rx, &no(refusal));
+            };
+            (Note::LaneJoined(joined), reply)
+        }
+        Verdict::Ask(reply) => return answer(shared, &mut *tx, &mut *rx, &hello, &reply),
+        Verdict::Refuse(reply) => return refuse(shared, &mut *tx, &mut *rx, &reply),
+        Verdict::WrongToken(reply, pause) => {
+            if !keep_back(shared, pause, deadline) {
+                return Ok(());
             }
-        },
-        Intent::Resume => match shared.desk.resume(&hello) {
-            Ok((ticket, resume_secret)) => Note::Resuming(Opened {
-                tx,
-                rx,
-                closer,
-                session: hello.session,
-                features: agreement.features,
-                ticket,
-                resume_secret,
-                description,
-                reply: Some(reply),
-            }),
-            Err(refusal) => return refuse(shared, &mut *tx, &mut *rx, &no(refusal)),
-        },
-        Intent::Ask => return answer(shared, &mut *tx, &mut *rx, &hello, &reply),
+            return refuse(shared, &mut *tx, &mut *rx, &reply);
+        }
+        // Another session came between, and gives way as well: this hello is too late for it.
+        Verdict::GiveWay => {
+            let text = "a migration is under way here already";
+            let no = HelloReply::refused(Reason::Busy, text, hello.session);
+            return refuse(shared, &mut *tx, &mut *rx, &no);
+        }
     };
     welcome(shared, note, &reply)
 }
 
-/// Counts a wrong ticket or secret, and slows its bearer down; says whether to answer.
-fn wrong_token(shared: &Shared, deadline: Instant) -> bool {
-    shared.counters.wrong_tokens.fetch_add(1, Ordering::Relaxed);
-    let answers = shared.desk.slow_down(deadline);
-    if !answers {
-        shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+/// What the registry says of a hello. A session that gives way is waited for, but not so long that there is no time to answer.
+fn verdict(shared: &Shared, hello: &Hello, deadline: Instant) -> Verdict {
+    let first = lock(&shared.registry).hello(hello, random_token);
+    if first != Verdict::GiveWay {
+        return first;
     }
-    answers
+    let _ = shared.notes.send(Note::GiveWay);
+    let half = deadline.saturating_duration_since(Instant::now()) / 2;
+    let until = Instant::now() + half;
+    while !lock(&shared.registry).is_free() && Instant::now() < until {
+        std::thread::sleep(PLACE_POLL);
+    }
+    lock(&shared.registry).hello(hello, random_token)
+}
+
+/// Counts a wrong ticket or secret, and keeps the answer to it back; says whether it is to be given at all.
+fn keep_back(shared: &Shared, pause: Option<Duration>, deadline: Instant) -> bool {
+    shared.counters.wrong_tokens.fetch_add(1, Ordering::Relaxed);
+    let Some(pause) = pause else {
+        shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        return false;
+    };
+    // Half of what is left, so that there is time to answer.
+    let left = deadline.saturating_duration_since(Instant::now());
+    std::thread::sleep(pause.min(left / 2));
+    lock(&shared.registry).answered_late();
+    true
+}
+
+fn random_token() -> Option<Token> {
+    let mut bytes = [0u8; 16];
+    getrandom::fill(&mut bytes).ok()?;
+    Some(Token::new(bytes))
 }
 
 /// Sends the acceptance and passes the channel on. The control thread sends nothing on it before it has it.
@@ -253,7 +246,7 @@ fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), Ch
     };
     tx.set_deadline(None);
     rx.set_deadline(None);
-    // Passed on even if the peer is gone already: a session or lane that was entered at the desk has to end like any other.
+    // Passed on even if the peer is gone already: a session or lane that was entered in the registry has to end like any other.
     if let Err(unheard) = shared.notes.send(note) {
         // The control thread has ended meanwhile; who was not answered yet is told so.
         let (mut tx, mut rx, reply) = match unheard.into_inner() {
@@ -262,7 +255,7 @@ fn welcome(shared: &Shared, mut note: Note, reply: &HelloReply) -> Result<(), Ch
             _ => return sent,
         };
         if let Some(HelloReply::Accepted { session, .. }) = reply {
-            let no = HelloReply::refused(Reason::WrongSession, "it is over here", session);
+            let no = HelloReply::refused(Reason::WrongSession, "session ended", session);
             limit(shared, &mut *tx, &mut *rx);
             return refuse(shared, &mut *tx, &mut *rx, &no);
         }
@@ -286,7 +279,7 @@ fn answer(
     let Ok(state) = answers.recv_timeout(shared.config.hello_deadline()) else {
         let no = HelloReply::refused(
             Reason::ShuttingDown,
-            "nobody is there to answer",
+            "control thread not responding",
             hello.session,
         );
         return refuse(shared, tx, rx, &no);
@@ -300,9 +293,9 @@ fn answer(
         return Ok(());
     }
     // Who asked and does not read must not hold up the end of this side.
-    let patience = Some(Instant::now() + shared.patience_with_refused());
-    tx.set_deadline(patience);
-    rx.set_deadline(patience);
+    let until = Some(Instant::now() + shared.refused_limit());
+    tx.set_deadline(until);
+    rx.set_deadline(until);
     tx.send(&octets, &[])?;
     tx.finish()?;
     match rx.drain(64 * 1024) {
@@ -354,12 +347,14 @@ fn refuse(
     reply: &HelloReply,
 ) -> Result<(), ChannelError> {
     shared.counters.refused.fetch_add(1, Ordering::Relaxed);
-    if let (HelloReply::Refused { reason, text, .. }, Some(unsaid)) = (reply, shared.hush.speak()) {
+    if let (HelloReply::Refused { reason, text, .. }, Some(unsaid)) =
+        (reply, shared.log_limit.allow())
+    {
         tracing::warn!(channel = %tx.describe(), %reason, %text, unsaid, "hello refused");
     }
     tx.send(&reply.encode(), &[])?;
     tx.finish()?;
-    rx.set_deadline(Some(Instant::now() + shared.patience_with_refused()));
+    rx.set_deadline(Some(Instant::now() + shared.refused_limit()));
     match rx.drain(64 * 1024) {
         Ok(_) | Err(ChannelError::Deadline { .. } | ChannelError::Reset { .. }) => Ok(()),
         Err(error) => Err(error),

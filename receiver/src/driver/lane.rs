@@ -15,7 +15,7 @@ use multifd_wire::{
     PageRun, Round,
 };
 
-use super::device::{DeviceNote, Inventory};
+use super::device::{DeviceNote, DeviceTable};
 use super::gate::Gate;
 use super::link::{failed, read_first, read_table, skip_body};
 use super::{Note, Shared, lock, thread_cpu};
@@ -47,7 +47,7 @@ pub(super) struct Work {
     pub(super) round: Round,
     pub(super) landing: Arc<Landing>,
     /// Where items of devices go; `None` if the feature was not agreed on.
-    pub(super) inventory: Option<Arc<Inventory>>,
+    pub(super) devices: Option<Arc<DeviceTable>>,
 }
 
 /// Where lanes that joined during set-up wait for READY.
@@ -92,11 +92,11 @@ impl LaneThread {
         counters.add_cpu(thread_cpu(&mut cpu));
         counters.note_fault(ChannelRef::Lane(self.id), &fault);
         // What it carried may come again.
-        if let Some(inventory) = lock(&self.start.work)
+        if let Some(devices) = lock(&self.start.work)
             .as_ref()
-            .and_then(|work| work.inventory.as_ref())
+            .and_then(|work| work.devices.as_ref())
         {
-            inventory.lane_lost();
+            devices.lane_lost();
         }
         fault
     }
@@ -275,10 +275,8 @@ impl LaneThread {
 
 impl Work {
     /// SPEC: FEAT-4
-    fn devices(&self, kind: Kind) -> Result<&Inventory, Misbehaved> {
-        self.inventory
-            .as_deref()
-            .ok_or(Misbehaved::Feature { kind })
+    fn devices(&self, kind: Kind) -> Result<&DeviceTable, Misbehaved> {
+        self.devices.as_deref().ok_or(Misbehaved::Feature { kind })
     }
 }
 

@@ -1,28 +1,25 @@
 //! Threads, queues and sockets of the destination: what carries out the effects of [`Session`](crate::session::Session).
 //!
 //! ```text
-//!   accept thread (mio, lobby) ──► greeters (one per hello, few, with a deadline) ── notes ──┐
+//!   accept thread (mio, pending hellos) ──► greeters (one per hello, few, with a deadline) ── notes ──┐
 //!   control reader ◄── control channel                            ── notes ──────────────────► control thread ──► control channel
 //!   lane 0 … lane n-1 ◄── data channels, straight into memory     ── notes ──┘   │  ▲
 //!                                                                                ▼  │
-//!   loader of each device ◄── lanes (handover)                    ── notes ──┘  VMM thread
+//!   loader of each device ◄── lanes (streams)                    ── notes ──┘  VMM thread
 //! ```
-//! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`lobby::LOBBY_MAX`]), and greeters
+//! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`pending::PENDING_MAX`]), and greeters
 //! ([`GREETERS_MAX`]).
 
 mod accept;
 mod control;
-mod desk;
 mod device;
 mod gate;
 mod greet;
-mod hush;
 mod lane;
 mod link;
-mod lobby;
+mod log_limit;
+mod pending;
 mod vmm;
-
-pub(crate) use device::LoadedDevice;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -31,6 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
+use multifd_session::destination::registry::Registry;
 use multifd_transport::{Channel, Listener, Running, Spawner, StdSpawner, ended, thread_cpu};
 use multifd_wire::Phase;
 
@@ -150,13 +148,14 @@ impl Reception {
             .spawner
             .map_or_else(|| Arc::new(StdSpawner) as Arc<dyn Spawner>, Arc::from);
         let (notes, inbox) = crossbeam_channel::bounded(NOTES_MAX);
+        let registry = Registry::new(&parts.config);
         let shared = Arc::new(Shared {
             config: parts.config,
             counters: Counters::default(),
             notes,
             spawner: Arc::clone(&spawner),
-            desk: desk::Desk::default(),
-            hush: hush::Hush::default(),
+            registry: Mutex::new(registry),
+            log_limit: log_limit::LogLimit::default(),
             greeters: AtomicUsize::new(0),
             cancelled: AtomicBool::new(false),
         });
@@ -217,22 +216,22 @@ struct Shared {
     counters: Counters,
     notes: Sender<Note>,
     spawner: Arc<dyn Spawner>,
-    desk: desk::Desk,
-    hush: hush::Hush,
+    registry: Mutex<Registry>,
+    log_limit: log_limit::LogLimit,
     greeters: AtomicUsize,
     cancelled: AtomicBool,
 }
 
 impl Shared {
     /// How long a peer that was refused is given to read why.
-    fn patience_with_refused(&self) -> Duration {
+    fn refused_limit(&self) -> Duration {
         let busy = self.greeters.load(std::sync::atomic::Ordering::Acquire) > GREETERS_MAX / 4;
-        let patience = if busy {
+        let limit = if busy {
             REFUSED_UNDER_PRESSURE
         } else {
             REFUSED_MAX
         };
-        patience.min(self.config.hello_deadline())
+        limit.min(self.config.hello_deadline())
     }
 }
 

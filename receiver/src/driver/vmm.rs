@@ -92,7 +92,7 @@ impl VmmThread {
     ///
     /// # Panics
     /// With the VMM, in its own words.
-    pub(super) fn home(self, limit: Duration, meanwhile: impl Fn()) -> Option<Box<dyn Vmm>> {
+    pub(super) fn give_back(self, limit: Duration, meanwhile: impl Fn()) -> Option<Box<dyn Vmm>> {
         drop(self.tasks);
         let until = Instant::now() + limit;
         while Instant::now() < until {
@@ -166,7 +166,9 @@ fn prepare(
             .devices(devices)
             .map_err(refused("give the machine's devices"))?;
         let table = devices.to_vec();
-        let (opened, back) = with_all(shared, sinks, move |sinks, busy| open(&table, sinks, busy));
+        let (opened, back) = with_all(shared, sinks, move |sinks, watch| {
+            open(&table, sinks, watch)
+        });
         sinks = back;
         opened?;
     }

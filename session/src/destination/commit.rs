@@ -1,9 +1,9 @@
 //! From verified memory to the guest: loading, PREPARED, COMMIT, and the proofs that lie between.
 //!
 //! ```text
-//!   Verified ──load──► Loading ──state and devices loaded──► Ready ──COMMIT──► Ownership
+//!   Verified ──load──► Loading ──state and devices loaded──► ReadyToCommit ──COMMIT──► Ownership
 //! ```
-//! The rule it keeps: only [`Ready`] leads to PREPARED (SPEC: PREP-1), and only a COMMIT of the same digest on top of it gives
+//! The rule it keeps: only [`ReadyToCommit`] leads to PREPARED (SPEC: PREP-1), and only a COMMIT of the same digest on top of it gives
 //! [`Ownership`] (SPEC: COMMIT-1). Each proof is made in this file and nowhere else, out of the one before.
 
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::rounds::Verified;
 /// Proof that this side has everything: the last round closed, nothing damaged, digests equal, the state and every device loaded.
 #[derive(Debug)]
 #[must_use = "without it the guest can't be taken over"]
-pub struct Ready {
+pub struct ReadyToCommit {
     digest: Digest,
 }
 
@@ -24,7 +24,7 @@ pub struct Ready {
 #[derive(Debug)]
 #[must_use = "the guest runs nowhere until the VMM is shown this"]
 pub struct Ownership {
-    _ready: Ready,
+    _ready: ReadyToCommit,
 }
 
 /// The VM state is being loaded over verified memory.
@@ -59,14 +59,14 @@ impl Loading {
     }
 
     /// The proof, once the state and every device are loaded.
-    pub(super) fn ready(&self, devices_loaded: bool) -> Option<Ready> {
-        (self.loaded && devices_loaded).then(|| Ready {
+    pub(super) fn ready(&self, devices_loaded: bool) -> Option<ReadyToCommit> {
+        (self.loaded && devices_loaded).then(|| ReadyToCommit {
             digest: self.verified.digest(),
         })
     }
 }
 
-impl Ready {
+impl ReadyToCommit {
     pub(super) fn digest(&self) -> Digest {
         self.digest
     }

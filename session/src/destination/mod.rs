@@ -19,12 +19,13 @@ pub mod error;
 pub mod event;
 pub mod lane;
 mod lanes;
+pub mod registry;
 mod remembered;
 mod rounds;
 pub mod session;
 pub mod set_up;
 
-pub use commit::{Ownership, Ready};
+pub use commit::{Ownership, ReadyToCommit};
 
 pub use config::{Config, ConfigBuilder, ConfigError, Overcommit};
 pub use error::{Error, Fault};

@@ -31,7 +31,7 @@ use multifd_wire::{
 };
 
 use super::blobs::Assembler;
-use super::commit::{Loading, Loads, Ready};
+use super::commit::{Loading, Loads, ReadyToCommit};
 use super::config::Config;
 use super::deadlines::Deadlines;
 use super::devices::Devices;
@@ -50,7 +50,7 @@ enum State {
     /// Every lane is at the end of a round with the guest paused, the gate shut.
     Fenced(Fence),
     Loading(Loading),
-    Prepared(Ready),
+    Prepared(ReadyToCommit),
     /// Without channels, until this time.
     Suspended {
         until: Duration,

@@ -30,12 +30,12 @@ impl Control {
         self.detached.extend(threads);
         self.later.clear();
         let ended = self.join_all();
-        let mut devices = self.devices_home();
+        let mut devices = self.take_devices_back();
         // Dropping it stops the accept thread and closes the listeners.
         let acceptor = self.acceptor.take().filter(|_| waits_on && ended);
         let limit = self.shared.config.device_deadline();
         let mut vmm = self.vmm.take().and_then(|vmm| {
-            vmm.home(limit, || {
+            vmm.give_back(limit, || {
                 let _ = self.inbox.try_recv();
             })
         });
@@ -43,7 +43,7 @@ impl Control {
             && let Some(machine) = vmm.take()
         {
             drop(devices);
-            match self.anew(machine, acceptor) {
+            match self.for_next_source(machine, acceptor) {
                 Ok(next) => return ControlFlow::Continue(next),
                 Err((error, machine)) => {
                     tracing::error!(%error, "there is no thread for the next source's machine");

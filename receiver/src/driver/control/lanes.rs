@@ -21,7 +21,7 @@ use crate::driver::{Note, Shared};
 use crate::error::Fault;
 
 /// One lane that was let in.
-struct Slot {
+struct OpenLane {
     incarnation: Incarnation,
     closer: Closer,
     /// Kept so that the connection is not half closed under the source.
@@ -35,7 +35,7 @@ struct Slot {
 pub(super) struct Lanes {
     /// Channels that wait for the session to let them in.
     joining: BTreeMap<(LaneId, Incarnation), Joined>,
-    slots: BTreeMap<LaneId, Slot>,
+    open: BTreeMap<LaneId, OpenLane>,
     start: Arc<Start>,
     pub(super) gate: Arc<Gate>,
 }
@@ -44,7 +44,7 @@ impl Default for Lanes {
     fn default() -> Self {
         Self {
             joining: BTreeMap::new(),
-            slots: BTreeMap::new(),
+            open: BTreeMap::new(),
             start: Arc::default(),
             gate: Arc::new(Gate::new()),
         }
@@ -54,41 +54,43 @@ impl Default for Lanes {
 impl Lanes {
     /// How far the frames of each were handled.
     pub(super) fn handled(&self) -> Vec<LaneMark> {
-        let mark = |(lane, slot): (&LaneId, &Slot)| LaneMark {
+        let mark = |(lane, lane_thread): (&LaneId, &OpenLane)| LaneMark {
             lane: *lane,
-            incarnation: slot.incarnation,
-            frames: slot.handled.load(Ordering::Acquire),
+            incarnation: lane_thread.incarnation,
+            frames: lane_thread.handled.load(Ordering::Acquire),
         };
-        self.slots.iter().map(mark).collect()
+        self.open.iter().map(mark).collect()
     }
 
     /// Ends a channel; its thread ends with what it has read whole, also if it waits.
     pub(super) fn close(&self, lane: LaneId) {
-        if let Some(slot) = self.slots.get(&lane) {
-            self.give_up(slot);
+        if let Some(lane_thread) = self.open.get(&lane) {
+            self.give_up(lane_thread);
         }
     }
 
-    fn give_up(&self, slot: &Slot) {
-        slot.given_up.store(true, Ordering::Relaxed);
-        slot.closer.shutdown();
+    fn give_up(&self, lane_thread: &OpenLane) {
+        lane_thread.given_up.store(true, Ordering::Relaxed);
+        lane_thread.closer.shutdown();
         self.gate.nudge();
         self.start.nudge();
     }
 
     /// Its thread has said its last word.
     pub(super) fn ended(&self, lane: LaneId, incarnation: Incarnation) {
-        if let Some(slot) = self.slots.get(&lane)
-            && slot.incarnation == incarnation
+        if let Some(lane_thread) = self.open.get(&lane)
+            && lane_thread.incarnation == incarnation
         {
-            slot.closer.shutdown();
+            lane_thread.closer.shutdown();
         }
     }
 
     /// Closes all of them.
     pub(super) fn suspend(&mut self) {
         self.joining.clear();
-        self.slots.values().for_each(|slot| self.give_up(slot));
+        self.open
+            .values()
+            .for_each(|lane_thread| self.give_up(lane_thread));
         self.start = Arc::default();
     }
 
@@ -96,8 +98,10 @@ impl Lanes {
     pub(super) fn end(&mut self) -> Vec<JoinHandle<()>> {
         self.gate.end();
         self.suspend();
-        let slots = std::mem::take(&mut self.slots);
-        slots.into_values().map(|slot| slot.thread).collect()
+        let open = std::mem::take(&mut self.open);
+        open.into_values()
+            .map(|lane_thread| lane_thread.thread)
+            .collect()
     }
 }
 
@@ -130,12 +134,12 @@ impl Control {
             joined.tx.set_deadline(None);
             self.timeline.lanes_rejoined += 1;
         }
-        let slot = match self.lanes.start(joined, begins, &self.shared) {
-            Ok(slot) => slot,
+        let lane_thread = match self.lanes.start(joined, begins, &self.shared) {
+            Ok(lane_thread) => lane_thread,
             Err(fault) => return self.events.push_back(Event::Failed(fault)),
         };
         // The thread of the connection before it has said its last word.
-        let old = self.lanes.slots.insert(lane, slot);
+        let old = self.lanes.open.insert(lane, lane_thread);
         self.detached.extend(old.map(|old| old.thread));
         self.detached.retain(|thread| !thread.is_finished());
     }
@@ -162,11 +166,11 @@ impl Control {
             let what = "lanes before memory".into();
             return Err(Fault::Internal { what });
         };
-        let inventory = self.devices.start(&self.shared)?;
+        let devices = self.devices.start(&self.shared)?;
         self.lanes.start.begin(Work {
             round,
             landing,
-            inventory,
+            devices,
         });
         Ok(())
     }
@@ -176,9 +180,9 @@ impl Control {
     pub(super) fn settle_lanes(&mut self) {
         let limit = self.shared.config.device_deadline();
         let mut marks = Vec::new();
-        for (lane, slot) in std::mem::take(&mut self.lanes.slots) {
+        for (lane, lane_thread) in std::mem::take(&mut self.lanes.open) {
             let (inbox, later) = (&self.inbox, &mut self.later);
-            let ended = join_within(slot.thread, limit, || {
+            let ended = join_within(lane_thread.thread, limit, || {
                 later.extend(inbox.recv_timeout(Duration::from_millis(1)));
             });
             if let Err(thread) = ended {
@@ -192,8 +196,8 @@ impl Control {
             // Now, and not before: a thread ends with what it has read whole.
             marks.push(LaneMark {
                 lane,
-                incarnation: slot.incarnation,
-                frames: slot.handled.load(Ordering::Acquire),
+                incarnation: lane_thread.incarnation,
+                frames: lane_thread.handled.load(Ordering::Acquire),
             });
         }
         let damaged = match &self.landing {
@@ -212,7 +216,7 @@ impl Lanes {
         joined: Joined,
         begins: Option<Begins>,
         shared: &Arc<Shared>,
-    ) -> Result<Slot, Fault> {
+    ) -> Result<OpenLane, Fault> {
         let (lane, incarnation, rx) = (joined.lane, joined.incarnation, joined.rx);
         let (handled, given_up) = (Arc::default(), Arc::default());
         let thread = LaneThread {
@@ -237,7 +241,7 @@ impl Lanes {
             let _ = notes.send(Note::LaneEnded { mark, fault });
         });
         let thread = shared.spawner.spawn(&format!("mfd-lane{lane}"), body);
-        Ok(Slot {
+        Ok(OpenLane {
             incarnation,
             closer: joined.closer,
             _tx: joined.tx,

@@ -1,4 +1,4 @@
-//! The lobby: connections that have not shown what they come for.
+//! Pending hellos: connections that have not shown what they come for.
 //!
 //! Rule: a connection costs a descriptor here, and what its kind needs for a handshake, and no thread. Whoever comes is let in;
 //! if there is no room, somebody of the address with the most connections here has to go, the one that has waited longest. So an
@@ -14,10 +14,10 @@ use multifd_transport::{Approach, Channel};
 use multifd_wire::HELLO_BYTES;
 
 /// Connections that may wait here. Each may hold 64 KiB of a TLS handshake at most.
-pub(super) const LOBBY_MAX: usize = 512;
+pub(super) const PENDING_MAX: usize = 512;
 
 /// With more than this many, nobody is waited for longer than [`UNDER_PRESSURE`].
-const CROWDED: usize = LOBBY_MAX / 2;
+const CROWDED: usize = PENDING_MAX / 2;
 
 /// How long a connection may be silent when many are.
 const UNDER_PRESSURE: Duration = Duration::from_secs(1);
@@ -42,18 +42,18 @@ impl Origin {
 }
 
 /// One connection.
-pub(super) struct Guest {
+pub(super) struct Pending {
     pub(super) channel: Box<dyn Channel>,
     origin: Origin,
     since: Instant,
-    stands: Stands,
+    state: State,
     /// The descriptor at which events of it are waited for.
     pub(super) watched: Option<RawFd>,
 }
 
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stands {
+enum State {
     /// Its hello.
     Silent,
     /// A greeter: its hello is here.
@@ -62,7 +62,7 @@ enum Stands {
     Unknown,
 }
 
-/// Where a connection stands after it was looked at.
+/// Where a connection state after it was looked at.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Seen {
     /// It is to be looked at again when this descriptor is ready.
@@ -75,12 +75,12 @@ pub(super) enum Seen {
 
 /// All that wait. A connection is known by a number that counts up, so the oldest has the lowest.
 #[derive(Default)]
-pub(super) struct Lobby {
-    guests: BTreeMap<usize, Guest>,
+pub(super) struct PendingHellos {
+    pending: BTreeMap<usize, Pending>,
     next: usize,
 }
 
-impl Lobby {
+impl PendingHellos {
     /// Takes a connection in; `None` if there was room, or who has to go for it.
     pub(super) fn admit(
         &mut self,
@@ -91,49 +91,49 @@ impl Lobby {
         let id = self.next;
         // It would take centuries to count to the end, which is kept for tokens of other kinds.
         self.next = self.next.wrapping_add(1) & (usize::MAX >> 1);
-        let guest = Guest {
+        let one = Pending {
             channel,
             origin,
             since: now,
-            stands: Stands::Silent,
+            state: State::Silent,
             watched: None,
         };
-        self.guests.insert(id, guest);
-        let evicted = (self.guests.len() > LOBBY_MAX).then(|| self.evict());
+        self.pending.insert(id, one);
+        let evicted = (self.pending.len() > PENDING_MAX).then(|| self.evict());
         (id, evicted.flatten())
     }
 
     /// Lets the oldest of those go who are most; one that has said hello only if all of them have.
     pub(super) fn evict(&mut self) -> Option<Box<dyn Channel>> {
         let mut crowds = BTreeMap::<Origin, usize>::new();
-        for guest in self.guests.values() {
-            *crowds.entry(guest.origin).or_default() += 1;
+        for one in self.pending.values() {
+            *crowds.entry(one.origin).or_default() += 1;
         }
         let (most, _) = crowds.into_iter().max_by_key(|(_, count)| *count)?;
         let theirs = |ready: bool| {
-            let is_ready = |guest: &Guest| guest.stands == Stands::Ready;
-            let mut guests = self.guests.iter();
-            guests.find(|(_, guest)| guest.origin == most && is_ready(guest) == ready)
+            let is_ready = |one: &Pending| one.state == State::Ready;
+            let mut pending = self.pending.iter();
+            pending.find(|(_, one)| one.origin == most && is_ready(one) == ready)
         };
         let (&id, _) = theirs(false).or_else(|| theirs(true))?;
-        self.guests.remove(&id).map(|guest| guest.channel)
+        self.pending.remove(&id).map(|one| one.channel)
     }
 
     /// Looks how far a connection has come.
     pub(super) fn look(&mut self, id: usize) -> Seen {
-        let Some(guest) = self.guests.get_mut(&id) else {
+        let Some(one) = self.pending.get_mut(&id) else {
             return Seen::Gone;
         };
-        match guest.channel.approach(HELLO_BYTES) {
-            Approach::Here => guest.stands = Stands::Ready,
-            Approach::Unknown => guest.stands = Stands::Unknown,
+        match one.channel.approach(HELLO_BYTES) {
+            Approach::Here => one.state = State::Ready,
+            Approach::Unknown => one.state = State::Unknown,
             Approach::Waiting(socket) => {
                 let socket = socket.as_raw_fd();
-                guest.watched = Some(socket);
+                one.watched = Some(socket);
                 return Seen::Waits(socket);
             }
             Approach::Gone => {
-                self.guests.remove(&id);
+                self.pending.remove(&id);
                 return Seen::Gone;
             }
         }
@@ -141,55 +141,55 @@ impl Lobby {
     }
 
     /// Takes the youngest out that can be greeted; only one that has said hello, unless `unknown` ones may go as well.
-    pub(super) fn take_ready(&mut self, unknown: bool) -> Option<(usize, Guest)> {
-        let may_go = |guest: &Guest| match guest.stands {
-            Stands::Silent => false,
-            Stands::Ready => true,
-            Stands::Unknown => unknown,
+    pub(super) fn take_ready(&mut self, unknown: bool) -> Option<(usize, Pending)> {
+        let may_go = |one: &Pending| match one.state {
+            State::Silent => false,
+            State::Ready => true,
+            State::Unknown => unknown,
         };
-        let mut guests = self.guests.iter().rev();
-        let (&id, _) = guests.find(|(_, guest)| may_go(guest))?;
-        self.guests.remove(&id).map(|guest| (id, guest))
+        let mut pending = self.pending.iter().rev();
+        let (&id, _) = pending.find(|(_, one)| may_go(one))?;
+        self.pending.remove(&id).map(|one| (id, one))
     }
 
     /// Puts one back for which there was no greeter.
-    pub(super) fn put_back(&mut self, id: usize, guest: Guest) {
-        self.guests.insert(id, guest);
+    pub(super) fn put_back(&mut self, id: usize, one: Pending) {
+        self.pending.insert(id, one);
     }
 
     /// Whether anybody waits for a greeter.
     pub(super) fn is_anybody_ready(&self) -> bool {
-        let mut guests = self.guests.values();
-        guests.any(|guest| guest.stands != Stands::Silent)
+        let mut pending = self.pending.values();
+        pending.any(|one| one.state != State::Silent)
     }
 
     /// Lets one go.
     pub(super) fn forget(&mut self, id: usize) {
-        self.guests.remove(&id);
+        self.pending.remove(&id);
     }
 
     /// When somebody's time will be over.
-    pub(super) fn next_end(&self, patience: Duration) -> Option<Instant> {
-        let patience = self.patience(patience);
-        let oldest = self.guests.values().next()?;
-        oldest.since.checked_add(patience)
+    pub(super) fn next_end(&self, limit: Duration) -> Option<Instant> {
+        let limit = self.limit(limit);
+        let oldest = self.pending.values().next()?;
+        oldest.since.checked_add(limit)
     }
 
     /// Takes one out whose time is over.
-    pub(super) fn expired(&mut self, patience: Duration, now: Instant) -> Option<Box<dyn Channel>> {
-        let patience = self.patience(patience);
-        let (&id, oldest) = self.guests.iter().next()?;
-        if now.saturating_duration_since(oldest.since) < patience {
+    pub(super) fn expired(&mut self, limit: Duration, now: Instant) -> Option<Box<dyn Channel>> {
+        let limit = self.limit(limit);
+        let (&id, oldest) = self.pending.iter().next()?;
+        if now.saturating_duration_since(oldest.since) < limit {
             return None;
         }
-        self.guests.remove(&id).map(|guest| guest.channel)
+        self.pending.remove(&id).map(|one| one.channel)
     }
 
-    fn patience(&self, patience: Duration) -> Duration {
-        if self.guests.len() > CROWDED {
-            patience.min(UNDER_PRESSURE)
+    fn limit(&self, limit: Duration) -> Duration {
+        if self.pending.len() > CROWDED {
+            limit.min(UNDER_PRESSURE)
         } else {
-            patience
+            limit
         }
     }
 }
@@ -206,28 +206,31 @@ mod tests {
 
     #[test]
     fn an_address_with_many_connections_gives_way_to_one_with_few() {
-        let (mut lobby, now) = (Lobby::default(), Instant::now());
+        let (mut hellos, now) = (PendingHellos::default(), Instant::now());
         let honest = Origin::of("10.0.0.1:5");
-        let (first, _) = lobby.admit(connection(), honest, now);
-        for port in 0..2 * LOBBY_MAX {
-            lobby.admit(connection(), Origin::of(&format!("10.0.0.2:{port}")), now);
+        let (first, _) = hellos.admit(connection(), honest, now);
+        for port in 0..2 * PENDING_MAX {
+            hellos.admit(connection(), Origin::of(&format!("10.0.0.2:{port}")), now);
         }
-        assert_eq!(lobby.guests.len(), LOBBY_MAX);
-        assert!(lobby.guests.contains_key(&first), "the one that was alone");
+        assert_eq!(hellos.pending.len(), PENDING_MAX);
+        assert!(
+            hellos.pending.contains_key(&first),
+            "the one that was alone"
+        );
     }
 
     #[test]
     fn of_one_address_the_one_that_waited_longest_goes_and_none_that_said_hello() {
-        let (mut lobby, now) = (Lobby::default(), Instant::now());
-        for _ in 0..LOBBY_MAX {
-            lobby.admit(connection(), Origin(None), now);
+        let (mut hellos, now) = (PendingHellos::default(), Instant::now());
+        for _ in 0..PENDING_MAX {
+            hellos.admit(connection(), Origin(None), now);
         }
-        lobby.guests.get_mut(&0).unwrap().stands = Stands::Ready;
-        let (last, evicted) = lobby.admit(connection(), Origin(None), now);
+        hellos.pending.get_mut(&0).unwrap().state = State::Ready;
+        let (last, evicted) = hellos.admit(connection(), Origin(None), now);
         assert!(evicted.is_some());
-        assert!(lobby.guests.contains_key(&0) && lobby.guests.contains_key(&last));
-        assert!(!lobby.guests.contains_key(&1));
-        assert_eq!(lobby.take_ready(false).map(|(id, _)| id), Some(0));
+        assert!(hellos.pending.contains_key(&0) && hellos.pending.contains_key(&last));
+        assert!(!hellos.pending.contains_key(&1));
+        assert_eq!(hellos.take_ready(false).map(|(id, _)| id), Some(0));
     }
 
     #[test]
@@ -243,34 +246,34 @@ mod tests {
 
     #[test]
     fn nobody_is_waited_for_long_when_many_wait() {
-        let (mut lobby, now) = (Lobby::default(), Instant::now());
-        let patience = Duration::from_secs(5);
+        let (mut hellos, now) = (PendingHellos::default(), Instant::now());
+        let limit = Duration::from_secs(5);
         for _ in 0..CROWDED {
-            lobby.admit(connection(), Origin(None), now);
+            hellos.admit(connection(), Origin(None), now);
         }
         let later = now + UNDER_PRESSURE;
-        assert!(lobby.expired(patience, later).is_none());
-        lobby.admit(connection(), Origin(None), now);
-        assert!(lobby.expired(patience, later).is_some());
-        assert!(lobby.expired(patience, later).is_none(), "not crowded now");
-        assert!(lobby.expired(patience, now + patience).is_some());
+        assert!(hellos.expired(limit, later).is_none());
+        hellos.admit(connection(), Origin(None), now);
+        assert!(hellos.expired(limit, later).is_some());
+        assert!(hellos.expired(limit, later).is_none(), "not crowded now");
+        assert!(hellos.expired(limit, now + limit).is_some());
     }
 
     #[test]
     fn a_connection_is_ready_when_the_whole_hello_is_here() {
         let (ours, theirs) = unix::pair().unwrap();
         let (mut tx, rx, _) = theirs.split();
-        let mut lobby = Lobby::default();
-        let (id, _) = lobby.admit(ours, Origin(None), Instant::now());
-        assert!(matches!(lobby.look(id), Seen::Waits(_)));
+        let mut hellos = PendingHellos::default();
+        let (id, _) = hellos.admit(ours, Origin(None), Instant::now());
+        assert!(matches!(hellos.look(id), Seen::Waits(_)));
         tx.send(&[0; HELLO_BYTES - 1], &[]).unwrap();
-        assert!(matches!(lobby.look(id), Seen::Waits(_)));
+        assert!(matches!(hellos.look(id), Seen::Waits(_)));
         tx.send(&[0], &[]).unwrap();
-        assert_eq!(lobby.look(id), Seen::Ready);
+        assert_eq!(hellos.look(id), Seen::Ready);
         let (other, theirs) = unix::pair().unwrap();
         drop(theirs);
-        let (id, _) = lobby.admit(other, Origin(None), Instant::now());
-        assert_eq!(lobby.look(id), Seen::Gone);
+        let (id, _) = hellos.admit(other, Origin(None), Instant::now());
+        assert_eq!(hellos.look(id), Seen::Gone);
         drop((tx, rx));
     }
 }

@@ -1,7 +1,7 @@
 //! Waiting on after a source whose set-up came to nothing (SPEC: SEC-8).
 //!
 //! Rule: nothing of one source's session reaches the next one's. Every thread that could say something of it has ended, and every
-//! note of it was thrown away, before the desk lets another one in. Greeters may be late: what they bring shows the old secrets.
+//! note of it was thrown away, before the registry lets another one in. Greeters may be late: what they bring shows the old secrets.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,6 +11,7 @@ use multifd_session::destination::{Event, Outcome};
 use super::{Control, thread_cpu};
 use crate::config::AfterFailedSetup;
 use crate::driver::accept::Acceptor;
+use crate::driver::lock;
 use crate::error::Fault;
 use crate::vmm::Vmm;
 
@@ -39,7 +40,7 @@ impl Control {
         let Outcome::Failed(error) = outcome else {
             return false;
         };
-        if wanted && let Some(unsaid) = self.shared.hush.speak() {
+        if wanted && let Some(unsaid) = self.shared.log_limit.allow() {
             tracing::warn!(%error, unsaid, "no migration came of it; waiting for the next source");
         }
         wanted
@@ -49,18 +50,18 @@ impl Control {
     ///
     /// # Errors
     /// No thread for the machine, which is in the error.
-    pub(super) fn anew(
+    pub(super) fn for_next_source(
         &self,
         vmm: Box<dyn Vmm>,
         acceptor: Acceptor,
     ) -> Result<Box<Self>, (std::io::Error, Box<dyn Vmm>)> {
         self.inbox.try_iter().for_each(drop);
-        self.shared.counters.begin_anew();
+        self.shared.counters.reset();
         let (shared, inbox) = (Arc::clone(&self.shared), self.inbox.clone());
         let mut next = Self::new(shared, inbox, vmm, acceptor)?;
         // What this thread used until now was for others.
         thread_cpu(&mut next.cpu);
-        self.shared.desk.clear();
+        lock(&self.shared.registry).clear();
         Ok(Box::new(next))
     }
 }

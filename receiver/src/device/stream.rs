@@ -14,8 +14,8 @@ use super::assembler::{Admit, Assembler, Came, Item};
 use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::error::Fault;
 
-/// The place itself.
-pub(crate) struct Handover {
+/// The stream itself.
+pub(crate) struct DeviceStream {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -49,7 +49,7 @@ pub(crate) enum Body {
     Have,
 }
 
-impl Handover {
+impl DeviceStream {
     pub(crate) fn new(assembler: Assembler, chunk_bytes_max: u64, window: u64) -> Self {
         let chunks = window / chunk_bytes_max.max(1);
         Self {
@@ -191,7 +191,7 @@ impl Handover {
         self.changed.notify_all();
     }
 
-    /// The migration has ended: the loader goes home.
+    /// The migration has ended: the loader ends.
     pub(crate) fn end(&self) {
         self.lock().ended = true;
         self.changed.notify_all();

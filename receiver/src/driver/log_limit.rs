@@ -16,7 +16,7 @@ const WHILE: Duration = Duration::from_secs(10);
 
 /// Counts the lines.
 #[derive(Debug, Default)]
-pub(super) struct Hush(Mutex<Said>);
+pub(super) struct LogLimit(Mutex<Said>);
 
 #[derive(Debug, Default)]
 struct Said {
@@ -25,13 +25,13 @@ struct Said {
     unsaid: u64,
 }
 
-impl Hush {
+impl LogLimit {
     /// Whether a line may be written now, and how many were left out since the last one.
-    pub(super) fn speak(&self) -> Option<u64> {
-        self.speak_at(Instant::now())
+    pub(super) fn allow(&self) -> Option<u64> {
+        self.allow_at(Instant::now())
     }
 
-    fn speak_at(&self, now: Instant) -> Option<u64> {
+    fn allow_at(&self, now: Instant) -> Option<u64> {
         let mut said = lock(&self.0);
         if said
             .began
@@ -54,11 +54,11 @@ mod tests {
 
     #[test]
     fn some_lines_are_written_in_a_while_and_the_next_one_says_how_many_were_not() {
-        let (hush, now) = (Hush::default(), Instant::now());
-        let said = (0..1000).filter(|_| hush.speak_at(now) == Some(0)).count();
+        let (limit, now) = (LogLimit::default(), Instant::now());
+        let said = (0..1000).filter(|_| limit.allow_at(now) == Some(0)).count();
         assert_eq!(said, 10);
-        assert_eq!(hush.speak_at(now + WHILE / 2), None);
-        assert_eq!(hush.speak_at(now + WHILE), Some(991));
-        assert_eq!(hush.speak_at(now + WHILE), Some(0));
+        assert_eq!(limit.allow_at(now + WHILE / 2), None);
+        assert_eq!(limit.allow_at(now + WHILE), Some(991));
+        assert_eq!(limit.allow_at(now + WHILE), Some(0));
     }
 }
