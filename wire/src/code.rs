@@ -73,7 +73,7 @@ reasons! {
     Cancelled = 1, "the migration was cancelled", "Nothing is wrong; start it again when wanted.";
     Malformed = 2, "octets that the format does not allow", "Check that the peer speaks multifd and that its version is sound.";
     Misbehaved = 3, "a legal frame at a moment when it is not allowed", "Report it: one of the two implementations breaks the protocol.";
-    Incompatible = 4, "the two sides have no common ground", "Compare versions and set-up of both sides.";
+    Incompatible = 4, "no protocol version or feature set in common", "Compare versions and set-up of both sides.";
     Timeout = 5, "the peer did not answer in time", "Check the link and the peer's load, or raise the deadline.";
     VmmRefused = 6, "the machine monitor refused", "Read the monitor's own message on the side that refused.";
     DigestMismatch = 7, "the memory digests of the two sides differ", "Report it: memory would have been lost; the guest was not resumed.";

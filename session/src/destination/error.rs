@@ -11,14 +11,14 @@ pub type Error = crate::common::Error<Fault>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Fault {
-    /// The peer's octets make no sense.
-    #[error("the source sent octets that are no valid frame: {0}")]
+    /// The peer's bytes do not parse.
+    #[error("the source sent bytes that do not parse as a frame: {0}")]
     Malformed(#[from] Malformed),
-    /// Valid octets at the wrong moment, or about things that do not exist.
+    /// Valid bytes at the wrong moment, or about things that do not exist.
     #[error("the source broke the protocol: {0}")]
     Misbehaved(#[from] Misbehaved),
     /// The source said something in a state that does not know it.
-    #[error("the source broke the protocol: {what} came out of turn")]
+    #[error("the source broke the protocol: unexpected {what}")]
     OutOfTurn {
         /// What it said.
         what: String,
@@ -30,7 +30,7 @@ pub enum Fault {
         what: String,
     },
     /// A thread of this side does not come back: it is stuck in the embedder's code or in guest memory, or was killed.
-    #[error("{thread} did not come back within {waited_ms} ms: it is left alone")]
+    #[error("{thread} did not come back within {waited_ms} ms: it is abandoned")]
     ThreadStuck {
         /// Which one, and what it was to do.
         thread: String,
@@ -69,8 +69,7 @@ pub enum Fault {
     },
     /// A device's own code does not return.
     #[error(
-        "device {device} did not return within {waited_ms} ms when it was to {step}: it is left alone; look into its driver, or \
-         give it more time"
+        "device {device} timed out after {waited_ms} ms when it was to {step}: it is abandoned; check its driver, or give it more time"
     )]
     DeviceStuck {
         /// Its name.
@@ -89,7 +88,7 @@ pub enum Fault {
         source: Misbehaved,
     },
     /// The source sends more of a device than this side is set to hold.
-    #[error("device {device}: {what}: {wanted} wanted, {most} allowed")]
+    #[error("device {device}: {what}: {wanted} exceeds the limit of {most}")]
     DeviceLimit {
         /// Its name.
         device: String,
@@ -119,7 +118,7 @@ pub enum Fault {
         text: String,
     },
     /// The source wants more than this side is set to give.
-    #[error("{what}: {wanted} wanted, {most} allowed")]
+    #[error("{what}: {wanted} exceeds the limit of {most}")]
     Limit {
         /// What.
         what: &'static str,
@@ -160,7 +159,7 @@ pub enum Fault {
         what: &'static str,
     },
     /// The source lost contact after it sent its commit, which had not arrived when it asked: it takes the guest back.
-    #[error("the source asked, and no commit had come: the guest is the source's, for good")]
+    #[error("outcome queried before commit: the migration is aborted, the source keeps the guest")]
     AskedBeforeCommit,
     /// The operating system refused something: a thread, memory, random numbers.
     #[error("{step}: {source}")]

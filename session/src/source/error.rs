@@ -15,14 +15,14 @@ pub type Error = crate::common::Error<Fault>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Fault {
-    /// The peer's octets make no sense.
-    #[error("the destination sent octets that are no valid frame: {0}")]
+    /// The peer's bytes do not parse.
+    #[error("the destination sent bytes that do not parse as a frame: {0}")]
     Malformed(#[from] Malformed),
-    /// Valid octets at the wrong moment, or about things that do not exist.
+    /// Valid bytes at the wrong moment, or about things that do not exist.
     #[error("the destination broke the protocol: {0}")]
     Misbehaved(#[from] Misbehaved),
     /// The peer said something in a state that does not know it.
-    #[error("the destination broke the protocol: {what} came out of turn")]
+    #[error("the destination broke the protocol: unexpected {what}")]
     OutOfTurn {
         /// The event.
         what: String,
@@ -34,7 +34,7 @@ pub enum Fault {
         what: String,
     },
     /// No version or feature in common.
-    #[error("the two sides have no common ground: {0}")]
+    #[error("no protocol version or feature set in common: {0}")]
     Incompatible(#[from] Incompatible),
     /// Our caller asked for something that can't be encoded.
     #[error("the request can't be put on the wire: {0}")]
@@ -101,8 +101,7 @@ pub enum Fault {
     },
     /// A device's own code does not return.
     #[error(
-        "device {device} did not return within {waited_ms} ms when it was to {step}: it is left alone; look into its driver, or \
-         give it more time"
+        "device {device} timed out after {waited_ms} ms when it was to {step}: it is abandoned; check its driver, or give it more time"
     )]
     DeviceStuck {
         /// Its name.
@@ -213,9 +212,7 @@ pub enum Fault {
         text: String,
     },
     /// The commit was sent, and the destination did not say in time what came of it.
-    #[error(
-        "whether the guest runs at the destination is not known ({why}); look there before it is run anywhere"
-    )]
+    #[error("outcome unknown ({why}): check the destination before resuming the guest anywhere")]
     OutcomeUnknown {
         /// Why nothing more was heard.
         why: String,

@@ -1,8 +1,8 @@
-//! Nobody is at fault: the two sides have no common ground.
+//! Nobody is at fault: the two sides have no protocol version or feature set in common.
 
 use crate::code::Reason;
 
-/// The two sides have no common ground.
+/// The two sides have no protocol version or feature set in common.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Incompatible {

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`Malformed`] | octets that no correct peer sends, or that the link changed | a reserved bit is set |
 //! | [`Misbehaved`] | a legal frame at the wrong moment or about the wrong thing | a run past its region's end |
-//! | [`Incompatible`] | nobody's: there is no common ground | no version in common |
+//! | [`Incompatible`] | nobody's: no protocol version or feature set in common | no version in common |
 //! | [`Misuse`] | our own caller | a frame with too many runs |
 //!
 //! Each has a stable `code()` for logs and reports and a `reason()` that the peer is told. Which phase and which channel
