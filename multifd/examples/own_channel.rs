@@ -5,15 +5,12 @@
 
 mod support;
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use multifd::source;
 use multifd::transport::{Channel, ChannelError, Closer, IoSource, ReceiveHalf, SendHalf, Span};
-use support::{Arriving, Leaving};
 
 struct Queues(SyncSender<Vec<u8>>, Receiver<Vec<u8>>);
 
@@ -52,7 +49,7 @@ impl SendHalf for Sending {
             let at = message.len();
             message.resize(at + piece.len(), 0);
             match piece {
-                IoSource::Octets(bytes) => message[at..].copy_from_slice(bytes),
+                IoSource::Bytes(bytes) => message[at..].copy_from_slice(bytes),
                 IoSource::Guest(span) => span.copy_to(&mut message[at..]),
             }
         }
@@ -71,10 +68,6 @@ impl SendHalf for Sending {
     fn describe(&self) -> String {
         "a queue".into()
     }
-
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
 }
 
 struct Receiving {
@@ -85,49 +78,40 @@ struct Receiving {
 }
 
 impl Receiving {
-    /// Has at least so many bytes in `left`, or says why not.
-    fn fill(&mut self, wanted: usize) -> Result<(), ChannelError> {
+    /// The next bytes of the stream, so many, or why they do not come.
+    fn take(&mut self, wanted: usize) -> Result<Vec<u8>, ChannelError> {
         while self.left.len() < wanted {
             match self.queue.recv_timeout(Duration::from_millis(10)) {
                 Ok(message) => self.left.extend(message),
                 Err(RecvTimeoutError::Disconnected) => return Err(ChannelError::Closed),
-                Err(RecvTimeoutError::Timeout) if self.shut.load(SeqCst) => {
-                    return Err(ChannelError::ShutDown);
-                }
-                Err(RecvTimeoutError::Timeout)
-                    if self.until.is_some_and(|until| Instant::now() >= until) =>
-                {
+                Err(_) if self.shut.load(SeqCst) => return Err(ChannelError::ShutDown),
+                Err(_) if self.until.is_some_and(|until| until <= Instant::now()) => {
                     return Err(ChannelError::Deadline { bytes_done: 0 });
                 }
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(_) => {}
             }
         }
-        Ok(())
+        Ok(self.left.drain(..wanted).collect())
     }
 }
 
 impl ReceiveHalf for Receiving {
     fn receive(&mut self, into: &mut [u8]) -> Result<(), ChannelError> {
-        self.fill(into.len())?;
-        into.copy_from_slice(&self.left[..into.len()]);
-        self.left.drain(..into.len());
+        into.copy_from_slice(&self.take(into.len())?);
         Ok(())
     }
 
     fn receive_into(&mut self, spans: &[Span<'_>]) -> Result<(), ChannelError> {
         for span in spans {
-            let bytes = span.len();
-            self.fill(bytes)?;
-            span.copy_from(&self.left[..bytes]);
-            self.left.drain(..bytes);
+            span.copy_from(&self.take(span.len())?);
         }
         Ok(())
     }
 
     fn drain(&mut self, bytes_max: u64) -> Result<u64, ChannelError> {
-        let mut gone = std::mem::take(&mut self.left).len() as u64;
-        while gone < bytes_max && self.fill(1).is_ok() {
-            gone += std::mem::take(&mut self.left).len() as u64;
+        let mut gone = 0;
+        while gone < bytes_max && self.take(1).is_ok() {
+            gone += 1 + std::mem::take(&mut self.left).len() as u64;
         }
         Ok(gone)
     }
@@ -145,28 +129,10 @@ impl ReceiveHalf for Receiving {
     fn describe(&self) -> String {
         "a queue".into()
     }
-
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (reception, dial) = support::arrival(Arriving::default(), pair)?;
-    let memory = support::memory();
-    let (machine, writes) = Leaving::start(&memory);
-    let left = source::Migration::start(
-        source::Parts::new(machine, memory, dial)
-            .source(writes)
-            .config(support::settings().build()?),
-    )?
-    .wait();
-    let arrived = reception.wait();
-    if let Some(error) = left.error {
-        return Err(error.into());
-    }
-    let machine = arrived.vmm.ok_or("it did not come back")?;
-    assert!(machine.runs && machine.is_right());
-    println!("moved over queues: {} bytes", left.report.sent_bytes);
+    let moved = support::migrate(pair, Vec::new(), None)?;
+    println!("moved over queues: {} bytes", moved.report.sent_bytes);
     Ok(())
 }

@@ -9,11 +9,12 @@ use std::os::fd::BorrowedFd;
 
 pub use multifd_receiver::device::DeviceSink;
 pub use multifd_receiver::progress::Snapshot;
-pub use multifd_receiver::report::{DamageReport, ErrorReport, OutcomeKind, Report};
+pub use multifd_receiver::report::{DamageReport, DeviceReport, ErrorReport, OutcomeKind, Report};
 #[cfg(feature = "vfio")]
 pub use multifd_receiver::vfio;
 pub use multifd_receiver::{
-    Config, ConfigBuilder, ConfigError, Error, Fault, Handle, OfferError, Ownership, Vmm,
+    AfterFailedSetup, Config, ConfigBuilder, ConfigError, Error, Fault, Handle, OfferError,
+    Overcommit, Ownership, Vmm,
 };
 
 use crate::source::ours;

@@ -10,11 +10,11 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 pub use multifd_sender::device::{DeviceSource, DeviceTraits, PreCopyInfo, Read};
-pub use multifd_sender::forecast::Forecast;
+pub use multifd_sender::forecast::{Forecast, Interval, Outlook};
 pub use multifd_sender::progress::{Reconnect, Snapshot, SourceProgress};
 pub use multifd_sender::report::{
-    DamageReport, DeviceDowntime, DeviceReport, Downtime, ErrorReport, OutcomeKind, Report,
-    RoundReport, SourceReport,
+    DamageReport, DeviceDowntime, DeviceReport, Downtime, ErrorReport, ForecastReport, OutcomeKind,
+    Report, RoundReport, SourceReport,
 };
 #[cfg(feature = "vfio")]
 pub use multifd_sender::vfio;

@@ -50,11 +50,11 @@ pub trait DeviceSink: Any + Send {
     /// The device could not, or what it was given is not sound; [`DeviceSink::state`] says where it is now.
     fn set_state(&mut self, to: DeviceState) -> Result<(), DeviceError>;
 
-    /// Takes the next octets of the stream, all of them, in [`DeviceState::Resuming`]. Borders between calls mean nothing.
+    /// Takes the next bytes of the stream, all of them, in [`DeviceState::Resuming`]. Borders between calls mean nothing.
     ///
     /// # Errors
     /// The device refuses them.
-    fn write(&mut self, octets: &[u8]) -> Result<(), DeviceError>;
+    fn write(&mut self, bytes: &[u8]) -> Result<(), DeviceError>;
 
     /// The end of the initial bytes was reached: they are to be loaded when this returns (SPEC: SWACK-1). Most devices load
     /// as they are written to and need nothing here.
@@ -65,11 +65,19 @@ pub trait DeviceSink: Any + Send {
         Ok(())
     }
 
-    /// Takes its configuration, once, after all of the stream, in [`DeviceState::Resuming`]. Not called when it is empty.
+    /// Takes its configuration, once, after all of the stream, in [`DeviceState::Resuming`]. Not called when it is empty; refused
+    /// by default.
     ///
     /// # Errors
     /// The device refuses it.
-    fn load_config(&mut self, octets: &[u8]) -> Result<(), DeviceError>;
+    fn load_config(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
+        let text = format!(
+            "{} has no configuration, and {} bytes of one came",
+            self.name(),
+            bytes.len()
+        );
+        Err(DeviceError::new(text))
+    }
 
     /// Everything that it was given is void: the source's device runs again and will be read anew (SPEC: DEVSTREAM-3). It ends
     /// in [`DeviceState::Resuming`], empty; a device that cannot go back is reset and led there again.

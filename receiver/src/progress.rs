@@ -17,9 +17,9 @@ pub(crate) struct Counters {
     pub(crate) round: AtomicU32,
     pub(crate) lanes: AtomicU32,
     pub(crate) memory_pages: AtomicU64,
-    pub(crate) pages: AtomicU64,
+    pub(crate) content_pages: AtomicU64,
     pub(crate) zero_pages: AtomicU64,
-    pub(crate) octets: AtomicU64,
+    pub(crate) received_bytes: AtomicU64,
     /// Octets of devices' data that were loaded.
     pub(crate) device_bytes: AtomicU64,
     pub(crate) devices: AtomicU32,
@@ -105,9 +105,9 @@ impl Counters {
             round: self.round.load(Relaxed),
             lanes: self.lanes.load(Relaxed),
             memory_pages: self.memory_pages.load(Relaxed),
-            pages: self.pages.load(Relaxed),
+            content_pages: self.content_pages.load(Relaxed),
             zero_pages: self.zero_pages.load(Relaxed),
-            octets: self.octets.load(Relaxed),
+            received_bytes: self.received_bytes.load(Relaxed),
             device_bytes: self.device_bytes.load(Relaxed),
             devices: self.devices.load(Relaxed),
             devices_loaded: self.devices_loaded.load(Relaxed),
@@ -123,6 +123,7 @@ impl Counters {
 
 /// How far a migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// Where in its life.
     pub phase: Phase,
@@ -133,11 +134,11 @@ pub struct Snapshot {
     /// All pages of the guest.
     pub memory_pages: u64,
     /// Pages that landed with content, every version counted.
-    pub pages: u64,
+    pub content_pages: u64,
     /// Zero pages, every version counted.
     pub zero_pages: u64,
     /// Octets of heads and bodies that came on data channels.
-    pub octets: u64,
+    pub received_bytes: u64,
     /// Octets of devices' data that were loaded.
     pub device_bytes: u64,
     /// Devices that come with the guest.

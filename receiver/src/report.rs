@@ -12,6 +12,7 @@ use crate::progress::Snapshot;
 /// How it ended, in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum OutcomeKind {
     /// The guest runs here.
     Running,
@@ -23,6 +24,7 @@ pub enum OutcomeKind {
 
 /// The final report. Times in milliseconds, sizes in octets.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// How it ended.
     pub outcome: OutcomeKind,
@@ -81,6 +83,7 @@ pub struct Report {
 
 /// One device.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct DeviceReport {
     /// Its name.
     pub name: String,
@@ -175,8 +178,8 @@ impl Report {
             resume_ms: timeline.resume_ms,
             rounds: timeline.rounds,
             memory_bytes: end.memory_pages * PAGE_BYTES_U64,
-            received_bytes: end.octets,
-            content_bytes: end.pages * PAGE_BYTES_U64,
+            received_bytes: end.received_bytes,
+            content_bytes: end.content_pages * PAGE_BYTES_U64,
             zero_bytes: end.zero_pages * PAGE_BYTES_U64,
             pages_mismatched: end.pages_mismatched,
             mismatched: Vec::new(),

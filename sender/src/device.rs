@@ -25,6 +25,7 @@ pub use multifd_session::source::stream;
 
 /// What a device is and wants, fixed for a migration. It becomes the device's entry in the table of DEVICES.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DeviceTraits {
     /// Its name, 1 to `wire::limits::DEVICE_NAME_BYTES_MAX` octets, of no other device: the destination finds its own by it.
     pub name: String,
@@ -32,12 +33,50 @@ pub struct DeviceTraits {
     pub flags: DeviceFlags,
     /// Estimate of its initial bytes; 0 without [`DeviceFlags::PRE_COPY`].
     pub initial_bytes: u64,
-    /// Estimate of its whole state, in octets.
+    /// Estimate of its whole state, in bytes.
     pub state_bytes: u64,
+}
+
+impl DeviceTraits {
+    /// A device of this name that can do nothing but be stopped, and of whose size nothing is known.
+    #[must_use]
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            flags: DeviceFlags::NONE,
+            initial_bytes: 0,
+            state_bytes: 0,
+        }
+    }
+
+    /// What it can and wants.
+    #[must_use]
+    pub fn with_flags(self, flags: DeviceFlags) -> Self {
+        Self { flags, ..self }
+    }
+
+    /// An estimate of its initial bytes.
+    #[must_use]
+    pub fn with_initial_bytes(self, initial_bytes: u64) -> Self {
+        Self {
+            initial_bytes,
+            ..self
+        }
+    }
+
+    /// An estimate of its whole state.
+    #[must_use]
+    pub fn with_state_bytes(self, state_bytes: u64) -> Self {
+        Self {
+            state_bytes,
+            ..self
+        }
+    }
 }
 
 /// What a device in a pre-copy state has to give. Source: `struct vfio_precopy_info`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct PreCopyInfo {
     /// Octets left of the initial bytes. They come first out of [`DeviceSource::read`], before any other.
     pub initial_bytes: u64,
@@ -48,11 +87,32 @@ pub struct PreCopyInfo {
     pub reinit: bool,
 }
 
+impl PreCopyInfo {
+    /// So many initial bytes are left, and so many changed; none of them are of a new generation.
+    #[must_use]
+    pub fn new(initial_bytes: u64, dirty_bytes: u64) -> Self {
+        Self {
+            initial_bytes,
+            dirty_bytes,
+            reinit: false,
+        }
+    }
+
+    /// The initial bytes are of a new generation.
+    #[must_use]
+    pub fn with_reinit(self) -> Self {
+        Self {
+            reinit: true,
+            ..self
+        }
+    }
+}
+
 /// What came of a [`DeviceSource::read`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Read {
     /// So many octets of the stream, at least 1, at the start of the buffer.
-    Octets(usize),
+    Bytes(usize),
     /// In a pre-copy state: nothing now, but there may be later (`ENOMSG`).
     NothingNow,
     /// In [`DeviceState::StopCopy`]: the stream has ended.
@@ -77,11 +137,13 @@ pub trait DeviceSource: Any + Send {
     /// The device could not; [`DeviceSource::state`] says where it is now.
     fn set_state(&mut self, to: DeviceState) -> Result<(), DeviceError>;
 
-    /// What there is to read, in a pre-copy state.
+    /// What there is to read, in a pre-copy state. Nothing is there by default: a device without pre-copy is not asked.
     ///
     /// # Errors
     /// The device could not say.
-    fn pre_copy_info(&mut self) -> Result<PreCopyInfo, DeviceError>;
+    fn pre_copy_info(&mut self) -> Result<PreCopyInfo, DeviceError> {
+        Ok(PreCopyInfo::default())
+    }
 
     /// The next octets of the stream, in a pre-copy state or [`DeviceState::StopCopy`]. It may give fewer than there is
     /// room for.
@@ -98,12 +160,14 @@ pub trait DeviceSource: Any + Send {
     fn stop_copy_bytes(&mut self) -> Result<u64, DeviceError>;
 
     /// Its configuration, which is loaded after its data: registers and the like that are not in the stream. Called once, in
-    /// [`DeviceState::StopCopy`], after the stream has ended. Empty if it has none; at most
-    /// `wire::limits::BLOB_BYTES_MAX` octets.
+    /// [`DeviceState::StopCopy`], after the stream has ended. Empty, as it is by default, if it has none; at most
+    /// `wire::limits::BLOB_BYTES_MAX` bytes.
     ///
     /// # Errors
     /// The device could not.
-    fn config(&mut self) -> Result<Bytes, DeviceError>;
+    fn config(&mut self) -> Result<Bytes, DeviceError> {
+        Ok(Bytes::new())
+    }
 
     /// Out of [`DeviceState::Error`] into [`DeviceState::Running`], with the loss of its state. Only called when a migration
     /// has failed and the guest is to run on with what there is; the report says that it was.

@@ -186,6 +186,7 @@ impl Counters {
 
 /// All channels are lost, and the destination is dialled again. Before the commit the guest runs here meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Reconnect {
     /// Attempts so far.
     pub attempts: u32,
@@ -195,6 +196,7 @@ pub struct Reconnect {
 
 /// What one source of dirty pages has counted, as of its newest collection.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SourceProgress {
     /// Its name, such as `kvm-ring`.
     pub name: Arc<str>,
@@ -204,6 +206,7 @@ pub struct SourceProgress {
 
 /// How far a migration is.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// Where in its life.
     pub phase: Phase,

@@ -17,6 +17,7 @@ use crate::session::Outcome;
 /// How it ended, in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum OutcomeKind {
     /// The guest runs at the destination.
     Migrated,
@@ -32,6 +33,7 @@ pub enum OutcomeKind {
 
 /// The final report. Times in milliseconds, sizes in octets.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// How it ended.
     pub outcome: OutcomeKind,
@@ -116,6 +118,7 @@ pub struct Report {
 
 /// The parts of the downtime, in milliseconds. They follow one another but for `load_ms`, which overlaps none here.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
+#[non_exhaustive]
 pub struct Downtime {
     /// Stopping the vCPUs.
     pub pause_ms: f64,
@@ -137,6 +140,7 @@ pub struct Downtime {
 
 /// The devices' part of the downtime, in milliseconds: one stretch after the other, over all devices.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
+#[non_exhaustive]
 pub struct DeviceDowntime {
     /// From the paused guest until the last device was P2P-quiescent.
     pub quiesce_ms: f64,
@@ -157,6 +161,7 @@ pub struct DeviceDowntime {
 
 /// One device. Times in milliseconds, sizes in octets; "after" times count from its stop.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct DeviceReport {
     /// Its name.
     pub name: String,
@@ -216,6 +221,7 @@ pub struct DeviceReport {
 
 /// One round.
 #[derive(Debug, Clone, Copy, Serialize)]
+#[non_exhaustive]
 pub struct RoundReport {
     /// Its number.
     pub round: u32,
@@ -233,6 +239,7 @@ pub struct RoundReport {
 
 /// What was forecast at one moment, in milliseconds since the migration began.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ForecastReport {
     /// When.
     pub at_ms: f64,
@@ -246,6 +253,7 @@ pub struct ForecastReport {
 
 /// A figure that was not known exactly, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct IntervalReport {
     /// If all went well.
     pub low: f64,
@@ -257,6 +265,7 @@ pub struct IntervalReport {
 
 /// What would make a migration converge: each by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct AdviceReport {
     /// A link with this many bytes a second; null if none would.
     pub bandwidth_bytes_per_s: Option<u64>,
@@ -278,7 +287,6 @@ impl From<&Outlook> for ForecastReport {
             end_ms: outlook.end.map(interval),
             downtime_ms: interval(outlook.downtime),
             diverges: match outlook.forecast {
-                Forecast::Converges { .. } => None,
                 Forecast::Diverges {
                     downtime,
                     bandwidth_needed,
@@ -288,6 +296,7 @@ impl From<&Outlook> for ForecastReport {
                     throttle_percent,
                     downtime_limit_ms: ms(downtime).ceil(),
                 }),
+                _ => None,
             },
         }
     }
@@ -295,6 +304,7 @@ impl From<&Outlook> for ForecastReport {
 
 /// One source of dirty pages.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct SourceReport {
     /// Its name.
     pub name: String,

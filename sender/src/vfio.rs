@@ -154,7 +154,7 @@ impl DeviceSource for VfioSource {
 
     fn read(&mut self, into: &mut [u8]) -> Result<Read, DeviceError> {
         match self.device.read(into) {
-            Ok(StreamRead::Octets(count)) => Ok(Read::Octets(count)),
+            Ok(StreamRead::Bytes(count)) => Ok(Read::Bytes(count)),
             Ok(StreamRead::NothingNow) => Ok(Read::NothingNow),
             Ok(StreamRead::End) => Ok(Read::End),
             Err(error) => Err(self.failed(error)),

@@ -56,7 +56,7 @@ fn blob(octets: Vec<u8>) -> tx::Blob {
     tx::Blob {
         kind: BLOB_KIND,
         version: 1,
-        octets: Bytes::from(octets),
+        bytes: Bytes::from(octets),
     }
 }
 
@@ -89,7 +89,7 @@ impl Arriving {
 
 impl rx::Vmm for Arriving {
     fn prepare(&mut self, configs: Vec<rx::Blob>, _: &Layout) -> Result<GuestMemory, rx::VmmError> {
-        let config = Config::from_blob(&only(&configs)?.octets).map_err(rx::VmmError::new)?;
+        let config = Config::from_blob(&only(&configs)?.bytes).map_err(rx::VmmError::new)?;
         let guest = Guest::create_empty(&config).map_err(rx::VmmError::new)?;
         let memory = guest.memory().to_channels();
         self.slot.set(Some(Arc::new(guest)));
@@ -99,7 +99,7 @@ impl rx::Vmm for Arriving {
     fn load(&mut self, states: Vec<rx::Blob>) -> Result<(), rx::VmmError> {
         let guest = self.slot.get()?;
         guest
-            .load_state(&only(&states)?.octets)
+            .load_state(&only(&states)?.bytes)
             .map_err(rx::VmmError::new)
     }
 

@@ -255,7 +255,7 @@ impl tx::Vmm for SourceMachine {
         Ok(vec![tx::Blob {
             kind: BLOB_KIND,
             version: 1,
-            octets: Bytes::from_static(b"model machine"),
+            bytes: Bytes::from_static(b"model machine"),
         }])
     }
 
@@ -276,7 +276,7 @@ impl tx::Vmm for SourceMachine {
         Ok(vec![tx::Blob {
             kind: BLOB_KIND,
             version: 2,
-            octets: Bytes::from(self.state.clone()),
+            bytes: Bytes::from(self.state.clone()),
         }])
     }
 
@@ -326,7 +326,7 @@ impl rx::Vmm for DestinationMachine {
     ) -> Result<GuestMemory, rx::VmmError> {
         assert_eq!(configs.len(), 1, "one configuration blob was sent");
         assert_eq!(
-            (configs[0].kind, configs[0].version, &configs[0].octets[..]),
+            (configs[0].kind, configs[0].version, &configs[0].bytes[..]),
             (BLOB_KIND, 1, &b"model machine"[..])
         );
         if self.refuse == Refuse::Prepare {
@@ -358,7 +358,7 @@ impl rx::Vmm for DestinationMachine {
             return Err(rx::VmmError::new("this state is of another version"));
         }
         assert_eq!(states.len(), 1, "one state blob was sent");
-        *self.state.lock().expect("no panics") = Some(states[0].octets.to_vec());
+        *self.state.lock().expect("no panics") = Some(states[0].bytes.to_vec());
         Ok(())
     }
 

@@ -113,7 +113,7 @@ impl Peer {
         let head = encode(out.next, frame, body);
         out.next += 1;
         out.tx.set_deadline(Some(Instant::now() + PATIENCE));
-        let _ = out.tx.send(&head, &[IoSource::Octets(octets)]);
+        let _ = out.tx.send(&head, &[IoSource::Bytes(octets)]);
     }
 
     /// Sends octets in the place of a frame: `make` is told the number that the frame should have.

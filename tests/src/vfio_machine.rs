@@ -138,7 +138,7 @@ impl tx::DeviceSource for NotedSource {
 
     fn read(&mut self, into: &mut [u8]) -> Result<tx::Read, tx::DeviceError> {
         let read = self.device.read(into)?;
-        if let tx::Read::Octets(count) = read {
+        if let tx::Read::Bytes(count) = read {
             self.read += count as u64;
         }
         Ok(read)

@@ -216,7 +216,7 @@ impl tx::Vmm for Ballooned {
         Ok(vec![tx::Blob {
             kind: BLOB_KIND,
             version: 1,
-            octets: b"model machine"[..].into(),
+            bytes: b"model machine"[..].into(),
         }])
     }
 
@@ -234,7 +234,7 @@ impl tx::Vmm for Ballooned {
         Ok(vec![tx::Blob {
             kind: BLOB_KIND,
             version: 2,
-            octets: b"state"[..].into(),
+            bytes: b"state"[..].into(),
         }])
     }
 

@@ -50,7 +50,7 @@ fn pump(source: &mut VfioSource, sink: &mut VfioSink) -> bool {
     let mut buffer = vec![0; 5000];
     loop {
         match source.read(&mut buffer).unwrap() {
-            Read::Octets(count) => sink.write(&buffer[..count]).unwrap(),
+            Read::Bytes(count) => sink.write(&buffer[..count]).unwrap(),
             Read::NothingNow => return false,
             Read::End => return true,
         }

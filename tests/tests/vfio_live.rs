@@ -433,7 +433,7 @@ fn pump(from: &mut MigrationDevice, to: &mut MigrationDevice) -> (bool, u64) {
     let mut moved = 0;
     loop {
         match from.read(&mut buffer).unwrap() {
-            StreamRead::Octets(count) => {
+            StreamRead::Bytes(count) => {
                 to.write(&buffer[..count]).unwrap();
                 moved += count as u64;
             }

@@ -74,7 +74,7 @@ pub const BINDING_BYTES: usize = 32;
 #[derive(Clone, Copy, Debug)]
 pub enum IoSource<'a> {
     /// Octets of this process that nobody changes meanwhile.
-    Octets(&'a [u8]),
+    Bytes(&'a [u8]),
     /// Guest memory, read by the kernel (or the device) from where it lies. The guest may write it at the same time: what is
     /// sent is then some mixture of old and new octets.
     Guest(Span<'a>),
@@ -85,7 +85,7 @@ impl IoSource<'_> {
     #[must_use]
     pub fn len(&self) -> usize {
         match self {
-            Self::Octets(octets) => octets.len(),
+            Self::Bytes(octets) => octets.len(),
             Self::Guest(span) => span.len(),
         }
     }
@@ -144,8 +144,10 @@ pub trait SendHalf: Send {
     /// As [`Channel::describe`].
     fn describe(&self) -> String;
 
-    /// The descriptor to watch for room to send; `None` for a kind that has none.
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+    /// The descriptor to watch for room to send; `None`, as by default, for a kind that has none.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// The receiving half of a channel.
@@ -209,8 +211,10 @@ pub trait ReceiveHalf: Send {
     /// As [`Channel::describe`].
     fn describe(&self) -> String;
 
-    /// The descriptor to watch for octets to receive; `None` for a kind that has none.
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+    /// The descriptor to watch for bytes to receive; `None`, as by default, for a kind that has none.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// The most that a receiving half reads beyond what it was asked for.

@@ -227,7 +227,7 @@ impl MemorySend {
     fn send_all(&self, head: &[u8], body: &[IoSource<'_>]) -> Result<(), ChannelError> {
         let bytes_wanted =
             head.len() as u64 + body.iter().map(|piece| piece.len() as u64).sum::<u64>();
-        let mut pieces = std::iter::once(IoSource::Octets(head))
+        let mut pieces = std::iter::once(IoSource::Bytes(head))
             .chain(body.iter().copied())
             .filter(|piece| !piece.is_empty());
         let mut piece = pieces.next();
@@ -258,10 +258,10 @@ impl MemorySend {
 /// What is left of a piece after its first `count` octets; `None` if nothing is.
 fn rest(piece: IoSource<'_>, count: usize) -> Option<IoSource<'_>> {
     match piece {
-        IoSource::Octets(octets) => octets
+        IoSource::Bytes(octets) => octets
             .get(count..)
             .filter(|rest| !rest.is_empty())
-            .map(IoSource::Octets),
+            .map(IoSource::Bytes),
         IoSource::Guest(span) => after(span, count).map(IoSource::Guest),
     }
 }

@@ -85,7 +85,7 @@ impl Sending {
         };
         frame.into().encode(self.next, body, &mut self.head)?;
         self.next = self.next.next();
-        Ok(self.tx.send(&self.head, &[IoSource::Octets(piece)])?)
+        Ok(self.tx.send(&self.head, &[IoSource::Bytes(piece)])?)
     }
 }
 

@@ -62,7 +62,7 @@ pub struct DevicePreCopy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceRead {
     /// So many octets.
-    Octets(usize),
+    Bytes(usize),
     /// Nothing now.
     NothingNow,
     /// Nothing more.
@@ -348,7 +348,7 @@ impl ModelDevice {
         }
         self.moved += count as u64;
         self.pace(count, self.config.read);
-        Ok(DeviceRead::Octets(count))
+        Ok(DeviceRead::Bytes(count))
     }
 
     /// Octets that it would give if it were stopped now.

@@ -35,7 +35,7 @@ fn read_all(device: &mut ModelDevice, piece: usize) -> Vec<Vec<u8>> {
     loop {
         let mut buffer = vec![0; piece];
         match device.read(&mut buffer).unwrap() {
-            DeviceRead::Octets(count) => pieces.push(buffer[..count].to_vec()),
+            DeviceRead::Bytes(count) => pieces.push(buffer[..count].to_vec()),
             DeviceRead::NothingNow | DeviceRead::End => return pieces,
         }
     }
@@ -95,7 +95,7 @@ fn initial_octets_come_first_then_what_changed_then_the_rest() {
     let mut left = info.initial_bytes;
     while left > 0 {
         let mut buffer = vec![0; 100_000.min(usize::try_from(left).unwrap())];
-        let DeviceRead::Octets(count) = source.read(&mut buffer).unwrap() else {
+        let DeviceRead::Bytes(count) = source.read(&mut buffer).unwrap() else {
             panic!()
         };
         buffer.truncate(count);

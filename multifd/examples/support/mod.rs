@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use multifd::tracking::{VmmMarker, VmmWrites};
 use multifd::transport::{Channel, GuestMemory, RegionLayout};
-use multifd::{Blob, Layout, VmmError, destination, source};
+use multifd::{Blob, Device, Layout, VmmError, destination, source};
+
+type Failure = Box<dyn std::error::Error>;
 
 /// Pages of guest memory.
 pub(crate) const PAGES: u64 = 4096;
@@ -36,7 +38,7 @@ pub(crate) fn settings() -> source::ConfigBuilder {
 pub(crate) fn arrival<V: destination::Vmm>(
     vmm: V,
     pair: impl Fn() -> (Box<dyn Channel>, Box<dyn Channel>) + Send + Sync + 'static,
-) -> Result<(destination::Reception<V>, impl source::Dial + 'static), Box<dyn std::error::Error>> {
+) -> Result<(destination::Reception<V>, impl source::Dial + 'static), Failure> {
     let reception = destination::Reception::start(destination::Parts::new(vmm))?;
     let there = reception.handle();
     let dial = source::dial_by(move |_, _| {
@@ -47,12 +49,51 @@ pub(crate) fn arrival<V: destination::Vmm>(
     Ok((reception, dial))
 }
 
+/// What is left on both sides when a migration has ended well.
+pub(crate) struct Moved {
+    pub(crate) report: source::Report,
+    pub(crate) machine: Arriving,
+    pub(crate) devices: Vec<Box<dyn destination::DeviceSink>>,
+}
+
+/// A migration from this process into itself, with these devices, over channels that `pair` makes.
+pub(crate) fn migrate(
+    pair: impl Fn() -> (Box<dyn Channel>, Box<dyn Channel>) + Send + Sync + 'static,
+    devices: Vec<Box<dyn source::DeviceSource>>,
+    make_device: Option<MakeDevice>,
+) -> Result<Moved, Failure> {
+    let arriving = Arriving {
+        make_device,
+        ..Arriving::default()
+    };
+    let (reception, dial) = arrival(arriving, pair)?;
+    let memory = memory();
+    let (mut machine, writes) = Leaving::start(&memory);
+    machine.devices = devices;
+    let parts = source::Parts::new(machine, memory, dial)
+        .source(writes)
+        .config(settings().build()?);
+    let left = source::Migration::start(parts)?.wait();
+    let arrived = reception.wait();
+    if let Some(error) = left.error {
+        return Err(error.into());
+    }
+    let machine = arrived.vmm.ok_or("it did not come back")?;
+    assert!(machine.runs && machine.is_right());
+    Ok(Moved {
+        report: left.report,
+        machine,
+        devices: arrived.devices,
+    })
+}
+
 /// The machine that leaves: its "vCPU" is a thread that writes a counter into one page after the other.
 pub(crate) struct Leaving {
     run: Arc<Mutex<bool>>,
     stop: Arc<AtomicBool>,
     count: Arc<AtomicU64>,
     vcpu: Option<JoinHandle<()>>,
+    devices: Vec<Box<dyn source::DeviceSource>>,
 }
 
 impl Leaving {
@@ -70,6 +111,7 @@ impl Leaving {
             stop,
             count,
             vcpu: Some(vcpu),
+            devices: Vec::new(),
         };
         (machine, writes)
     }
@@ -117,6 +159,10 @@ impl source::Vmm for Leaving {
         Ok(vec![Blob::new(1, 1, "one vCPU that counts")])
     }
 
+    fn devices(&mut self) -> Result<Vec<Box<dyn source::DeviceSource>>, VmmError> {
+        Ok(std::mem::take(&mut self.devices))
+    }
+
     fn pause(&mut self) -> Result<(), VmmError> {
         *self.run.lock().expect("no panics") = false;
         Ok(())
@@ -132,6 +178,9 @@ impl source::Vmm for Leaving {
     }
 }
 
+/// Makes the destination's device for an entry of the source's table.
+pub(crate) type MakeDevice = fn(&Device) -> Result<Box<dyn destination::DeviceSink>, VmmError>;
+
 /// The machine that arrives.
 #[derive(Default)]
 pub(crate) struct Arriving {
@@ -139,6 +188,7 @@ pub(crate) struct Arriving {
     /// What the other had written.
     pub(crate) count: u64,
     pub(crate) runs: bool,
+    make_device: Option<MakeDevice>,
 }
 
 impl Arriving {
@@ -172,9 +222,21 @@ impl destination::Vmm for Arriving {
         Ok(memory)
     }
 
+    fn devices(
+        &mut self,
+        table: &[Device],
+    ) -> Result<Vec<Box<dyn destination::DeviceSink>>, VmmError> {
+        let make = self.make_device;
+        let none = || VmmError::new("there are no devices here");
+        table
+            .iter()
+            .map(|entry| make.ok_or_else(none)?(entry))
+            .collect()
+    }
+
     fn load(&mut self, states: Vec<Blob>) -> Result<(), VmmError> {
         let state = states.first().ok_or_else(|| VmmError::new("no state"))?;
-        let number = state.octets[..].try_into().map_err(VmmError::new)?;
+        let number = state.bytes[..].try_into().map_err(VmmError::new)?;
         self.count = u64::from_le_bytes(number);
         Ok(())
     }

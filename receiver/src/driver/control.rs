@@ -190,7 +190,7 @@ impl Control {
     fn counts(&self) -> Counts {
         let counted = self.shared.counters.snapshot();
         Counts {
-            pages: counted.pages,
+            pages: counted.content_pages,
             zero_pages: counted.zero_pages,
             frames: counted.frames,
             cpu: counted.cpu,

@@ -201,7 +201,7 @@ impl LaneThread {
         }
         let counters = &self.shared.counters;
         let octets = header.frame_bytes() as u64;
-        counters.octets.fetch_add(octets, Ordering::Relaxed);
+        counters.received_bytes.fetch_add(octets, Ordering::Relaxed);
         counters.frames.fetch_add(1, Ordering::Relaxed);
         // Release: whoever acknowledges this frame has seen what became of its pages.
         self.handled.store(lane.frames(), Ordering::Release);
@@ -241,7 +241,7 @@ impl LaneThread {
         let damaged: u64 = bad.iter().map(|run| u64::from(run.count())).sum();
         // SPEC: PAGES-6, CLOSED-1
         let landed = (pages.checksums.len() as u64).saturating_sub(damaged);
-        counters.pages.fetch_add(landed, Ordering::Relaxed);
+        counters.content_pages.fetch_add(landed, Ordering::Relaxed);
         if !bad.is_empty() {
             counters.note_mismatch(ChannelRef::Lane(self.id), header.kind().name(), damaged);
             // Before the frame counts as handled: the give-back must overtake its acknowledgement (SPEC: BACK-2).

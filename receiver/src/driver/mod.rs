@@ -67,6 +67,7 @@ pub struct Parts {
 }
 
 /// What is left when a reception is over.
+#[non_exhaustive]
 pub struct Finished {
     /// How it went.
     pub report: Report,
@@ -101,6 +102,7 @@ pub struct Handle {
 
 /// A connection that was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OfferError {
     /// Too many connections are saying hello at this moment.
     #[error("{GREETERS_MAX} connections are saying hello already")]

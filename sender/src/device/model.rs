@@ -36,7 +36,7 @@ impl DeviceSource for ModelDevice {
     fn read(&mut self, into: &mut [u8]) -> Result<Read, DeviceError> {
         Ok(
             match ModelDevice::read(self, into).map_err(DeviceError::new)? {
-                DeviceRead::Octets(count) => Read::Octets(count),
+                DeviceRead::Bytes(count) => Read::Bytes(count),
                 DeviceRead::NothingNow => Read::NothingNow,
                 DeviceRead::End => Read::End,
             },

@@ -497,7 +497,7 @@ impl Control {
             }));
         }
         for (blob, index) in blobs.iter().zip(0..) {
-            for (part, body) in blob_parts(blob.kind, blob.version, index, &blob.octets)
+            for (part, body) in blob_parts(blob.kind, blob.version, index, &blob.bytes)
                 .map_err(|e| fail(e.into()))?
             {
                 if let Some(control) = &mut self.control {

@@ -303,7 +303,7 @@ impl<'s> Feeder<'s> {
         } else {
             let body = Body::Octets(item.octets());
             frame.encode(sequence, body, &mut self.head)?;
-            let sources = [IoSource::Octets(item.octets())];
+            let sources = [IoSource::Bytes(item.octets())];
             self.tx.send(&self.head, &sources).map_err(failed)?;
         }
         table.sent(&item);

@@ -134,7 +134,7 @@ impl ControlSender {
             .encode(self.next, Body::Octets(body), &mut self.head)?;
         self.next = Sequence::new(self.next.value() + 1);
         self.tx
-            .send(&self.head, &[multifd_transport::IoSource::Octets(body)])
+            .send(&self.head, &[multifd_transport::IoSource::Bytes(body)])
             .map_err(failed)
     }
 

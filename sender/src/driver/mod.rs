@@ -72,6 +72,7 @@ pub struct Parts {
 }
 
 /// What is left when a migration is over.
+#[non_exhaustive]
 pub struct Finished {
     /// How it went.
     pub report: Report,

@@ -13,7 +13,7 @@ pub struct Blob {
     /// Which encoding of it, in the embedder's numbering.
     pub version: u32,
     /// The bytes; at most `wire::limits::BLOB_BYTES_MAX`.
-    pub octets: Bytes,
+    pub bytes: Bytes,
 }
 
 impl Blob {
@@ -23,7 +23,7 @@ impl Blob {
         Self {
             kind,
             version,
-            octets: bytes.into(),
+            bytes: bytes.into(),
         }
     }
 }

@@ -67,7 +67,7 @@ impl Assembler {
             self.done.push(Blob {
                 kind: part.kind,
                 version: part.version,
-                octets: octets.into(),
+                bytes: octets.into(),
             });
         } else {
             first.part += 1;
@@ -112,7 +112,7 @@ mod tests {
         }
         let blobs = a.take(3).unwrap();
         assert_eq!(
-            blobs.iter().map(|b| b.octets.len()).collect::<Vec<_>>(),
+            blobs.iter().map(|b| b.bytes.len()).collect::<Vec<_>>(),
             [big.len(), 0, 1]
         );
         assert_eq!((blobs[0].kind, blobs[0].version), (9, 2));

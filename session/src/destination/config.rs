@@ -9,6 +9,7 @@ use crate::common::config::{HOUR, LANES_MAX, Waits, within, within_time};
 
 /// Whether a guest may be larger than the memory that is left for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Overcommit {
     /// It may not: a guest that uses all its memory must find room.
     #[default]
@@ -19,6 +20,7 @@ pub enum Overcommit {
 
 /// What becomes of a reception when a source's set-up did not come to its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AfterFailedSetup {
     /// It ends, and says why.
     #[default]

@@ -11,6 +11,7 @@ use crate::common::config::{HOUR, LANES_MAX, SHORTEST, Waits, within, within_tim
 
 /// What to do when the guest dirties memory faster than it can be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum WhenNotConverging {
     /// Give up after the last allowed round, or after a few that are clearly in vain; the guest goes on running at the source,
     /// and the error says what would help.
@@ -22,6 +23,7 @@ pub enum WhenNotConverging {
 
 /// What to do when the destination says that it does not know the migration any more: its process was restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum WhenDestinationLost {
     /// Give up; the guest goes on running at the source.
     #[default]
@@ -32,6 +34,7 @@ pub enum WhenDestinationLost {
 
 /// Whether to look for writes to guest memory that no source of dirty pages reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum DirtyScan {
     /// No.
     #[default]
@@ -44,6 +47,7 @@ pub enum DirtyScan {
 
 /// What to do when devices have not had their initial bytes loaded by the acknowledgement deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum WhenAckLate {
     /// Give up; the guest goes on running at the source.
     #[default]

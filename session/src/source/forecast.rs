@@ -134,6 +134,7 @@ const SECONDS_MAX: f64 = 1e9;
 
 /// The forecast, made anew after each round.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Forecast {
     /// It will fit the limit.
     Converges {
@@ -222,6 +223,7 @@ fn seconds_long(seconds: f64) -> Duration {
 
 /// A figure that is not known exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Interval {
     /// If all goes well.
     pub low: Duration,
@@ -233,6 +235,7 @@ pub struct Interval {
 
 /// What is known at one moment of when and how it will end.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Outlook {
     /// When this was said, since the migration began.
     pub at: Duration,

@@ -47,7 +47,7 @@ pub(crate) fn device_rates(config: &DeviceConfig, chunk: usize) -> (f64, f64) {
         let began = Instant::now();
         let read = source.read(&mut buffer).expect("a sound device");
         reading += began.elapsed();
-        let DeviceRead::Octets(count) = read else {
+        let DeviceRead::Bytes(count) = read else {
             break;
         };
         let began = Instant::now();
@@ -89,7 +89,7 @@ fn send_whole(mut socket: TcpStream, sources: &mut [ModelDevice]) {
     let mut ends = Vec::new();
     let mut at = 0;
     for source in sources {
-        while let DeviceRead::Octets(count) = source.read(&mut whole[at..]).expect("a sound device")
+        while let DeviceRead::Bytes(count) = source.read(&mut whole[at..]).expect("a sound device")
         {
             at += count;
             if at == whole.len() {

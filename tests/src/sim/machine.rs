@@ -350,7 +350,7 @@ impl tx::Vmm for SourceVmm {
         Ok(vec![tx::Blob {
             kind: BLOB_KIND,
             version: 1,
-            octets: Bytes::from_static(CONFIGURATION),
+            bytes: Bytes::from_static(CONFIGURATION),
         }])
     }
 
@@ -388,7 +388,7 @@ impl tx::Vmm for SourceVmm {
         Ok(vec![tx::Blob {
             kind: BLOB_KIND,
             version: 2,
-            octets: Bytes::from(octets),
+            bytes: Bytes::from(octets),
         }])
     }
 
@@ -458,7 +458,7 @@ impl rx::Vmm for DestinationVmm {
             .regions()
             .map(|region| region.bytes / PAGE_BYTES_U64)
             .eq(machine.shape.iter().copied());
-        let expected = configs.len() == 1 && configs[0].octets == CONFIGURATION;
+        let expected = configs.len() == 1 && configs[0].bytes == CONFIGURATION;
         if self.world.refuses(Step::Prepare) || !same || !expected {
             return Err(rx::VmmError::new("no such machine here"));
         }
@@ -480,7 +480,7 @@ impl rx::Vmm for DestinationVmm {
             return Err(rx::VmmError::new("this state is of another version"));
         }
         if self.lives() {
-            self.world.machine.lock().loaded = states.first().map(|blob| blob.octets.to_vec());
+            self.world.machine.lock().loaded = states.first().map(|blob| blob.bytes.to_vec());
         }
         Ok(())
     }

@@ -405,7 +405,7 @@ impl SimSend {
                 let count = (piece.len() - at).min(PIECE);
                 let mut octets = vec![0; count];
                 match piece {
-                    IoSource::Octets(from) => octets.copy_from_slice(&from[at..at + count]),
+                    IoSource::Bytes(from) => octets.copy_from_slice(&from[at..at + count]),
                     IoSource::Guest(span) => {
                         if let Ok(part) = span.subspan(at, count) {
                             part.copy_to(&mut octets);

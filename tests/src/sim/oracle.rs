@@ -115,6 +115,7 @@ fn source(world: &World, summary: &Summary, attempt: &Attempt) {
             }
             world.devices_stand_still();
         }
+        other => world.violation(format!("no outcome that the oracle knows: {other:?}")),
     }
 }
 
@@ -143,6 +144,7 @@ fn destination(world: &World, summary: &Summary, attempt: &Attempt) {
                 world.violation(format!("stranded, says the destination, but {ledger:?}"));
             }
         }
+        other => world.violation(format!("no outcome that the oracle knows: {other:?}")),
     }
 }
 

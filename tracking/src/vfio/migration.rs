@@ -120,7 +120,7 @@ pub struct PreCopySizes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamRead {
     /// So many octets, at least 1.
-    Octets(usize),
+    Bytes(usize),
     /// Nothing now (`ENOMSG`): only before STOP_COPY.
     NothingNow,
     /// The stream has ended.
@@ -343,7 +343,7 @@ impl MigrationDevice {
         let answer = retry(|| self.device.kernel.read(stream, into));
         match answer {
             Ok(0) if !into.is_empty() => Ok(StreamRead::End),
-            Ok(count) => Ok(StreamRead::Octets(count)),
+            Ok(count) => Ok(StreamRead::Bytes(count)),
             Err(error) if error.raw_os_error() == Some(libc::ENOMSG) => Ok(StreamRead::NothingNow),
             Err(error) => Err(self.failed("read of the data stream", error)),
         }

@@ -93,7 +93,7 @@ pub(super) fn more_pieces_than_one_call_takes_arrive(kind: Kind) {
                 .flat_map(|piece| {
                     [
                         IoSource::Guest(span(&source, piece * 5, 3)),
-                        IoSource::Octets(&private[piece..=piece]),
+                        IoSource::Bytes(&private[piece..=piece]),
                     ]
                 })
                 .collect();
@@ -126,15 +126,15 @@ pub(super) fn empty_pieces_and_spans_are_nothing(kind: Kind) {
     let (mut left, mut right) = kind.ends();
     let memory = guest(64);
     left.send.send(&[], &[]).expect("nothing at all");
-    let nothing = [IoSource::Octets(&[]), IoSource::Guest(span(&memory, 64, 0))];
+    let nothing = [IoSource::Bytes(&[]), IoSource::Guest(span(&memory, 64, 0))];
     left.send.send(&[], &nothing).expect("empty pieces");
-    let many = vec![IoSource::Octets(&[]); 5000];
+    let many = vec![IoSource::Bytes(&[]); 5000];
     left.send.send(&[], &many).expect("many empty pieces");
     let something = [
         nothing[0],
-        IoSource::Octets(b"a"),
+        IoSource::Bytes(b"a"),
         nothing[1],
-        IoSource::Octets(b"bcd"),
+        IoSource::Bytes(b"bcd"),
         nothing[0],
     ];
     left.send
@@ -203,7 +203,7 @@ pub(super) fn large_private_receives_are_filled(kind: Kind) {
     thread::scope(|scope| {
         scope.spawn(|| {
             left.send
-                .send(b"one", &[IoSource::Octets(&content)])
+                .send(b"one", &[IoSource::Bytes(&content)])
                 .expect("send");
             left.send.send(b"two", &[]).expect("send");
         });

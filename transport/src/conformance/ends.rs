@@ -190,7 +190,7 @@ pub(super) fn close_in_a_frame_says_how_much_came(kind: Kind) {
         thread::scope(|scope| {
             scope.spawn(move || {
                 left.send
-                    .send(b"head", &[IoSource::Octets(&vec![4; sent])])
+                    .send(b"head", &[IoSource::Bytes(&vec![4; sent])])
                     .expect("send")
             });
             right.receive.receive(&mut [0; 4]).expect("the head");

@@ -78,7 +78,7 @@ fn check(kind: Kind, sends: &[(usize, Vec<Piece>)], takes: &[Take]) -> Result<()
                 let mut body = Vec::new();
                 for piece in pieces {
                     match *piece {
-                        Piece::Octets(len) => body.push(IoSource::Octets(&stream[at..at + len])),
+                        Piece::Octets(len) => body.push(IoSource::Bytes(&stream[at..at + len])),
                         Piece::Guest(len) => body.push(IoSource::Guest(span(&source, at, len))),
                     }
                     at += lens(&[*piece]);

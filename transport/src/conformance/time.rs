@@ -127,7 +127,7 @@ pub(super) fn deadline_in_a_body_says_how_much_landed(kind: Kind) {
                 scope.spawn(move || {
                     let mut left = left;
                     left.send
-                        .send(b"head", &[IoSource::Octets(content)])
+                        .send(b"head", &[IoSource::Bytes(content)])
                         .expect("send");
                     // Silent, but there, until the receiver has had its deadline.
                     let _ = done.recv();

@@ -29,7 +29,7 @@ impl Ring {
         let count = stretch.min(piece.len());
         let room = &mut self.octets[end..][..count];
         match piece {
-            IoSource::Octets(octets) => room.copy_from_slice(&octets[..count]),
+            IoSource::Bytes(octets) => room.copy_from_slice(&octets[..count]),
             IoSource::Guest(span) => match span.subspan(0, count) {
                 Ok(part) => part.copy_to(room),
                 Err(_) => return 0,
@@ -106,7 +106,7 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Put(octets) => {
-                        let count = ring.put(IoSource::Octets(&octets));
+                        let count = ring.put(IoSource::Bytes(&octets));
                         prop_assert_eq!(count == 0, octets.is_empty() || model.len() == capacity);
                         model.extend(&octets[..count]);
                     }

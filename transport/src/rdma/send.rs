@@ -90,7 +90,7 @@ impl<'d> Cursor<'_, 'd> {
             let piece = self.now?;
             if self.at < piece.len() {
                 return Some(match piece {
-                    IoSource::Octets(octets) => IoSource::Octets(&octets[self.at..]),
+                    IoSource::Bytes(octets) => IoSource::Bytes(&octets[self.at..]),
                     IoSource::Guest(span) => {
                         IoSource::Guest(span.subspan(self.at, span.len() - self.at).ok()?)
                     }
@@ -136,7 +136,7 @@ impl RdmaSend {
             wait: self.patience.start(),
         };
         let mut cursor = Cursor {
-            now: Some(IoSource::Octets(head)),
+            now: Some(IoSource::Bytes(head)),
             rest: body.iter(),
             at: 0,
         };
@@ -204,7 +204,7 @@ impl RdmaSend {
             let count = piece.len().min(INLINE_BYTES_MAX - filled);
             let room = &mut self.scratch[filled..filled + count];
             match piece {
-                IoSource::Octets(octets) => room.copy_from_slice(&octets[..count]),
+                IoSource::Bytes(octets) => room.copy_from_slice(&octets[..count]),
                 IoSource::Guest(span) if span.len() < DIRECT_BYTES_MIN => copy(span, room),
                 IoSource::Guest(_) => break,
             }
@@ -260,7 +260,7 @@ impl RdmaSend {
             let count = piece.len().min(room).min(STAGING_BYTES - at);
             let to = self.link.buffers.staging(buffer, at, count);
             match piece {
-                IoSource::Octets(octets) => to.copy_from(&octets[..count]),
+                IoSource::Bytes(octets) => to.copy_from(&octets[..count]),
                 IoSource::Guest(span) => {
                     if let Ok(part) = span.subspan(0, count) {
                         to.copy_from_span(part);

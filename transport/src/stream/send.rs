@@ -144,7 +144,7 @@ fn fill_send<'d>(list: &mut SendList<'_, 'd>, body: &mut std::slice::Iter<'_, Io
         && let Some(piece) = body.next()
     {
         match *piece {
-            IoSource::Octets(octets) => list.push_octets(octets),
+            IoSource::Bytes(octets) => list.push_octets(octets),
             IoSource::Guest(span) => list.push_span(span),
         }
     }

@@ -94,7 +94,7 @@ impl TlsSend {
             wait: self.patience.start(),
         };
         let mut pieces = Pieces {
-            now: Some(IoSource::Octets(head)),
+            now: Some(IoSource::Bytes(head)),
             rest: body.iter(),
             at: 0,
         };
@@ -235,7 +235,7 @@ impl Pieces<'_, '_> {
             let count = (piece.len() - self.at).min(to.len() - filled);
             let room = &mut to[filled..filled + count];
             match piece {
-                IoSource::Octets(octets) => {
+                IoSource::Bytes(octets) => {
                     room.copy_from_slice(&octets[self.at..self.at + count]);
                 }
                 IoSource::Guest(span) => {

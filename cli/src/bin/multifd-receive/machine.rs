@@ -81,7 +81,7 @@ impl Vmm for Machine {
                 "the source does not send the built-in guest: use the destination of its own VMM",
             ));
         }
-        let config = Config::from_blob(&blob.octets).map_err(VmmError::new)?;
+        let config = Config::from_blob(&blob.bytes).map_err(VmmError::new)?;
         // Before anything is built of it: the layout was checked against what is to be had, and the blob was not.
         let said = layout.pages_total().value().saturating_mul(PAGE_BYTES_U64);
         if config.memory_bytes != said {
@@ -127,7 +127,7 @@ impl Vmm for Machine {
             )));
         };
         self.guest()?
-            .load_state(&state.octets)
+            .load_state(&state.bytes)
             .map_err(VmmError::new)
     }
 
@@ -150,7 +150,7 @@ fn described(blob: &Blob) -> Result<Vec<DeviceConfig>, VmmError> {
     if blob.kind != DEVICES_BLOB_KIND {
         return Err(VmmError::new("the second blob does not describe devices"));
     }
-    let text = std::str::from_utf8(&blob.octets).map_err(VmmError::new)?;
+    let text = std::str::from_utf8(&blob.bytes).map_err(VmmError::new)?;
     if text.lines().nth(DEVICES_MAX).is_some() {
         return Err(VmmError::new(format!(
             "more than {DEVICES_MAX} devices are described"
@@ -175,7 +175,7 @@ mod tests {
         Blob {
             kind,
             version: 1,
-            octets: octets.into(),
+            bytes: octets.into(),
         }
     }
 

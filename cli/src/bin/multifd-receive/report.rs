@@ -18,7 +18,8 @@ pub(crate) fn exit_status(outcome: OutcomeKind, check: Option<&Check>) -> u8 {
         OutcomeKind::Running if check.is_none_or(|check| check.passed) => 0,
         OutcomeKind::Running => 5,
         OutcomeKind::Failed => 1,
-        OutcomeKind::Stranded => 4,
+        // Stranded. Whatever else there may be one day: the guest is here and does not run.
+        _ => 4,
     }
 }
 

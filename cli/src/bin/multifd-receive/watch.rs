@@ -65,7 +65,7 @@ fn say(now: &Snapshot) {
     err!(
         "  round {}: {} received on {} channels ({})",
         now.round,
-        Size(now.octets),
+        Size(now.received_bytes),
         now.lanes,
         now.phase
     );
@@ -89,7 +89,7 @@ fn event(name: &str, began: Instant, now: &Snapshot) {
             "round": now.round,
             "channels_open": now.lanes,
             "memory_bytes": now.memory_pages * 4096,
-            "received_bytes": now.octets,
+            "received_bytes": now.received_bytes,
             "devices": now.devices,
             "devices_loaded": now.devices_loaded,
             "device_bytes": now.device_bytes,

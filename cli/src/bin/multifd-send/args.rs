@@ -36,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long, help_heading = "Destination (one of these)")]
     pub(crate) loopback: bool,
 
-    /// Migrate nothing: ask how the migration ended of which --state-file left FILE behind
+    /// Query the outcome of an earlier migration, from its --state-file, and migrate nothing
     ///
     /// It is asked for as long as --reconnect-deadline. The program that wrote FILE must be dead: asking aborts a migration that is not
     /// committed.

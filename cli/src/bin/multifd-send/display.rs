@@ -174,7 +174,6 @@ fn round_line(before: &Snapshot, now: &Snapshot) -> String {
 
 fn outlook(forecast: Option<Forecast>) -> String {
     match forecast {
-        None => String::new(),
         Some(Forecast::Converges {
             within, downtime, ..
         }) => {
@@ -202,5 +201,6 @@ fn outlook(forecast: Option<Forecast>) -> String {
                 ways.into_iter().flatten().collect::<Vec<_>>().join(" or ")
             )
         }
+        _ => String::new(),
     }
 }

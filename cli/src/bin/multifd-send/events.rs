@@ -133,5 +133,6 @@ fn forecast(forecast: Forecast) -> Value {
             "bandwidth_needed_bytes_per_s": bandwidth_needed,
             "throttle_percent": throttle_percent,
         }),
+        _ => Value::Null,
     }
 }

@@ -23,7 +23,7 @@ impl Vmm for Machine {
         let mut blobs = vec![Blob {
             kind: multifd_guest::BLOB_KIND,
             version: BLOB_VERSION,
-            octets: Bytes::from(self.guest.config_blob()),
+            bytes: Bytes::from(self.guest.config_blob()),
         }];
         if !self.devices.is_empty() {
             let lines: Vec<String> = self
@@ -34,7 +34,7 @@ impl Vmm for Machine {
             blobs.push(Blob {
                 kind: DEVICES_BLOB_KIND,
                 version: BLOB_VERSION,
-                octets: Bytes::from(lines.join("\n")),
+                bytes: Bytes::from(lines.join("\n")),
             });
         }
         Ok(blobs)
@@ -67,7 +67,7 @@ impl Vmm for Machine {
         Ok(vec![Blob {
             kind: multifd_guest::BLOB_KIND,
             version: BLOB_VERSION,
-            octets: Bytes::from(state),
+            bytes: Bytes::from(state),
         }])
     }
 

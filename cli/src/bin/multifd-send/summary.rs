@@ -61,8 +61,9 @@ impl Summary {
             OutcomeKind::Migrated => 5,
             OutcomeKind::Failed => 1,
             OutcomeKind::Cancelled => 3,
-            OutcomeKind::Unknown => 4,
             OutcomeKind::Stranded => 6,
+            // Unknown. Whatever else there may be one day has to be looked at as well before the guest is run anywhere.
+            _ => 4,
         }
     }
 
@@ -110,7 +111,7 @@ impl Summary {
             OutcomeKind::Stranded => {
                 "not running: the destination has the guest and could not run it; it is paused there and here".into()
             }
-            OutcomeKind::Unknown => {
+            _ => {
                 "outcome unknown: the commit was sent and nothing was heard since; the guest stays paused here".into()
             }
         }

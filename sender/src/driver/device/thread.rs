@@ -360,8 +360,8 @@ impl Reader {
         while filled < wanted {
             let room = buffer.get_mut(filled..).unwrap_or(&mut []);
             match self.call("be read", |source| source.read(room)) {
-                Ok(Read::Octets(count)) if count <= wanted - filled => filled += count,
-                Ok(Read::Octets(_)) => {
+                Ok(Read::Bytes(count)) if count <= wanted - filled => filled += count,
+                Ok(Read::Bytes(_)) => {
                     return Err(self.fault("be read", DeviceError::new("it gave more than asked")));
                 }
                 Ok(Read::NothingNow) => break,

@@ -263,6 +263,7 @@ impl Guest {
             vmm,
             sources,
             devices,
+            ..
         } = finished;
         let device_states = devices.iter().map(|device| device.state()).collect();
         (self.machine, self.devices, self.sources) = (Some(vmm), devices, sources);

@@ -18,7 +18,7 @@ fn pump(from: &mut MigrationDevice, to: &mut MigrationDevice) -> bool {
     let mut buffer = [0; 777];
     loop {
         match from.read(&mut buffer).unwrap() {
-            StreamRead::Octets(count) => to.write(&buffer[..count]).unwrap(),
+            StreamRead::Bytes(count) => to.write(&buffer[..count]).unwrap(),
             StreamRead::NothingNow => return false,
             StreamRead::End => return true,
         }
@@ -101,10 +101,7 @@ fn new_initial_bytes_are_announced_with_version_2_only() {
         assert_eq!(opt_ins, usize::from(version_2));
         from.set_state(PreCopy).unwrap();
         let mut buffer = [0; 1 << 16];
-        assert_eq!(
-            from.read(&mut buffer).unwrap(),
-            StreamRead::Octets(32 * 528)
-        );
+        assert_eq!(from.read(&mut buffer).unwrap(), StreamRead::Bytes(32 * 528));
         assert_eq!(from.read(&mut buffer).unwrap(), StreamRead::NothingNow);
         source.reinit();
         let sizes = from.pre_copy_sizes().unwrap();
@@ -190,7 +187,7 @@ fn reads_and_writes_that_fail_are_named_with_the_state() {
         "read of the data stream in PRE_COPY: Input/output error (os error 5)"
     );
     kernel.fail_next("read", libc::EINTR);
-    assert_eq!(device.read(&mut [0; 8]).unwrap(), StreamRead::Octets(8));
+    assert_eq!(device.read(&mut [0; 8]).unwrap(), StreamRead::Bytes(8));
     kernel.fail_next("VFIO_MIG_GET_PRECOPY_INFO", libc::EINVAL);
     let text = device.pre_copy_sizes().unwrap_err().to_string();
     assert!(
