@@ -3,6 +3,7 @@
 //! Nothing is built here: `cargo metadata` describes the packages, and the files are read as text. A rule that fails names the
 //! package or file that breaks it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -268,6 +269,46 @@ fn the_protocol_denies_clocks_threads_locks_queues_and_sockets() {
             );
         }
     }
+}
+
+/// Names of SPEC rules, such as `BACK-2`, in a line.
+fn rules(line: &str) -> impl Iterator<Item = &str> {
+    let words = line.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+    words.filter(|word| {
+        let (name, number) = word.split_once('-').unwrap_or_default();
+        name.len() > 1
+            && name.chars().all(|c| c.is_ascii_uppercase())
+            && number.chars().all(|c| c.is_ascii_digit())
+            && !number.is_empty()
+    })
+}
+
+#[test]
+fn drivers_cite_no_rule_of_the_protocol_but_those_that_the_architecture_lists() {
+    let text = read(&root().join("docs/architecture.md"));
+    let mut tables = 0;
+    for driver in ["sender/src/driver", "receiver/src/driver"] {
+        let head = format!("| rule of `{driver}` |");
+        let Some(at) = text.find(&head) else {
+            continue;
+        };
+        tables += 1;
+        let rows = text[at..].lines().take_while(|line| line.starts_with('|'));
+        let first_cells = rows.filter_map(|row| row.split('|').nth(1));
+        let listed: BTreeSet<_> = first_cells.flat_map(rules).collect();
+        let files = sources(&root().join(driver))
+            .into_iter()
+            .map(|path| read(&path));
+        let files: Vec<_> = files.collect();
+        let cited = files.iter().flat_map(|file| file.lines());
+        let cited = cited.filter(|line| line.contains("SPEC: ") || line.contains("(SPEC"));
+        let cited: BTreeSet<_> = cited.flat_map(rules).collect();
+        assert_eq!(
+            cited, listed,
+            "{driver} and its table in docs/architecture.md"
+        );
+    }
+    assert!(tables > 0, "docs/architecture.md has such a table");
 }
 
 #[test]

@@ -8,7 +8,7 @@
 //!   states   where devices are led together
 //! ```
 //! Before the rounds and after the last byte the VMM's thread calls the devices. The source has the same cut: `set`, `table`, `thread`,
-//! and the stream, which is in [`crate::device::stream`] since its lock is put to the test by a model.
+//! `states`, and the stream, which is in [`crate::device::stream`] since its lock is put to the test by a model.
 
 mod call;
 mod set;

@@ -6,13 +6,15 @@
 //!      └─────── notes ─────────┘    └── credit, free buffers ◄── acknowledgements
 //!
 //!   set      all devices, as the control thread leads them       stream   what the threads share of one device
-//!   table    all devices, as lanes see them, with the queue      thread   the reader      stats   what it did
+//!   table    all devices, as lanes see them, with the queue      thread   the reader      states  where it leads the device
+//!                                                              stats    what the device did
 //! ```
 //! A reader numbers an item only when the credit reaches so far, so what is in the queue can be sent at once. The destination has
-//! the same cut: `stream`, `table`, `thread`, `set`.
+//! the same cut: `set`, `table`, `stream`, `thread`, `states`.
 
 mod queue;
 mod set;
+mod states;
 mod stats;
 mod stream;
 mod table;

@@ -9,7 +9,6 @@ use std::sync::atomic::Ordering;
 use multifd_session::destination::{Event, Outcome};
 
 use super::{Control, thread_cpu};
-use crate::config::AfterFailedSetup;
 use crate::driver::accept::Acceptor;
 use crate::driver::lock;
 use crate::error::Fault;
@@ -18,9 +17,7 @@ use crate::vmm::Vmm;
 impl Control {
     /// Whether another source may take the place of the one that is here.
     pub(super) fn gives_way(&self) -> bool {
-        let config = &self.shared.config;
-        config.after_failed_setup() == AfterFailedSetup::WaitOn
-            && self.session.as_ref().is_some_and(|it| it.may_give_way())
+        self.session.as_ref().is_some_and(|it| it.may_give_way())
     }
 
     /// Another source begins.
@@ -34,9 +31,8 @@ impl Control {
 
     /// Whether the next source is waited for after this outcome.
     pub(super) fn waits_on(&self, outcome: &Outcome) -> bool {
-        let wanted = self.shared.config.after_failed_setup() == AfterFailedSetup::WaitOn
-            && !self.shared.cancelled.load(Ordering::Relaxed)
-            && self.session.as_ref().is_some_and(|it| !it.has_begun());
+        let wanted = !self.shared.cancelled.load(Ordering::Relaxed)
+            && self.session.as_ref().is_some_and(|it| it.may_be_followed());
         let Outcome::Failed(error) = outcome else {
             return false;
         };

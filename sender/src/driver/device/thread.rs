@@ -66,7 +66,7 @@ impl Reader {
                 Some(DeviceCommand::End) => return self.source,
                 Some(command) => {
                     let begun = Instant::now();
-                    match self.obey(command) {
+                    match self.carry_out(command) {
                         Ok(()) => self.done(command, begun.elapsed()),
                         Err(fault) => self.failed(command, fault),
                     }
@@ -129,84 +129,22 @@ impl Reader {
         }
     }
 
-    fn obey(&mut self, command: DeviceCommand) -> Result<(), Fault> {
-        use DeviceState::{PreCopy, PreCopyP2p, Running, RunningP2p, Stop, StopCopy};
-        let flags = self.stream.flags;
-        let p2p = flags.contains(DeviceFlags::P2P);
-        match command {
-            DeviceCommand::PreCopy if flags.contains(DeviceFlags::PRE_COPY) => {
-                self.lead(PreCopy, "begin pre-copy")?;
-                self.mode = Mode::PreCopy;
-            }
-            DeviceCommand::Quiesce if p2p => {
-                let to = if self.source.state() == PreCopy {
-                    PreCopyP2p
-                } else {
-                    RunningP2p
-                };
-                self.mode = Mode::Idle;
-                self.lead(to, "become quiescent")?;
-            }
-            DeviceCommand::PreCopy | DeviceCommand::Quiesce | DeviceCommand::End => {}
-            DeviceCommand::Stop => {
-                self.lead(StopCopy, "stop")?;
-                self.mode = Mode::StopCopy;
-            }
-            DeviceCommand::Restore => {
-                self.mode = Mode::Idle;
-                self.let_go();
-                // One that was never made quiescent need not become so now.
-                let state = self.source.state();
-                if p2p && (state == DeviceState::Error || state.is_quiescent()) {
-                    self.lead_back(RunningP2p, "come back, quiescent")?;
-                }
-            }
-            DeviceCommand::Run => {
-                self.lead_back(Running, "run again")?;
-                self.forget();
-            }
-            DeviceCommand::Hold => match self.source.state() {
-                // The stream stands: it is quiescent, or has not even become so.
-                PreCopy | PreCopyP2p => self.mode = Mode::Idle,
-                _ => self.obey(DeviceCommand::Restore)?,
-            },
-            DeviceCommand::Continue => match self.source.state() {
-                PreCopy | PreCopyP2p => {
-                    self.lead(PreCopy, "go on with pre-copy")?;
-                    self.mode = Mode::PreCopy;
-                }
-                _ => {
-                    self.lead_back(Running, "run again")?;
-                    self.restart();
-                    self.obey(DeviceCommand::PreCopy)?;
-                }
-            },
-            DeviceCommand::Retire => {
-                self.mode = Mode::Idle;
-                if self.source.state() != DeviceState::Error {
-                    self.lead(Stop, "stop for good")?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Where it stood in a stream that is void.
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.let_go();
         (self.config, self.linger) = (None, None);
         (self.initial_left, self.initial_marked) = (0, false);
     }
 
     /// What was read and not placed is not wanted any more.
-    fn let_go(&mut self) {
+    pub(super) fn let_go(&mut self) {
         if let Some((_, octets)) = self.pending.take() {
             self.stream.take_back(octets);
         }
     }
 
     /// The stream that was read is void, since the device runs again; it is read anew (SPEC: RESUME-8).
-    fn restart(&mut self) {
+    pub(super) fn restart(&mut self) {
         self.forget();
         let mut state = self.stream.lock();
         state.stats.runs_again();
@@ -220,31 +158,6 @@ impl Reader {
         if begun {
             self.mark(Mark::Restart);
         }
-    }
-
-    /// Step by step along the arcs.
-    fn lead(&mut self, to: DeviceState, step: &'static str) -> Result<(), Fault> {
-        while let Some(next) = self.source.state().step_to(to, self.stream.flags) {
-            self.call(step, |source| source.set_state(next))?;
-        }
-        let state = self.source.state();
-        if state == to {
-            return Ok(());
-        }
-        Err(self.fault(step, DeviceError::new(format!("it is in {state}"))))
-    }
-
-    /// Back to where it runs. One that is broken is reset first; one that broke by itself may show it only now.
-    fn lead_back(&mut self, to: DeviceState, step: &'static str) -> Result<(), Fault> {
-        if self.source.state() != DeviceState::Error {
-            let led = self.lead(to, step);
-            if led.is_ok() || self.source.state() != DeviceState::Error {
-                return led;
-            }
-        }
-        self.call("be reset", |source| source.reset())?;
-        self.stream.note(|stats| stats.was_reset = true);
-        self.lead(to, step)
     }
 
     /// A bounded piece of work; gives how long to wait for a command before the next.
@@ -441,7 +354,7 @@ impl Reader {
     }
 
     /// Asks the device for something. It is the device's own code, which may never return: the control thread sees since when.
-    fn call<T>(
+    pub(super) fn call<T>(
         &mut self,
         step: &'static str,
         ask: impl FnOnce(&mut dyn DeviceSource) -> Result<T, DeviceError>,
@@ -457,7 +370,7 @@ impl Reader {
         self.table.queue.push(Item::mark(placed));
     }
 
-    fn fault(&self, step: &'static str, source: DeviceError) -> Fault {
+    pub(super) fn fault(&self, step: &'static str, source: DeviceError) -> Fault {
         Fault::Device {
             device: self.stream.name.clone(),
             step,

@@ -21,6 +21,7 @@ use multifd_wire::{ChannelRef, Kind, PageRun, Reason, Sequence};
 use super::{Done, Session, State};
 use crate::common::Encoder;
 use crate::destination::blobs::Assembler;
+use crate::destination::config::AfterFailedSetup;
 use crate::destination::error::{Error, Fault};
 use crate::destination::event::{Effect, Secrets};
 
@@ -34,16 +35,17 @@ impl Session {
         self.damages
     }
 
-    /// Whether the set-up came to its end once: READY was sent.
+    /// Whether the next source is waited for when this session has failed: its set-up never came to its end, so READY was never
+    /// sent, and the reception is set to wait on (SPEC: SEC-8).
     #[must_use]
-    pub fn has_begun(&self) -> bool {
-        self.begun
+    pub fn may_be_followed(&self) -> bool {
+        !self.begun && self.config.after_failed_setup() == AfterFailedSetup::WaitOn
     }
 
-    /// Whether another source that begins may take its place (SPEC: SEC-8).
+    /// Whether another source that begins may take its place now: it waits for its own to come back (SPEC: SEC-8).
     #[must_use]
     pub fn may_give_way(&self) -> bool {
-        !self.begun && matches!(self.state, State::Suspended { .. })
+        self.may_be_followed() && matches!(self.state, State::Suspended { .. })
     }
 
     /// Whether a source that shows the secret may resume the session now.

@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use self::steps::*;
 use super::*;
 use crate::common::VmmError;
+use crate::destination::config::AfterFailedSetup;
 use crate::destination::event::{Counts, DeviceEvent, Outcome};
 use crate::destination::lane::Begins;
 use crate::destination::lanes::Life;
@@ -752,6 +753,27 @@ fn one_lane_is_enough_on_the_way_back_and_the_others_join_the_round() {
     assert_eq!(words, ["ROUND_CLOSED 0", "open 1"]);
     let words = say(&mut session, joined_again(1, 1), NOW);
     assert_eq!(words, ["admit 1.1 within 1"]);
+}
+
+/// SPEC: SEC-8
+#[test]
+fn a_session_gives_way_only_before_ready_while_it_waits_for_its_source_and_if_it_was_set_so() {
+    let waits_on = Config::builder()
+        .after_failed_setup(AfterFailedSetup::WaitOn)
+        .build()
+        .unwrap();
+    for (state, followed, way) in [
+        ("set-up, tables and a lane", true, false),
+        ("rounds", false, false),
+    ] {
+        let mut session = state_after(state);
+        assert!(!session.may_be_followed(), "{state}: it was not set so");
+        session.config = waits_on.clone();
+        let may = |session: &Session| (session.may_be_followed(), session.may_give_way());
+        assert_eq!(may(&session), (followed, way), "{state}");
+        let _ = feed(&mut session, lost(), NOW);
+        assert_eq!(may(&session), (followed, followed), "{state}, lost");
+    }
 }
 
 /// SPEC: RESUME-13
