@@ -412,7 +412,7 @@ impl Pair {
                 self.read_all();
             }
             Effect::Load { states } => {
-                let octets = states.first().map(|state| state.octets.to_vec());
+                let octets = states.first().map(|state| state.bytes.to_vec());
                 self.destination.loaded_state = octets.unwrap_or_default();
                 self.ask_vmm("load its state", 5, Event::Loaded(Ok(())));
                 self.memory_landed();
