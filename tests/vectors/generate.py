@@ -1036,7 +1036,7 @@ def illegal(legal):
 
     bad("devices-without-feature", "reason-3", "FEAT-4", "DEVICE_STATE was not agreed on, and DEVICES has an entry", device_without_feature)
     bad("device-past-the-window", "reason-10", "DEVICE-3", "the window is shorter than a chunk of the device",
-        lambda t: (t.get("GRANT").set(device_window_bytes=1023), t.until("DEVICES")), "devices")
+        lambda t: (t.get("GRANT").set(device_window_bytes=65536), t.until("DEVICES").set(chunk_bytes_max=65537)), "devices")
     bad("suspend-without-resume", "kept", "FEAT-5", "RESUME was not agreed on, and GRANT has suspend_ms",
         lambda t: (features(t, 1), t.until("GRANT")))
 
@@ -1050,7 +1050,7 @@ def illegal(legal):
         lambda t: (two_parts(t), t.drop("CONFIG")))
     bad("blob-index-skipped", "reason-3", "BLOB-2", "the first blob has the index 1", lambda t: t.until("CONFIG").set(index=1))
     bad("ready-lanes", "reason-3", "READY-1", "READY says one lane where two have joined", lambda t: t.until("READY").set(lanes=1))
-    bad("pages-before-ready", "reason-3", "KIND-2 JOIN-6", "PAGES on lane 0 before READY", lambda t: (t.drop("READY"), t.until("PAGES")))
+    bad("pages-before-ready", "kept", "JOIN-6 KIND-2", "PAGES on lane 0 before READY", lambda t: (t.drop("READY"), t.until("PAGES")))
     bad("give-back-in-set-up", "reason-3", "RESUME-10", "GIVE_BACK before READY of a start",
         lambda t: (t.until("READY"), t.drop("READY"), t.then(theirs("GIVE_BACK", give_back(0, 0, 0, 1, [(0, 0, 1)])))))
     bad("lane-down-unknown", "reason-3", "LANE-2", "LANE_DOWN of lane 5, which never was",
@@ -1066,7 +1066,7 @@ def illegal(legal):
         t.then(misled)
 
     bad("pages-on-control", "reason-3", "KIND-1", "PAGES on the control channel", on_control)
-    bad("destination-on-lane", "reason-3", "KIND-1 CHAN-2", "the destination says KEEP_ALIVE on lane 0",
+    bad("destination-on-lane", "kept", "CHAN-2 KIND-1", "the destination says KEEP_ALIVE on lane 0",
         lambda t: (t.until("READY"), t.then(theirs("KEEP_ALIVE", keep_alive(5), "lane-0-0"))))
     chunk = lambda channel, *place, body=b"init": said("source", channel, "DEVICE_CHUNK", device_chunk(*place), body)
     bad("chunk-without-feature", "reason-3", "FEAT-4", "DEVICE_STATE was not agreed on, and DEVICE_CHUNK is sent",
@@ -1171,7 +1171,7 @@ def illegal(legal):
     # --- switchover and commit
     bad("switchover-of-a-closed-round", "reason-3", "SWITCH-1", "SWITCHOVER names round 0, which is closed", lambda t: t.until("SWITCHOVER").set(final_round=0))
     bad("switchover-skips-a-round", "reason-3", "SWITCH-1 SWITCH-2", "the second SWITCHOVER names round 3 behind round 1",
-        lambda t: (t.until("ROUND_CLOSED", 1), t.then(own("SWITCHOVER", switchover(3)))))
+        lambda t: (t.until("VM_STATE"), t.then(own("SWITCHOVER", switchover(3)))))
     bad("state-without-switchover", "reason-3", "KIND-2", "VM_STATE while the guest runs", lambda t: (t.drop("SWITCHOVER"), t.until("VM_STATE")))
     bad("state-after-final", "kept", "STATE-1", "VM_STATE behind FINAL",
         lambda t: (t.until("FINAL"), t.then(t.get("VM_STATE").copy().set(index=1))))
@@ -1218,7 +1218,7 @@ def illegal(legal):
         lambda t: t.until("GRANT", 1).set(resume_secret=SECRET[::-1]), "resume")
     bad("resume-other-grant", "kept", "GRANT-5", "the second GRANT has another window", lambda t: t.until("GRANT", 1).set(device_window_bytes=4096), "resume")
     bad("resume-other-regions", "reason-3", "RESUME-5", "the region lies elsewhere", lambda t: t.until("REGIONS", 1).set(guest_address=0), "resume")
-    bad("resume-page-before-landed", "reason-3", "KIND-2 JOIN-6", "PAGES before LANDED", lambda t: (t.drop("LANDED"), t.until("PAGES", channel="lane-1-1")), "resume")
+    bad("resume-page-before-landed", "kept", "JOIN-6 KIND-2", "PAGES before LANDED", lambda t: (t.drop("LANDED"), t.until("PAGES", channel="lane-1-1")), "resume")
     bad("landed-before-ready", "reason-3", "RESUME-6", "LANDED before READY", lambda t: (t.drop("READY", 1), t.until("LANDED")), "resume")
     bad("landed-rounds", "reason-3", "LANDED-1", "LANDED says that 9 rounds are closed", lambda t: t.until("LANDED").set(rounds_closed=9), "resume")
     bad("landed-more-than-sent", "reason-3", "LANDED-1", "LANDED covers 9 frames of a lane that has sent 3", lambda t: t.until("LANDED").set(frames=9), "resume")

@@ -1,44 +1,15 @@
 //! The vectors of whole sessions, followed by an onlooker who sees every channel: legal ones keep every rule to their end, illegal
 //! ones break the rule that they cite with their last block.
 
-use std::path::Path;
+use multifd_wire::exercise::Vector;
+use multifd_wire::{Phase, Reason};
 
-use multifd_wire::{Phase, Reason, Role};
-
-use crate::onlooker::{Block, Onlooker};
-use crate::support::{Vector, octets, vectors};
+use crate::onlooker::Onlooker;
+use crate::support::vectors;
 
 fn sessions() -> Vec<Vector> {
     let all = vectors().into_iter();
     all.filter(|vector| vector.structure == "session").collect()
-}
-
-fn blocks(vector: &Vector) -> Vec<Block> {
-    let path = Path::new(&vector.name);
-    let mut blocks = Vec::new();
-    for line in &vector.lines {
-        let said = line.strip_prefix("> ").or(line.strip_prefix("? "));
-        if let Some(rest) = said {
-            let (side, channel) = rest.split_once(' ').unwrap();
-            let side = match side {
-                "source" => Role::Source,
-                "destination" => Role::Destination,
-                other => panic!("{}: side {other}", vector.name),
-            };
-            blocks.push(Block::Said {
-                side,
-                channel: channel.to_string(),
-                octets: Vec::new(),
-                is_read: line.starts_with('>'),
-            });
-        } else if let Some(rest) = line.strip_prefix("! ") {
-            let channel = rest.strip_suffix(" is lost").unwrap();
-            blocks.push(Block::Lost(channel.to_string()));
-        } else if let Some(Block::Said { octets: said, .. }) = blocks.last_mut() {
-            said.extend(octets(path, line));
-        }
-    }
-    blocks
 }
 
 #[test]
@@ -50,7 +21,7 @@ fn each_legal_session_keeps_every_rule() {
     assert!(legal.len() >= 9, "only {} sessions", legal.len());
     for vector in &legal {
         let mut onlooker = Onlooker::default();
-        for (at, block) in blocks(vector).iter().enumerate() {
+        for (at, block) in vector.blocks().iter().enumerate() {
             let seen = onlooker.see(block);
             assert_eq!(seen, Ok(()), "{}: block {at}", vector.name);
         }
@@ -70,7 +41,7 @@ fn each_illegal_session_breaks_the_rule_that_it_cites_with_its_last_block() {
     let mut wrong = Vec::new();
     for vector in &illegal {
         let mut onlooker = Onlooker::default();
-        let blocks = blocks(vector);
+        let blocks = vector.blocks();
         let (last, before) = blocks.split_last().unwrap();
         let early = before
             .iter()

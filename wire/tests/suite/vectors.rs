@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use multifd_wire::exercise::{check, samples};
+use multifd_wire::exercise::{Vector, check, samples};
 use multifd_wire::{
     Features, Hello, HelloReply, Incarnation, Kind, LaneId, Reason, Sequence, SessionId, Text,
     Token, VersionRange,
 };
 
-use crate::support::{Vector, octets_of, repository, vectors};
+use crate::support::{octets_of, repository, vectors};
 
 /// Reads a vector's octets as its structure says; the stable code of the error otherwise.
 fn read(vector: &Vector) -> Result<(), &'static str> {

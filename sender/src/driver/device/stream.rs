@@ -294,3 +294,38 @@ impl BufferPool for DeviceStream {
         self.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use multifd_wire::frame::Mark;
+
+    use super::*;
+
+    impl DeviceStream {
+        /// One whose initial bytes are acknowledged.
+        pub(crate) fn sample() -> Self {
+            let traits = DeviceTraits {
+                name: "net0".into(),
+                flags: DeviceFlags::PRE_COPY.union(DeviceFlags::SWITCHOVER_ACK),
+                initial_bytes: 1,
+                state_bytes: 1,
+            };
+            Self::new(DeviceId::new(0), &traits, 1 << 20, 4096)
+        }
+    }
+
+    // SPEC: SWACK-1, RESUME-12
+    #[test]
+    fn an_acknowledgement_that_is_no_news_is_refused_and_passed_over_once_after_a_resume() {
+        let stream = DeviceStream::sample();
+        let acked = |generation| stream.acked(Generation::new(generation), 1, Duration::ZERO);
+        assert!(acked(1).is_err(), "nothing was announced");
+        stream.lock().machine.mark(Mark::InitialEnd);
+        assert!(acked(2).is_err(), "one too far");
+        acked(1).unwrap();
+        assert!(acked(1).is_err(), "said twice");
+        stream.lock().repeats = true;
+        acked(1).unwrap();
+        assert!(acked(1).is_err(), "repeated twice");
+    }
+}

@@ -54,3 +54,22 @@ impl DeviceTable {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // SPEC: CREDIT-1, SWACK-1, LOADED-1
+    #[test]
+    fn a_device_that_is_not_in_the_table_is_nobodys() {
+        let table = DeviceTable::new();
+        let unknown = |device| {
+            let found = table.stream(DeviceId::new(device)).err();
+            found == Some(Misbehaved::UnknownDevice { device })
+        };
+        assert!(unknown(0), "there is none yet");
+        let stream = Arc::new(DeviceStream::sample());
+        let _ = table.streams.set(vec![stream]);
+        assert!(table.stream(DeviceId::new(0)).is_ok() && unknown(1));
+    }
+}

@@ -11,7 +11,7 @@ mod set_up;
 
 use std::collections::BTreeMap;
 
-use multifd_wire::exercise::check;
+use multifd_wire::exercise::{Block, check};
 use multifd_wire::frame::{Asks, Final, Grant, KeepAlive};
 use multifd_wire::negotiate::{Offer, accept, answer, refuse};
 use multifd_wire::{
@@ -29,17 +29,6 @@ pub(crate) type Kept<T = ()> = Result<T, &'static str>;
 
 fn keep(kept: bool, rule: &'static str) -> Kept {
     if kept { Ok(()) } else { Err(rule) }
-}
-
-/// What one side writes to one channel, whether or not the other reads it, or that a channel is lost.
-pub(crate) enum Block {
-    Said {
-        side: Role,
-        channel: String,
-        octets: Vec<u8>,
-        is_read: bool,
-    },
-    Lost(String),
 }
 
 /// A lane and its incarnation.
