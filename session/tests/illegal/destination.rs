@@ -92,10 +92,11 @@ impl Player {
             Step::Said(said) => match (said.side, said.is) {
                 (Role::Destination, Is::Reply(_)) => self.accepted(said),
                 (Role::Destination, Is::Frame(_)) => self.due(said),
+                (Role::Source, Is::Frame(hello)) if !said.is_read => {
+                    assert_eq!(hello.intent, Intent::Join, "only lanes lose frames here");
+                }
                 (Role::Source, Is::Frame(hello)) if hello.intent == Intent::Join => {
-                    if said.is_read {
-                        self.on_lane(hello.lane, said.octets);
-                    }
+                    self.on_lane(hello.lane, said.octets);
                 }
                 (Role::Source, Is::Frame(_)) => self.on_control(said.octets),
                 _ => {}
@@ -239,14 +240,13 @@ impl Player {
                 lane.zeros(zeros.round, zeros.page_count(), most)?;
             }
             Frame::RoundEnd(end) => {
-                if lane.round_end(end)? == Mark::Fence {
-                    return Ok(Some(Event::LaneArrived {
-                        lane: id,
-                        incarnation: mark.incarnation,
-                        round: end.round,
-                        last: end.final_round,
-                    }));
-                }
+                let arrived = lane.round_end(end)? == Mark::Fence;
+                return Ok(arrived.then_some(Event::LaneArrived {
+                    lane: id,
+                    incarnation: mark.incarnation,
+                    round: end.round,
+                    last: end.final_round,
+                }));
             }
             Frame::DeviceChunk(chunk) => {
                 if let Some(device) = self.devices.get_mut(chunk.device.value() as usize)

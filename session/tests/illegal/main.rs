@@ -17,7 +17,6 @@ use multifd_wire::{Hello, Reason, Role};
 /// What one block holds: a hello, a reply, or a frame.
 struct Said<'b> {
     side: Role,
-    channel: &'b str,
     octets: &'b [u8],
     is_read: bool,
     is: Is,
@@ -52,9 +51,9 @@ fn steps(blocks: &[Block]) -> Vec<Step<'_>> {
             }
             Block::Said {
                 side,
-                channel,
                 octets,
                 is_read,
+                ..
             } => {
                 let is = match place.map(|place| &mut channels[place]) {
                     None => {
@@ -70,7 +69,6 @@ fn steps(blocks: &[Block]) -> Vec<Step<'_>> {
                 };
                 steps.push(Step::Said(Said {
                     side: *side,
-                    channel,
                     octets,
                     is_read: *is_read,
                     is,
