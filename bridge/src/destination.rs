@@ -26,8 +26,8 @@ use crate::machine::{Streams, Via, WINDOW_BYTES_MIN};
 use crate::monitor::MonitorAddress;
 use crate::report::{Ended, Report};
 
-/// A stream without octets is connected after the first one has some, and after this: post-copy's channel says nothing until it is used, and
-/// a monitor that waits for a connection's first octets answers nobody meanwhile.
+/// A stream without bytes is connected after the first one has some, and after this: post-copy's channel says nothing until it is used, and
+/// a monitor that waits for a connection's first bytes answers nobody meanwhile.
 const QUIET: Duration = Duration::from_millis(50);
 
 /// How long the monitor may take, once its first connection ended in the middle, to say whether it runs the guest all the same.

@@ -9,7 +9,7 @@
 //! [`source::run`] listens where the monitor is told to migrate to; [`destination::run`] connects to the one that waits. Neither monitor knows
 //! of it. SPEC.md section 22 is what they say to each other.
 //!
-//! What it keeps, beside every octet in its place:
+//! What it keeps, beside every byte in its place:
 //! - A link that dies is dialled again, and nothing is lost that a monitor was told is sent.
 //! - What is held between the monitors is a small time of the link's rate, so that their own estimates of downtime hold.
 //! - The guest is never run twice by what the bridge does: from the moment at which the destination may run it, the source's monitor hears

@@ -1,4 +1,4 @@
-//! Octets of a carried stream, read once and shared from then on: kept for sending again while a lane sends them.
+//! Bytes of a carried stream, read once and shared from then on: kept for sending again while a lane sends them.
 //!
 //! The rule it keeps: a buffer is allocated once and comes back to its pool, since fresh memory of this size costs a page fault for
 //! every 4 KiB, more than the copy into it.
@@ -14,14 +14,14 @@ pub const PIECE_BYTES: usize = 128 * 1024;
 /// Free buffers that a pool keeps; what is over is freed. 32 MiB.
 const FREE_MAX: usize = 256;
 
-/// Buffers of [`PIECE_BYTES`] octets, to be used again.
+/// Buffers of [`PIECE_BYTES`] bytes, to be used again.
 #[derive(Debug, Default)]
 pub struct Pool {
     free: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Pool {
-    /// A buffer of at least `bytes` octets, whatever they are.
+    /// A buffer of at least `bytes` bytes, whatever they are.
     #[must_use]
     pub fn buffer(self: &Arc<Self>, bytes: usize) -> Buffer {
         let free = || {
@@ -55,7 +55,7 @@ impl Buffer {
         &mut self.octets
     }
 
-    /// The first `bytes` octets as a piece.
+    /// The first `bytes` bytes as a piece.
     #[must_use]
     pub fn piece(self, bytes: usize) -> Piece {
         let crc = crc32fast::hash(&self.octets[..bytes]);
@@ -93,12 +93,12 @@ struct Inner {
     crc: u32,
 }
 
-/// Octets of a stream, never empty in one. A clone shares them.
+/// Bytes of a stream, never empty in one. A clone shares them.
 #[derive(Clone)]
 pub struct Piece(Arc<Inner>);
 
 impl Piece {
-    /// Octets that belong to no pool.
+    /// Bytes that belong to no pool.
     #[must_use]
     pub fn new(octets: Vec<u8>) -> Self {
         let bytes = octets.len();
@@ -129,6 +129,6 @@ impl Deref for Piece {
 
 impl fmt::Debug for Piece {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Piece({} octets)", self.0.bytes)
+        write!(f, "Piece({} bytes)", self.0.bytes)
     }
 }

@@ -29,9 +29,9 @@ pub struct Report {
     pub reason: Option<String>,
     /// Connections that were carried.
     pub streams: u32,
-    /// Octets from this side's monitor.
+    /// Bytes from this side's monitor.
     pub bytes_from_monitor: u64,
-    /// Octets to this side's monitor.
+    /// Bytes to this side's monitor.
     pub bytes_to_monitor: u64,
     /// Channels that were lost, and dialled again.
     pub lanes_lost: u64,
@@ -41,9 +41,9 @@ pub struct Report {
     pub outage_ms_max: u64,
     /// Pieces that came with a wrong checksum and were sent again.
     pub damaged: u64,
-    /// The largest window that a stream had at this side, in octets.
+    /// The largest window that a stream had at this side, in bytes.
     pub window_bytes_max: u64,
-    /// The most octets of a stream that waited here for the monitor.
+    /// The most bytes of a stream that waited here for the monitor.
     pub held_bytes_max: u64,
     /// The shortest round trip that was seen, in microseconds.
     pub round_trip_us: Option<u64>,

@@ -244,7 +244,7 @@ fn migrated(shared: &Arc<Shared>) -> (Ended, Option<String>) {
         let main = core.main.and_then(|main| core.connections.get(&main));
         main.is_none_or(|main| main.told_shut)
     };
-    // The octets may still be on their way, or come only after a resume.
+    // The bytes may still be on their way, or come only after a resume.
     let patience = shared.config.outage + LAST_WORD_MAX;
     if !wind_up::wait_for(shared, patience, heard) {
         tell_by_hand(shared);

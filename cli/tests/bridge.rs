@@ -235,7 +235,7 @@ fn killing_the_source_after_the_guest_was_stopped_never_runs_it_twice() {
     setting.link.limit(30 << 20);
     setting.migrate();
     setting.wait_until_stopped();
-    // The last octets are in the bridge, and on their way when it is killed.
+    // The last bytes are in the bridge, and on their way when it is killed.
     let link = setting.link.clone();
     link.limit(0);
     link.stand_still(Duration::from_millis(500));

@@ -1,4 +1,4 @@
-//! System calls: what no thread of the process needs, and what the threads that read a peer's octets do need.
+//! System calls: what no thread of the process needs, and what the threads that read a peer's bytes do need.
 //!
 //! A refused call fails with EPERM. It does not kill: a guest runs in the process, and may have been taken over already.
 
@@ -73,7 +73,7 @@ const NOBODY_NEEDS: &[libc::c_long] = &[
     libc::SYS_personality,
 ];
 
-/// What a thread needs that takes a peer's octets from a channel and puts them where they belong.
+/// What a thread needs that takes a peer's bytes from a channel and puts them where they belong.
 const READERS_NEED: &[libc::c_long] = &[
     // Channels.
     libc::SYS_read,
@@ -157,7 +157,7 @@ pub(crate) fn restrict_process(exec: Exec) -> Result<(), Error> {
     Ok(())
 }
 
-/// The filter of a thread that reads a peer's octets.
+/// The filter of a thread that reads a peer's bytes.
 pub(crate) fn reader() -> Result<BpfProgram, Error> {
     let mut rules: Rules = READERS_NEED
         .iter()

@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! Takes from a program that moves guests what it does not need, so that octets of a hostile peer that find a fault in it find
+//! Takes from a program that moves guests what it does not need, so that bytes of a hostile peer that find a fault in it find
 //! little to do with it.
 //!
 //! ```text
@@ -7,7 +7,7 @@
 //!   set up       process(): landlock          files and TCP ports that were not named are out of reach
 //!                           seccomp           no exec, no trace, no mount, no module, no io_uring, ... in any thread
 //!                           no core dump      that would hold guest memory and the resume secret
-//!   each thread  Confined: seccomp by role    what reads a peer's octets may read, write, wait and allocate, and nothing else
+//!   each thread  Confined: seccomp by role    what reads a peer's bytes may read, write, wait and allocate, and nothing else
 //! ```
 //!
 //! A call that is refused fails with EPERM; it never kills the process, because a guest runs in it. What the kernel does not have

@@ -19,7 +19,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// How the names begin (docs/architecture.md section 5) of threads that read a peer's octets, and neither dial, open files
+    /// How the names begin (docs/architecture.md section 5) of threads that read a peer's bytes, and neither dial, open files
     /// nor run an embedder's code.
     fn readers(self) -> &'static [&'static str] {
         match self {
@@ -29,7 +29,7 @@ impl Side {
     }
 }
 
-/// Starts threads through another [`Spawner`]: those that read a peer's octets with a filter of system calls that leaves them
+/// Starts threads through another [`Spawner`]: those that read a peer's bytes with a filter of system calls that leaves them
 /// little else, the others as they are.
 #[derive(Debug, Clone)]
 pub struct Confined<S> {

@@ -1,4 +1,4 @@
-//! Fuzz target: any octets as a hello. The body, and what it holds to, is in `wire/src/exercise/bodies.rs`.
+//! Fuzz target: any bytes as a hello. The body, and what it holds to, is in `wire/src/exercise/bodies.rs`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| multifd_wire::exercise::hello(data));

@@ -1,11 +1,11 @@
 //! A very small x86-64 assembler: the instructions that the guest's program needs, and no more.
 //!
-//! Every method appends one instruction with 64-bit operands unless it says otherwise. Positions are octets from the
+//! Every method appends one instruction with 64-bit operands unless it says otherwise. Positions are bytes from the
 //! start of the program, and branches go back to a position that is already known.
 //!
 //! ```text
 //!   REX prefix 0100WRXB   W 64-bit operands, R/X/B the fourth bit of ModRM.reg / SIB.index / ModRM.rm (or SIB.base)
-//!   ModRM      mod reg rm mod 3: rm is a register; mod 0: memory at [rm]; rm 4: a SIB octet follows
+//!   ModRM      mod reg rm mod 3: rm is a register; mod 0: memory at [rm]; rm 4: a SIB byte follows
 //!   SIB        scale index base
 //! ```
 //!
@@ -27,7 +27,7 @@ pub(crate) enum Reg {
     R14 = 14,
 }
 
-/// Octets from the start of the program.
+/// Bytes from the start of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Position(pub(crate) usize);
 
@@ -84,7 +84,7 @@ impl Assembler {
         self.wide_extended(0xF7, 6, by);
     }
 
-    /// Reverses the eight octets of `register`.
+    /// Reverses the eight bytes of `register`.
     pub(crate) fn bswap(&mut self, register: Reg) {
         self.octets.extend([
             rex(Reg::Rax, Reg::Rax, register),
@@ -133,7 +133,7 @@ impl Assembler {
         let distance = i8::try_from(target.0 as i64 - end as i64);
         self.octets.extend([
             opcode,
-            distance.expect("the program is shorter than 128 octets") as u8,
+            distance.expect("the program is shorter than 128 bytes") as u8,
         ]);
     }
 
@@ -177,7 +177,7 @@ mod tests {
         assembler.into_octets()
     }
 
-    /// The expected octets are what an independent assembler and disassembler say.
+    /// The expected bytes are what an independent assembler and disassembler say.
     #[test]
     fn instructions_have_the_octets_that_the_manual_gives() {
         use Reg::*;

@@ -1,4 +1,4 @@
-//! The configuration as octets: what a destination needs to build the same machine.
+//! The configuration as bytes: what a destination needs to build the same machine.
 //!
 //! ```text
 //!    0 magic[8] "MFDCONF\n"     8 u32 version (1)        12 u32 kind (1 KVM, 2 process)
@@ -7,7 +7,7 @@
 //!   32 u64 memory bytes        40 u64 working set bytes  48 u64 dirty rate, bytes/s    56 u64 seed
 //! ```
 //!
-//! Little-endian, 64 octets. The kind is what the source *is*, not what it was asked to be: a source that chose KVM by
+//! Little-endian, 64 bytes. The kind is what the source *is*, not what it was asked to be: a source that chose KVM by
 //! itself asks the destination for KVM, because the two kinds cannot load each other's state.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -20,7 +20,7 @@ use crate::guest::Kind;
 /// The kind number of this guest's configuration and state blobs in a migration stream: "mfdg".
 pub const BLOB_KIND: u32 = 0x6764_666d;
 
-/// Length of a configuration's octets.
+/// Length of a configuration's bytes.
 pub const CONFIG_BLOB_BYTES: usize = 64;
 
 const MAGIC: [u8; 8] = *b"MFDCONF\n";
@@ -50,7 +50,7 @@ struct RawConfig {
 const _: () = assert!(size_of::<RawConfig>() == CONFIG_BLOB_BYTES);
 
 impl Config {
-    /// The octets for a destination of a guest of kind `kind`.
+    /// The bytes for a destination of a guest of kind `kind`.
     pub(crate) fn to_blob(&self, kind: Kind) -> Vec<u8> {
         let raw = RawConfig {
             magic: MAGIC,
@@ -76,7 +76,7 @@ impl Config {
     /// [`Guest::create_empty`](crate::Guest::create_empty).
     ///
     /// # Errors
-    /// [`Error::Malformed`](crate::Error::Malformed) if these are not the octets of a configuration;
+    /// [`Error::Malformed`](crate::Error::Malformed) if these are not the bytes of a configuration;
     /// [`Error::Config`](crate::Error::Config) if no guest can be built of it.
     pub fn from_blob(octets: &[u8]) -> Result<Self> {
         let mut reader = Reader::new("configuration", octets);
@@ -201,7 +201,7 @@ mod tests {
         }
     }
 
-    /// The layout of the format, octet by octet.
+    /// The layout of the format, byte by byte.
     #[test]
     fn encodes_to_the_vector() {
         let vector = concat!(

@@ -1,13 +1,13 @@
-//! A reader that cannot run past its octets, and the values it reads: fixed little-endian structures.
+//! A reader that cannot run past its bytes, and the values it reads: fixed little-endian structures.
 //!
 //! Both encodings of this crate (configuration and state) come from a peer. Nothing in them reaches an allocation or a
-//! loop before it is bounded, and octets left over are an error.
+//! loop before it is bounded, and bytes left over are an error.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::{Error, Result};
 
-/// The octets of one encoding, taken from the front.
+/// The bytes of one encoding, taken from the front.
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {
     what: &'static str,
@@ -23,12 +23,12 @@ impl<'a> Reader<'a> {
     /// The next value.
     ///
     /// # Errors
-    /// [`Error::Malformed`] if the octets end before it does.
+    /// [`Error::Malformed`] if the bytes end before it does.
     pub(crate) fn take<T: FromBytes>(&mut self) -> Result<T> {
         let bytes = size_of::<T>();
         let Some((octets, rest)) = self.rest.split_at_checked(bytes) else {
             return Err(self.malformed(format!(
-                "{} octets are left where {bytes} are needed",
+                "{} bytes are left where {bytes} are needed",
                 self.rest.len()
             )));
         };
@@ -40,11 +40,11 @@ impl<'a> Reader<'a> {
     /// Ends the reading.
     ///
     /// # Errors
-    /// [`Error::Malformed`] if octets are left over.
+    /// [`Error::Malformed`] if bytes are left over.
     pub(crate) fn finish(self) -> Result<()> {
         match self.rest.len() {
             0 => Ok(()),
-            left => Err(self.malformed(format!("{left} octets follow its end"))),
+            left => Err(self.malformed(format!("{left} bytes follow its end"))),
         }
     }
 
@@ -73,7 +73,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Appends the octets of `value`.
+/// Appends the bytes of `value`.
 pub(crate) fn put<T: IntoBytes + Immutable>(octets: &mut Vec<u8>, value: &T) {
     octets.extend_from_slice(value.as_bytes());
 }

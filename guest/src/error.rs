@@ -35,7 +35,7 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// The octets of a configuration or of a state are not what this crate writes.
+    /// The bytes of a configuration or of a state are not what this crate writes.
     #[error("the guest's {what} is malformed: {detail}")]
     Malformed {
         /// Which encoding it is.
@@ -43,7 +43,7 @@ pub enum Error {
         /// The first thing found wrong.
         detail: String,
     },
-    /// The octets are well formed and do not fit this guest or this host.
+    /// The bytes are well formed and do not fit this guest or this host.
     #[error("{detail}")]
     Incompatible {
         /// What does not fit, and what would.

@@ -175,7 +175,7 @@ impl Guest {
         Ok(())
     }
 
-    /// The state of all virtual CPUs as octets, for [`load_state`](Self::load_state) of a guest built from
+    /// The state of all virtual CPUs as bytes, for [`load_state`](Self::load_state) of a guest built from
     /// [`config_blob`](Self::config_blob). It does not contain the memory.
     ///
     /// # Errors
@@ -195,7 +195,7 @@ impl Guest {
     /// Everything is decoded and checked before anything is loaded.
     ///
     /// # Errors
-    /// [`Error::Malformed`] for octets that no guest saved, [`Error::Incompatible`] for those of another guest or what
+    /// [`Error::Malformed`] for bytes that no guest saved, [`Error::Incompatible`] for those of another guest or what
     /// this host refuses, [`Error::Kernel`], [`Error::Misuse`] unless empty. The guest stays empty then.
     pub fn load_state(&self, octets: &[u8]) -> Result<()> {
         let mut phase = self.lock_phase();

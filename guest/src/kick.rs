@@ -1,10 +1,10 @@
 //! How a vCPU thread is got out of `KVM_RUN`.
 //!
-//! Two things are needed. The octet `immediate_exit` in the page that the kernel shares with us makes the *next*
-//! `KVM_RUN` return at once; a signal makes the *present* one return. Setting the octet first and sending the signal
-//! second leaves no gap: a thread that is about to enter sees the octet, one that is inside gets the signal.
+//! Two things are needed. The byte `immediate_exit` in the page that the kernel shares with us makes the *next*
+//! `KVM_RUN` return at once; a signal makes the *present* one return. Setting the byte first and sending the signal
+//! second leaves no gap: a thread that is about to enter sees the byte, one that is inside gets the signal.
 //!
-//! The octet is written through a second mapping of that page, because the first one belongs to [`VcpuFd`], which
+//! The byte is written through a second mapping of that page, because the first one belongs to [`VcpuFd`], which
 //! makes exclusive references to it.
 //!
 //! The signal is a real-time one whose handler does nothing. It is chosen once for the process: the first one above
@@ -32,7 +32,7 @@ pub(crate) struct Kick {
     signal: libc::c_int,
 }
 
-// SAFETY: the page is ours until drop, and only one octet of it is accessed, atomically.
+// SAFETY: the page is ours until drop, and only one byte of it is accessed, atomically.
 unsafe impl Send for Kick {}
 // SAFETY: as for Send.
 unsafe impl Sync for Kick {}
@@ -85,7 +85,7 @@ impl Kick {
     fn immediate_exit(&self) -> &AtomicU8 {
         // SAFETY: the offset is inside the mapped page.
         let octet = unsafe { self.page.add(offset_of!(kvm_run, immediate_exit)) };
-        // SAFETY: one octet needs no alignment, it is mapped as long as self lives, and through this mapping nobody
+        // SAFETY: one byte needs no alignment, it is mapped as long as self lives, and through this mapping nobody
         // accesses it otherwise.
         unsafe { AtomicU8::from_ptr(octet.as_ptr()) }
     }

@@ -32,11 +32,11 @@ pub struct Memory(Arc<Mapping>);
 
 /// A contiguous piece of a guest's memory.
 ///
-/// `host` may be read and written for `bytes` octets as long as a clone of the [`Memory`] it came from lives, by
+/// `host` may be read and written for `bytes` bytes as long as a clone of the [`Memory`] it came from lives, by
 /// pointer only: a reference to memory that a running guest writes is undefined behaviour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {
-    /// Guest-physical address of the first octet, page aligned.
+    /// Guest-physical address of the first byte, page aligned.
     pub guest_address: u64,
     /// Where the host has it, aligned to 2 MiB in region 0 and 1.
     pub host: NonNull<u8>,
@@ -74,7 +74,7 @@ impl Memory {
             owner: Arc::clone(&self.0) as Arc<dyn std::any::Any + Send + Sync>,
         };
         let regions = self.regions().iter().map(raw).collect();
-        // SAFETY: each region is a mapping of `bytes` octets at `host`, readable and writable, that lives as long as the
+        // SAFETY: each region is a mapping of `bytes` bytes at `host`, readable and writable, that lives as long as the
         // `Mapping` behind `owner`; this crate reaches it by pointers only, never by references; and it is guest memory,
         // which the receiver is meant to write.
         unsafe { multifd_transport::GuestMemory::from_raw(regions) }
@@ -203,7 +203,7 @@ impl Memory {
         }
     }
 
-    /// The word at `offset` octets from the start of the mapping.
+    /// The word at `offset` bytes from the start of the mapping.
     #[inline]
     fn word_at(&self, offset: u64) -> &AtomicU64 {
         let offset = offset as usize;
@@ -213,7 +213,7 @@ impl Memory {
         );
         // SAFETY: the offset is inside the mapping, as was just checked.
         let word = unsafe { self.0.base.add(offset) };
-        // SAFETY: aligned to 8 (the base is aligned to 2 MiB), eight octets inside the mapping (its length is a
+        // SAFETY: aligned to 8 (the base is aligned to 2 MiB), eight bytes inside the mapping (its length is a
         // multiple of 4,096), which lives as long as `self`. Inside this process the words are accessed as atomics
         // only; the guest and the kernel are outside of what the language describes.
         unsafe { AtomicU64::from_ptr(word.as_ptr().cast()) }
@@ -222,7 +222,7 @@ impl Memory {
     /// The offset of `words` words at `guest_address`, if they are inside one region.
     fn offset_of(&self, guest_address: u64, words: usize) -> Result<u64> {
         let outside = Error::Misuse {
-            advice: "address words inside one region, aligned to 8 octets",
+            advice: "address words inside one region, aligned to 8 bytes",
         };
         if !guest_address.is_multiple_of(WORD_BYTES) {
             return Err(outside);
@@ -269,7 +269,7 @@ pub(crate) fn host_bytes() -> u64 {
         .saturating_mul(u64::try_from(page_bytes).unwrap_or(1))
 }
 
-/// A fresh mapping of `bytes` octets whose start is aligned to a huge page.
+/// A fresh mapping of `bytes` bytes whose start is aligned to a huge page.
 fn map_aligned(bytes: usize) -> Result<NonNull<u8>> {
     let reserved = bytes + HUGE_PAGE_BYTES;
     let protection = libc::PROT_READ | libc::PROT_WRITE;

@@ -1,7 +1,7 @@
 //! The guest without KVM: threads of this process do the machine's work on the same memory.
 //!
 //! Layout, stamps, logs, pace and check are those of the machine; only the processor differs. A thread rests between
-//! two stores, never inside one. The record of one virtual CPU in a state is 24 octets:
+//! two stores, never inside one. The record of one virtual CPU in a state is 24 bytes:
 //!
 //! ```text
 //!   0 u32 index    4 u32 reserved (0)    8 u64 counter    16 u64 reserved (0)

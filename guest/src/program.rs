@@ -244,7 +244,7 @@ mod tests {
         (layout, program)
     }
 
-    /// The octets are those of an independent assembler, and were read back by an independent disassembler.
+    /// The bytes are those of an independent assembler, and were read back by an independent disassembler.
     #[test]
     fn programs_have_the_octets_of_an_independent_assembler() {
         let random = "48ffc34889d8490fafc0480fc8480fafc0490fafc549f7e149891cd348c1e20c49891c12e2da49891e89d8e7e04c89e1ebce";
@@ -265,7 +265,7 @@ mod tests {
         assert_eq!(hex(&program(Pattern::Random, 0).1.octets), idle);
     }
 
-    /// The offsets are those of the instructions in the octets above.
+    /// The offsets are those of the instructions in the bytes above.
     #[test]
     fn progress_is_exact_at_every_instruction() {
         let (layout, program) = program(Pattern::Random, 10_000_000);

@@ -31,7 +31,7 @@ struct RawHead {
     record_bytes: u64,
 }
 
-/// The octets of a state with these records.
+/// The bytes of a state with these records.
 pub(crate) fn encode(kind: Kind, vcpus: u32, records: &[u8]) -> Vec<u8> {
     let head = RawHead {
         magic: MAGIC,

@@ -155,7 +155,7 @@ fn enter(descriptor: &mut VcpuFd) -> Exit {
         Ok(VcpuExit::IoOut(port, data)) if port == u16::from(BEAT_PORT) => {
             // The program sends 32 bits; anything else is not the program.
             <[u8; 4]>::try_from(data).map_or_else(
-                |_| Exit::Unexpected(format!("a heart-beat of {} octets", data.len())),
+                |_| Exit::Unexpected(format!("a heart-beat of {} bytes", data.len())),
                 |octets| Exit::Beat(u32::from_le_bytes(octets)),
             )
         }

@@ -1,4 +1,4 @@
-//! The state of one virtual CPU as octets, and its way out of and into KVM.
+//! The state of one virtual CPU as bytes, and its way out of and into KVM.
 //!
 //! ```text
 //!      0 u32 index         4 u32 MSRs
@@ -113,7 +113,7 @@ impl VcpuState {
             .map_err(|error| Error::kvm("KVM_SET_SREGS", error))?;
         vcpu.set_xcrs(&raw.xcrs)
             .map_err(|error| Error::kvm("KVM_SET_XCRS", error))?;
-        // SAFETY: the kernel reads as many octets as KVM_CAP_XSAVE2 says, and `require_xsave` refused every host where
+        // SAFETY: the kernel reads as many bytes as KVM_CAP_XSAVE2 says, and `require_xsave` refused every host where
         // those are more than the 4,096 of this structure.
         unsafe { vcpu.set_xsave(&raw.xsave) }
             .map_err(|error| Error::kvm("KVM_SET_XSAVE", error))?;
@@ -136,7 +136,7 @@ impl VcpuState {
         self.raw.regs.rbx
     }
 
-    /// Appends the octets.
+    /// Appends the bytes.
     pub(crate) fn put(&self, octets: &mut Vec<u8>) {
         put(octets, &self.raw);
         self.msrs.iter().for_each(|msr| put(octets, msr));
@@ -145,7 +145,7 @@ impl VcpuState {
     /// Reads the record of virtual CPU `index`.
     ///
     /// # Errors
-    /// [`Error::Malformed`] for octets that [`put`](Self::put) does not write.
+    /// [`Error::Malformed`] for bytes that [`put`](Self::put) does not write.
     pub(crate) fn take(reader: &mut Reader<'_>, index: u32) -> Result<Self> {
         let raw: RawVcpu = reader.take()?;
         reader.expect("vCPU index", raw.index, index)?;
@@ -203,7 +203,7 @@ pub(crate) fn require_xsave(vm: &VmFd) -> Result<()> {
     let bytes = vm.check_extension_int(Cap::Xsave2);
     if !vm.check_extension(Cap::Xsave) || bytes > size_of::<kvm_xsave>() as i32 {
         let detail = format!(
-            "the guest's extended state takes {bytes} octets on this host, and 4096 are supported"
+            "the guest's extended state takes {bytes} bytes on this host, and 4096 are supported"
         );
         return Err(Error::Incompatible { detail });
     }

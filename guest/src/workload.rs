@@ -86,7 +86,7 @@ impl Share {
 
     /// The page, counted from the share's start, that stamp `stamp` goes to.
     ///
-    /// Sequential: the remainder by the share's pages. Random: multiply, reverse the octets so that the well-mixed high
+    /// Sequential: the remainder by the share's pages. Random: multiply, reverse the bytes so that the well-mixed high
     /// ones come low, square (without it neighbouring stamps are a few hundred fixed steps apart), multiply again, and
     /// take the high half of the product with the number of pages. Few instructions, because the machine may emulate
     /// each of them.

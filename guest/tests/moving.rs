@@ -92,7 +92,7 @@ fn a_state_saved_twice_is_the_same_and_survives_a_load() {
             }
         }
         // What may differ is the time-stamp counter, which runs while the guest does not. It is the first MSR of each
-        // virtual CPU's record: 32 octets of head, then 5152 of structures, then index, zero, value.
+        // virtual CPU's record: 32 bytes of head, then 5152 of structures, then index, zero, value.
         let mut differing: Vec<usize> = (0..state.len())
             .filter(|at| state[*at] != loaded[*at])
             .collect();
@@ -170,7 +170,7 @@ fn every_part_of_a_vcpu_state_is_loaded_and_saved_again() {
     spell_out_extended_state(&mut state[record..]);
     spell_out_extended_state(&mut loaded[record..]);
     for at in (0..state.len()).filter(|at| !(time_stamp..time_stamp + 8).contains(at)) {
-        assert_eq!(loaded[at], state[at], "octet {at}");
+        assert_eq!(loaded[at], state[at], "byte {at}");
     }
     run_a_while(&destination);
     assert_whole(&destination);
@@ -178,7 +178,7 @@ fn every_part_of_a_vcpu_state_is_loaded_and_saved_again() {
     let mut later = destination.save_state().unwrap();
     spell_out_extended_state(&mut later[record..]);
     for (at, octets) in patches {
-        assert_eq!(later[at..at + octets.len()], *octets, "octet {at}");
+        assert_eq!(later[at..at + octets.len()], *octets, "byte {at}");
     }
 }
 
@@ -219,7 +219,7 @@ fn no_single_damaged_octet_of_a_state_hangs_or_panics() {
         run_a_while(&source);
         let state = source.save_state().unwrap();
         let mut refused = 0;
-        // Every octet of the head, then a sample: each needs a machine of its own.
+        // Every byte of the head, then a sample: each needs a machine of its own.
         for at in (0..32).chain((32..state.len()).step_by(211)) {
             let destination = destination(&source);
             let mut damaged = state.clone();
@@ -233,7 +233,7 @@ fn no_single_damaged_octet_of_a_state_hangs_or_panics() {
                 Err(
                     Error::Malformed { .. } | Error::Incompatible { .. } | Error::Kernel { .. },
                 ) => refused += 1,
-                Err(other) => panic!("octet {at}: {other}"),
+                Err(other) => panic!("byte {at}: {other}"),
             }
         }
         assert!(refused >= 24, "{refused}");
@@ -287,7 +287,7 @@ fn a_guest_whose_program_was_destroyed_says_so_and_cannot_be_saved() {
         return;
     }
     let guest = Guest::create(&small(Tracking::Kvm)).unwrap();
-    // Two octets that are no instruction (ud2), again and again: there is no handler, so the processor shuts down.
+    // Two bytes that are no instruction (ud2), again and again: there is no handler, so the processor shuts down.
     guest
         .memory()
         .write_words(4096, &[0x0B0F_0B0F_0B0F_0B0F; 16])

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::process::{Resource, getrlimit};
 
-/// Octets of memory that this process can still get. What can't be found out does not bound it.
+/// Bytes of memory that this process can still get. What can't be found out does not bound it.
 #[must_use]
 pub fn memory_to_be_had() -> u64 {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();

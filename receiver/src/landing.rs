@@ -1,6 +1,6 @@
 //! What a lane does with admitted pages: check them where they landed, keep the digest, remember what is damaged.
 //!
-//! The rule it keeps: a page counts as landed only if its octets have the checksum that its frame said. One that does not is
+//! The rule it keeps: a page counts as landed only if its bytes have the checksum that its frame said. One that does not is
 //! damaged until it lands well; the source is told which (SPEC: BACK-1). The digest always describes what is really in memory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -113,7 +113,7 @@ impl Landing {
         }
     }
 
-    /// The octets of these runs are in memory. Checks each page against its checksum; the runs that failed are left in `bad`.
+    /// The bytes of these runs are in memory. Checks each page against its checksum; the runs that failed are left in `bad`.
     pub(crate) fn landed(&self, runs: &[PageRun], checksums: &[U32], bad: &mut Vec<PageRun>) {
         let mut said = checksums.iter();
         let mut delta = Digest::EMPTY;
@@ -133,7 +133,7 @@ impl Landing {
         self.merge(delta);
     }
 
-    /// The octets of these runs came in part, or not at all: what is in memory now is nothing that the source had. Each page is
+    /// The bytes of these runs came in part, or not at all: what is in memory now is nothing that the source had. Each page is
     /// damaged, and counts with its real value, so that the digest can't agree before it came again (SPEC: DIGEST-6).
     pub(crate) fn cut_off(&self, runs: &[PageRun]) {
         self.landed(runs, &[], &mut Vec::new());
@@ -201,7 +201,7 @@ fn check_memory(layout: &Layout, memory: &GuestMemory) -> Result<(), String> {
     for (region, built) in layout.regions().zip(memory.layouts()) {
         if (region.guest_address, region.bytes) != (built.guest_address, built.bytes) {
             return Err(format!(
-                "region {} is {} octets at {:#x} instead of {} octets at {:#x}",
+                "region {} is {} bytes at {:#x} instead of {} bytes at {:#x}",
                 region.id, built.bytes, built.guest_address, region.bytes, region.guest_address
             ));
         }

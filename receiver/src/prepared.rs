@@ -8,7 +8,7 @@
 use multifd_session::destination::{Fault, Overcommit};
 use multifd_transport::GuestMemory;
 
-/// The octets of a page, of the wire and of this look.
+/// The bytes of a page, of the wire and of this look.
 const PAGE_BYTES: u64 = multifd_wire::PAGE_BYTES_U64;
 
 /// Refuses memory for which there is no room.

@@ -20,7 +20,7 @@ pub(crate) struct Counters {
     pub(crate) content_pages: AtomicU64,
     pub(crate) zero_pages: AtomicU64,
     pub(crate) received_bytes: AtomicU64,
-    /// Octets of devices' data that were loaded.
+    /// Bytes of devices' data that were loaded.
     pub(crate) device_bytes: AtomicU64,
     pub(crate) devices: AtomicU32,
     pub(crate) devices_loaded: AtomicU32,
@@ -33,7 +33,7 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// A checksum found octets that were changed on the way.
+    /// A checksum found bytes that were changed on the way.
     pub(crate) fn note_damage(&self, at: ChannelRef, frame: &'static str, count: u64) {
         let phase = Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello);
         let mut list = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
@@ -137,9 +137,9 @@ pub struct Snapshot {
     pub content_pages: u64,
     /// Zero pages, every version counted.
     pub zero_pages: u64,
-    /// Octets of heads and bodies that came on data channels.
+    /// Bytes of heads and bodies that came on data channels.
     pub received_bytes: u64,
-    /// Octets of devices' data that were loaded.
+    /// Bytes of devices' data that were loaded.
     pub device_bytes: u64,
     /// Devices that come with the guest.
     pub devices: u32,

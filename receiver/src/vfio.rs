@@ -117,7 +117,7 @@ impl DeviceSink for VfioSink {
         match &mut self.config {
             Some(load) => load(octets),
             None => Err(DeviceError::new(format!(
-                "{}: the source sent {} octets of configuration, and nothing here takes them",
+                "{}: the source sent {} bytes of configuration, and nothing here takes them",
                 self.name,
                 octets.len()
             ))),

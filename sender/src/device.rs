@@ -27,7 +27,7 @@ pub use multifd_session::source::stream;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceTraits {
-    /// Its name, 1 to `wire::limits::DEVICE_NAME_BYTES_MAX` octets, of no other device: the destination finds its own by it.
+    /// Its name, 1 to `wire::limits::DEVICE_NAME_BYTES_MAX` bytes, of no other device: the destination finds its own by it.
     pub name: String,
     /// What it can and wants (SPEC: DEVICES).
     pub flags: DeviceFlags,
@@ -78,9 +78,9 @@ impl DeviceTraits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct PreCopyInfo {
-    /// Octets left of the initial bytes. They come first out of [`DeviceSource::read`], before any other.
+    /// Bytes left of the initial bytes. They come first out of [`DeviceSource::read`], before any other.
     pub initial_bytes: u64,
-    /// Estimate of the octets that changed since they were read, beyond the initial ones.
+    /// Estimate of the bytes that changed since they were read, beyond the initial ones.
     pub dirty_bytes: u64,
     /// The device has announced new initial bytes since the last call (`VFIO_PRECOPY_INFO_REINIT`, with the second version of
     /// the pre-copy information): `initial_bytes` are of a new generation, and what was dirty is among them.
@@ -111,7 +111,7 @@ impl PreCopyInfo {
 /// What came of a [`DeviceSource::read`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Read {
-    /// So many octets of the stream, at least 1, at the start of the buffer.
+    /// So many bytes of the stream, at least 1, at the start of the buffer.
     Bytes(usize),
     /// In a pre-copy state: nothing now, but there may be later (`ENOMSG`).
     NothingNow,
@@ -145,14 +145,14 @@ pub trait DeviceSource: Any + Send {
         Ok(PreCopyInfo::default())
     }
 
-    /// The next octets of the stream, in a pre-copy state or [`DeviceState::StopCopy`]. It may give fewer than there is
+    /// The next bytes of the stream, in a pre-copy state or [`DeviceState::StopCopy`]. It may give fewer than there is
     /// room for.
     ///
     /// # Errors
     /// The device could not; nothing was read.
     fn read(&mut self, into: &mut [u8]) -> Result<Read, DeviceError>;
 
-    /// Estimate of the octets that it would give in [`DeviceState::StopCopy`] if it were stopped now, in any state
+    /// Estimate of the bytes that it would give in [`DeviceState::StopCopy`] if it were stopped now, in any state
     /// (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`).
     ///
     /// # Errors

@@ -27,10 +27,10 @@ pub(crate) struct Counters {
     pub(crate) dirty_pages: AtomicU64,
     pub(crate) content_pages: AtomicU64,
     pub(crate) zero_pages: AtomicU64,
-    /// Octets of heads and bodies handed to data channels.
+    /// Bytes of heads and bodies handed to data channels.
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) acked_bytes: AtomicU64,
-    /// Octets of devices' streams handed to data channels.
+    /// Bytes of devices' streams handed to data channels.
     pub(crate) device_bytes: AtomicU64,
     /// Devices whose acknowledgement is all that the switchover waits for.
     pub(crate) devices_awaited: AtomicU32,
@@ -40,13 +40,13 @@ pub(crate) struct Counters {
     pub(crate) pages_damaged: AtomicU64,
     /// Pages that round 0 left out.
     pub(crate) left_out_pages: AtomicU64,
-    /// Octets of frames that were lost with their channel.
+    /// Bytes of frames that were lost with their channel.
     pub(crate) sent_again_bytes: AtomicU64,
     /// Attempts to reach the destination again since the channels were lost; 0 while they are open.
     pub(crate) attempts: AtomicU32,
     /// Until when it is tried, in milliseconds; counts down.
     pub(crate) gives_up_in_ms: AtomicU64,
-    /// Octets a second over all lanes in the newest round that was long enough to measure.
+    /// Bytes a second over all lanes in the newest round that was long enough to measure.
     pub(crate) bandwidth: AtomicU64,
     cpu_ns: AtomicU64,
     outlook: Mutex<Option<Outlook>>,
@@ -88,7 +88,7 @@ struct LiveSource {
 }
 
 impl Counters {
-    /// A checksum found octets that were changed on the way.
+    /// A checksum found bytes that were changed on the way.
     pub(crate) fn note_damage(&self, at: ChannelRef, frame: &'static str, count: u64) {
         let phase = Phase::from_u32(self.phase.load(Relaxed)).unwrap_or(Phase::Hello);
         let mut list = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
@@ -224,11 +224,11 @@ pub struct Snapshot {
     pub content_pages: u64,
     /// Pages sent as "all zero", every version counted.
     pub zero_pages: u64,
-    /// Octets of heads and bodies handed to data channels.
+    /// Bytes of heads and bodies handed to data channels.
     pub sent_bytes: u64,
-    /// Octets of those that the destination has acknowledged.
+    /// Bytes of those that the destination has acknowledged.
     pub acked_bytes: u64,
-    /// Octets of devices' state handed to data channels, initial bytes and what changed included.
+    /// Bytes of devices' state handed to data channels, initial bytes and what changed included.
     pub device_bytes: u64,
     /// Devices whose initial bytes are still to be loaded at the destination, and are all that the switchover waits for.
     pub devices_awaited: u32,
@@ -242,11 +242,11 @@ pub struct Snapshot {
     pub pages_damaged: u64,
     /// Pages that round 0 left out, unread and unsent: holes, which are zero, and what the VMM said is unused.
     pub left_out_pages: u64,
-    /// Octets of frames that were lost with their channel, so that their pages are sent again.
+    /// Bytes of frames that were lost with their channel, so that their pages are sent again.
     pub sent_again_bytes: u64,
     /// While the link is lost: how it stands with coming back.
     pub reconnect: Option<Reconnect>,
-    /// Measured octets a second over all lanes; 0 before the first measurement.
+    /// Measured bytes a second over all lanes; 0 before the first measurement.
     pub bandwidth: u64,
     /// CPU time of the migration's own threads so far.
     pub cpu: Duration,

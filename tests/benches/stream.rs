@@ -150,7 +150,7 @@ fn settings() -> Settings {
     s
 }
 
-/// Memory in huge pages, every page backed, every octet the same.
+/// Memory in huge pages, every page backed, every byte the same.
 fn prepared(bytes: usize) -> MmapMut {
     let mut memory = MmapMut::map_anon(bytes).expect("memory for the bench");
     let _ = memory.advise(Advice::HugePage);

@@ -39,7 +39,7 @@ impl Tap {
         self.set(false);
     }
 
-    /// Octets that went through.
+    /// Bytes that went through.
     #[must_use]
     pub fn taken(&self) -> u64 {
         self.0.taken.load(Ordering::SeqCst)

@@ -1,4 +1,4 @@
-//! A channel that is cut after so many octets, in the middle of a frame.
+//! A channel that is cut after so many bytes, in the middle of a frame.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -81,7 +81,7 @@ struct Budget {
 }
 
 impl Budget {
-    /// Whether so many octets still pass.
+    /// Whether so many bytes still pass.
     fn passes(&self, octets: usize) -> bool {
         let spend = |left: u64| match left {
             ENDLESS => Some(ENDLESS),

@@ -1,15 +1,15 @@
-//! Reads along with one direction of a connection: what an octet that passes belongs to.
+//! Reads along with one direction of a connection: what a byte that passes belongs to.
 //!
 //! ```text
 //!   hello or reply │ header │ table │ body │ header │ …
 //! ```
-//! It must see every octet as it was sent, before anything is changed.
+//! It must see every byte as it was sent, before anything is changed.
 
 use multifd_wire::{HEADER_BYTES, HELLO_BYTES, HELLO_REPLY_BYTES, Kind};
 
 use crate::proxy::Direction;
 
-/// What an octet belongs to.
+/// What a byte belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     /// What a connection begins with.
@@ -63,7 +63,7 @@ impl Flow {
         }
     }
 
-    /// What the next octet belongs to.
+    /// What the next byte belongs to.
     #[must_use]
     pub fn place(&self) -> Place {
         if self.hello.len() < self.hello_bytes {
@@ -84,7 +84,7 @@ impl Flow {
         Some(u32::from_le_bytes(octets.try_into().ok()?))
     }
 
-    /// Octets that passed.
+    /// Bytes that passed.
     pub fn pass(&mut self, mut octets: &[u8]) {
         while !octets.is_empty() {
             let count = match self.place() {

@@ -14,7 +14,7 @@ use multifd_wire::{ChannelRef, LaneId};
 
 use crate::tapped::{Tap, Tapped};
 
-/// Octets that an in-memory channel holds.
+/// Bytes that an in-memory channel holds.
 const CHANNEL_BYTES: usize = 256 << 10;
 
 /// All links to one destination. Cloning gives another handle to the same ones.
@@ -26,7 +26,7 @@ pub struct Links {
 struct Shared {
     destination: Mutex<rx::Handle>,
     open: Mutex<Vec<(ChannelRef, Closer)>>,
-    /// Connections whose octets vanish, once told so.
+    /// Connections whose bytes vanish, once told so.
     holes: Mutex<Vec<(ChannelRef, Arc<AtomicBool>)>>,
     down: AtomicBool,
     /// Channels of which no new connection can be made.

@@ -1,4 +1,4 @@
-//! Channels that lose the octets of one lane with the guest paused, and break that lane off when FINAL was said.
+//! Channels that lose the bytes of one lane with the guest paused, and break that lane off when FINAL was said.
 //!
 //! ```text
 //!  SWITCHOVER ──► the first lane that carries what is chosen: from here on nothing of it arrives ──► FINAL ──► that lane is cut

@@ -1,4 +1,4 @@
-//! One end of a channel, driven by hand: frames, single octets, lies. What a test breaks rules with.
+//! One end of a channel, driven by hand: frames, single bytes, lies. What a test breaks rules with.
 //!
 //! A [`Peer`] numbers its frames as it should unless told otherwise, and can say that it lives while the test does something
 //! else. [`Craft`] makes frames that the encoder refuses to make.
@@ -92,7 +92,7 @@ impl Peer {
         self.out.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends octets as they are. That the other side is gone already is not this side's concern.
+    /// Sends bytes as they are. That the other side is gone already is not this side's concern.
     pub fn raw(&self, octets: &[u8]) {
         let mut out = self.out();
         out.tx.set_deadline(Some(Instant::now() + PATIENCE));
@@ -116,7 +116,7 @@ impl Peer {
         let _ = out.tx.send(&head, &[IoSource::Bytes(octets)]);
     }
 
-    /// Sends octets in the place of a frame: `make` is told the number that the frame should have.
+    /// Sends bytes in the place of a frame: `make` is told the number that the frame should have.
     pub fn instead(&self, make: impl FnOnce(u64) -> Vec<u8>) {
         let mut out = self.out();
         let octets = make(out.next);
@@ -378,7 +378,7 @@ impl<'t> Craft<'t> {
         }
     }
 
-    /// Header and table as octets.
+    /// Header and table as bytes.
     #[must_use]
     pub fn octets(&self) -> Vec<u8> {
         let table_bytes = self
@@ -398,10 +398,10 @@ impl<'t> Craft<'t> {
     }
 }
 
-/// Changes octets of a frame's table and makes its checksums right again: a lie that only its meaning gives away.
+/// Changes bytes of a frame's table and makes its checksums right again: a lie that only its meaning gives away.
 ///
 /// # Panics
-/// If `head` has no such octets.
+/// If `head` has no such bytes.
 #[must_use]
 pub fn altered(mut head: Vec<u8>, table_offset: usize, octets: &[u8]) -> Vec<u8> {
     head[HEADER_BYTES + table_offset..][..octets.len()].copy_from_slice(octets);

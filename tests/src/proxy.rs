@@ -1,10 +1,10 @@
-//! An impairment proxy: real TCP connections on loopback that are cut, reset, held up, throttled, damaged or ended at a chosen octet.
+//! An impairment proxy: real TCP connections on loopback that are cut, reset, held up, throttled, damaged or ended at a chosen byte.
 //!
 //! ```text
 //!   source ──► proxy ──► destination        connection 0 is the control channel, 1 … are the lanes as they are dialled,
 //!          ◄──       ◄──                    later numbers are those that were dialled again
 //! ```
-//! The rule it keeps: without a rule every octet passes, in order and unchanged. Each direction has a thread and one buffer.
+//! The rule it keeps: without a rule every byte passes, in order and unchanged. Each direction has a thread and one buffer.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -17,7 +17,7 @@ use socket2::SockRef;
 
 use crate::flow::{Flow, Place};
 
-/// Octets that are read at once.
+/// Bytes that are read at once.
 const PIECE: usize = 16 << 10;
 
 /// How often a thread looks whether the proxy has ended.
@@ -32,9 +32,9 @@ pub enum Impairment {
     Reset,
     /// Nothing passes in this direction for a while.
     Stall(Duration),
-    /// From here on so many octets a second pass in this direction.
+    /// From here on so many bytes a second pass in this direction.
     Throttle(u64),
-    /// The lowest bit of the octet is flipped.
+    /// The lowest bit of the byte is flipped.
     Flip,
     /// This direction ends, the other one goes on.
     Truncate,
@@ -54,9 +54,9 @@ pub enum Direction {
 pub struct Rule {
     /// The connection, in the order in which they were made.
     pub connection: u32,
-    /// The direction in which octets are counted.
+    /// The direction in which bytes are counted.
     pub direction: Direction,
-    /// Octets that pass before.
+    /// Bytes that pass before.
     pub after: u64,
     /// What then happens.
     pub impairment: Impairment,
@@ -69,7 +69,7 @@ pub struct Flipped {
     pub connection: u32,
     /// The lane that it is for, if it is one.
     pub lane: Option<u32>,
-    /// Which way the octet went.
+    /// Which way the byte went.
     pub direction: Direction,
     /// What it belonged to.
     pub place: Place,
@@ -218,7 +218,7 @@ enum Way {
     Broken,
 }
 
-/// Passes octets on in one direction, and does what the rules say.
+/// Passes bytes on in one direction, and does what the rules say.
 fn pass(
     shared: &Shared,
     broken: &AtomicBool,
@@ -240,7 +240,7 @@ fn pass(
     let (mut passed, mut rate) = (0u64, None);
     let _ = from.set_read_timeout(Some(LOOK));
     while !shared.ended.load(Ordering::SeqCst) && !broken.load(Ordering::SeqCst) {
-        // Up to the next rule, so that it happens at its octet.
+        // Up to the next rule, so that it happens at its byte.
         let most = rules
             .last()
             .map_or(PIECE as u64, |rule| rule.after - passed);
@@ -285,7 +285,7 @@ fn happens(
     rate: &mut Option<u64>,
 ) -> Option<Way> {
     if rule.impairment == Impairment::Flip {
-        // The octet itself has to come first.
+        // The byte itself has to come first.
         let mut octet = [0];
         loop {
             match from.read(&mut octet) {

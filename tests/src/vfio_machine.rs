@@ -20,9 +20,9 @@ use multifd_wire::{DeviceState, Layout};
 pub enum Step {
     /// It was led to a state, or failed to be: this is where it is.
     State(DeviceState),
-    /// Source: all initial bytes that it has announced were read. So many octets of its stream are out.
+    /// Source: all initial bytes that it has announced were read. So many bytes of its stream are out.
     InitialRead(u64),
-    /// Destination: the initial bytes that were announced are loaded. So many octets of its stream were written to the device.
+    /// Destination: the initial bytes that were announced are loaded. So many bytes of its stream were written to the device.
     InitialLoaded(u64),
 }
 
@@ -83,7 +83,7 @@ impl Seen {
 pub struct NotedSource {
     device: VfioSource,
     seen: Seen,
-    /// Octets of the stream that were read, and whether the initial ones among them were told.
+    /// Bytes of the stream that were read, and whether the initial ones among them were told.
     read: u64,
     told: bool,
 }
@@ -164,7 +164,7 @@ impl tx::DeviceSource for NotedSource {
 pub struct NotedSink {
     device: VfioSink,
     seen: Seen,
-    /// Octets of the stream that were written.
+    /// Bytes of the stream that were written.
     written: u64,
 }
 
@@ -288,14 +288,14 @@ impl Destination {
         }
     }
 
-    /// The octets of each region as they had arrived, before any device ran.
+    /// The bytes of each region as they had arrived, before any device ran.
     #[must_use]
     pub fn arrived(&self) -> Arc<Mutex<Vec<Vec<u8>>>> {
         Arc::clone(&self.arrived)
     }
 }
 
-/// The octets of each region.
+/// The bytes of each region.
 #[must_use]
 pub fn octets(memory: &GuestMemory) -> Vec<Vec<u8>> {
     (0..)

@@ -164,7 +164,7 @@ impl Commit {
         match (state.source, message) {
             (Source::Running, Message::Resumed) => return false,
             (Source::Paused, Message::Prepared) => {
-                // SPEC: COMMIT-3, the guest is given up before the first octet is handed over.
+                // SPEC: COMMIT-3, the guest is given up before the first byte is handed over.
                 state.source = Source::Committed;
                 state.commit_sent = true;
                 state.source_says(Message::Commit);

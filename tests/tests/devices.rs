@@ -323,7 +323,7 @@ fn cancelled_at_any_moment_guest_and_devices_run_on_at_the_source() {
     }
 }
 
-/// Cuts lanes after so many octets.
+/// Cuts lanes after so many bytes.
 struct Cuts {
     inner: tx::Dialer,
     /// Of each lane, also when it comes back; otherwise of all of them together, and then once: whichever is at it.

@@ -25,7 +25,7 @@ const MIB: f64 = 1_048_576.0;
 /// Pages that the guest writes a second: 20 MiB/s.
 const PAGES_PER_SECOND: u64 = 5120;
 
-/// Octets a second that the link carries.
+/// Bytes a second that the link carries.
 const BANDWIDTH: u64 = 256 << 20;
 
 /// Finds all memory dirty after every round as long as it is shut: a migration that is to be disturbed is not over before.
@@ -173,7 +173,7 @@ fn told(name: &str, run: &Run) {
 fn an_interruption_costs_what_was_on_its_way() {
     let asked = std::env::var("MULTIFD_INTERRUPTED_BYTES").ok();
     let measured = asked.is_some();
-    let bytes = asked.map_or(64 << 20, |text| text.parse().expect("a number of octets"));
+    let bytes = asked.map_or(64 << 20, |text| text.parse().expect("a number of bytes"));
     let away = Duration::from_secs(if measured { 5 } else { 1 });
 
     let mut undisturbed: Vec<Run> = (0..3).map(|_| run(bytes, false, |_, _| None)).collect();

@@ -19,7 +19,7 @@ const CHUNK: u64 = 256 << 10;
 /// bookkeeping of the smallest chunks. The rest is this process: threads, the lanes' own buffers, the heap's.
 const BOUND: u64 = WINDOW / 7 * 8 + CHUNK + WINDOW / 16 + (3 << 20);
 
-/// Sends octets of a device and knows how much it may.
+/// Sends bytes of a device and knows how much it may.
 struct Stream {
     index: u64,
     offset: u64,
@@ -159,6 +159,6 @@ fn what_is_held_of_a_device_stays_within_its_window() {
     let before = resident_bytes();
     for (name, act) in ACTS {
         let growth = peak_bytes(|| run(act)).saturating_sub(before);
-        assert!(growth < BOUND, "{name}: {growth} octets, {BOUND} allowed");
+        assert!(growth < BOUND, "{name}: {growth} bytes, {BOUND} allowed");
     }
 }

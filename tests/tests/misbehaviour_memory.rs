@@ -21,7 +21,7 @@ const GROWTH_BYTES_MAX: u64 = 6 << 20;
 fn bounded(name: &str, act: impl FnOnce()) {
     let before = resident_bytes();
     let growth = peak_bytes(act).saturating_sub(before);
-    assert!(growth < GROWTH_BYTES_MAX, "{name}: {growth} octets");
+    assert!(growth < GROWTH_BYTES_MAX, "{name}: {growth} bytes");
 }
 
 const MOST: [u8; 4] = u32::MAX.to_le_bytes();
@@ -87,7 +87,7 @@ const IN_SET_UP: [ToDestination; 8] = [
         "wire.malformed.body-bytes",
     ),
     (
-        "a blob of 2^64 octets",
+        "a blob of 2^64 bytes",
         |s| {
             let body = vec![1; 1 << 20];
             s.control.instead(|number| {

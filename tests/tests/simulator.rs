@@ -70,7 +70,7 @@ fn flipped_bits_are_found_and_named() {
 /// What long runs found and nothing else had: a partly landed page behind an equal digest; a COMMIT of which nothing left; a greeter
 /// that waited without a deadline for a peer that it had refused; a ROUND_CLOSED that was read although its sending had failed;
 /// a channel that stayed in a queue after the end; a guest paused for less long than it was known to take; devices that left the lane to
-/// few pages; a forecast from octets that were in buffers.
+/// few pages; a forecast from bytes that were in buffers.
 #[test]
 fn seeds_that_once_broke_a_promise_keep_it() {
     for seed in [

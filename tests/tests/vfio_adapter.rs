@@ -137,7 +137,7 @@ fn the_vmms_part_of_the_state_goes_along() {
     let mut plain = VfioSink::new("nic1", device(&kernel, 7).1);
     assert_eq!(
         plain.load_config(b"surprise").unwrap_err().to_string(),
-        "nic1: the source sent 8 octets of configuration, and nothing here takes them"
+        "nic1: the source sent 8 bytes of configuration, and nothing here takes them"
     );
 }
 

@@ -427,7 +427,7 @@ fn a_real_log_that_fails_makes_everything_dirty_and_goes_on() {
     });
 }
 
-/// Moves what there is now; whether the stream has ended, and how many octets.
+/// Moves what there is now; whether the stream has ended, and how many bytes.
 fn pump(from: &mut MigrationDevice, to: &mut MigrationDevice) -> (bool, u64) {
     let mut buffer = vec![0; 256 << 10];
     let mut moved = 0;
@@ -497,7 +497,7 @@ fn a_real_devices_state_moves_through_every_state() {
                 assert_eq!(read(&b, Register::Trace) & 0xfff, 0x152);
                 from.set_state(Stop).unwrap();
                 from.reset().unwrap();
-                eprintln!("{door:?}: {initial} octets of initial state, {last} at the stop");
+                eprintln!("{door:?}: {initial} bytes of initial state, {last} at the stop");
             }
         },
     );

@@ -1,9 +1,9 @@
 //! The one door to the kernel, so that a test can put another kernel behind it.
 //!
 //! A [`Request`] is one ioctl of the kernel's headers; only this crate makes them, and each is listed with the header it
-//! comes from. A [`Payload`] is what goes with it: a number, or a structure as octets, to which memory may be attached
-//! whose address the structure holds. The real kernel gets the address written into the octets at the last moment; a fake
-//! one gets both as slices. So neither the callers nor the fakes need `unsafe`, and a fake sees every octet.
+//! comes from. A [`Payload`] is what goes with it: a number, or a structure as bytes, to which memory may be attached
+//! whose address the structure holds. The real kernel gets the address written into the bytes at the last moment; a fake
+//! one gets both as slices. So neither the callers nor the fakes need `unsafe`, and a fake sees every byte.
 //!
 //! This file must never form a reference to guest memory; it sees none.
 
@@ -114,7 +114,7 @@ impl<'a> Payload<'a> {
         }
     }
 
-    /// The structure holds the address of `words` at octet `pointer_at`. How much of `words` the kernel touches follows
+    /// The structure holds the address of `words` at byte `pointer_at`. How much of `words` the kernel touches follows
     /// from the structure's other fields: who calls this sees to it that it fits.
     pub(crate) fn attached(bytes: &'a mut [u8], pointer_at: usize, words: &'a mut [u64]) -> Self {
         assert!(
@@ -129,7 +129,7 @@ impl<'a> Payload<'a> {
         }
     }
 
-    /// The payload as a kernel sees it. The octets where an address belongs are not set.
+    /// The payload as a kernel sees it. The bytes where an address belongs are not set.
     pub fn into_parts(self) -> Parts<'a> {
         match self.inner {
             Inner::Value(value) => Parts::Value(value),
@@ -155,20 +155,20 @@ pub trait Kernel: Send + Sync {
     /// The kernel's `errno`.
     fn map_ring(&self, vcpu: BorrowedFd<'_>, entries: u32) -> io::Result<Box<dyn RingMemory>>;
 
-    /// Reads from a descriptor that a request returned, as `read(2)`: octets read, 0 at the end of the stream.
+    /// Reads from a descriptor that a request returned, as `read(2)`: bytes read, 0 at the end of the stream.
     ///
     /// # Errors
     /// The kernel's `errno`.
     fn read(&self, fd: BorrowedFd<'_>, octets: &mut [u8]) -> io::Result<usize>;
 
-    /// Writes to a descriptor that a request returned, as `write(2)`: octets written.
+    /// Writes to a descriptor that a request returned, as `write(2)`: bytes written.
     ///
     /// # Errors
     /// The kernel's `errno`.
     fn write(&self, fd: BorrowedFd<'_>, octets: &[u8]) -> io::Result<usize>;
 }
 
-/// One entry of a dirty ring: `struct kvm_dirty_gfn` of `linux/kvm.h`, 16 octets.
+/// One entry of a dirty ring: `struct kvm_dirty_gfn` of `linux/kvm.h`, 16 bytes.
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct RingEntry {
@@ -242,13 +242,13 @@ impl Kernel for Linux {
     }
 
     fn read(&self, fd: BorrowedFd<'_>, octets: &mut [u8]) -> io::Result<usize> {
-        // SAFETY: the kernel writes at most `octets.len()` octets at that address, which are borrowed exclusively.
+        // SAFETY: the kernel writes at most `octets.len()` bytes at that address, which are borrowed exclusively.
         let count = unsafe { libc::read(fd.as_raw_fd(), octets.as_mut_ptr().cast(), octets.len()) };
         usize::try_from(count).map_err(|_| io::Error::last_os_error())
     }
 
     fn write(&self, fd: BorrowedFd<'_>, octets: &[u8]) -> io::Result<usize> {
-        // SAFETY: the kernel reads at most `octets.len()` octets at that address, which are borrowed.
+        // SAFETY: the kernel reads at most `octets.len()` bytes at that address, which are borrowed.
         let count = unsafe { libc::write(fd.as_raw_fd(), octets.as_ptr().cast(), octets.len()) };
         usize::try_from(count).map_err(|_| io::Error::last_os_error())
     }
@@ -303,13 +303,13 @@ pub(crate) fn open_userfaultfd() -> io::Result<OwnedFd> {
 #[derive(Debug)]
 pub(crate) struct SharedWords {
     map: Mapping,
-    /// Octets from the mapping's start to the first word.
+    /// Bytes from the mapping's start to the first word.
     lead: usize,
     words: usize,
 }
 
 impl SharedWords {
-    /// Maps `words` words of `file` from octet `offset` on, a multiple of 8. The file is at least that long and is sealed
+    /// Maps `words` words of `file` from byte `offset` on, a multiple of 8. The file is at least that long and is sealed
     /// against shrinking: its owner checked that, or touching the words would be a SIGBUS.
     pub(crate) fn new(file: BorrowedFd<'_>, offset: u64, words: usize) -> io::Result<Self> {
         let page = host_page_bytes();
@@ -333,7 +333,7 @@ impl SharedWords {
         // SAFETY:
         // - the mapping holds `words` words from there on, readable, writable and aligned to 8 (as `new` asserted), and
         //   lives as long as `self`;
-        // - other processes write into it at any time, which atomics allow; every pattern of octets is a valid one.
+        // - other processes write into it at any time, which atomics allow; every pattern of bytes is a valid one.
         unsafe { std::slice::from_raw_parts(first.cast(), self.words) }
     }
 }
@@ -384,7 +384,7 @@ impl Deref for HugeWords {
     }
 }
 
-/// A file in memory of `bytes` octets of zero, which can grow but never shrink.
+/// A file in memory of `bytes` bytes of zero, which can grow but never shrink.
 pub(crate) fn sealed_memory_file(bytes: u64) -> io::Result<OwnedFd> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a string that ends in zero; the call makes a descriptor.
@@ -418,7 +418,7 @@ pub(crate) fn seal_against_shrinking(file: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// The octets of a page of this host.
+/// The bytes of a page of this host.
 pub(crate) fn host_page_bytes() -> u64 {
     // SAFETY: sysconf has no preconditions.
     let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
@@ -459,11 +459,11 @@ impl Mapping {
 }
 
 impl Mapping {
-    /// Whether the octet at `at` can be read: a write of it into a pipe fails where a load would be a fault.
+    /// Whether the byte at `at` can be read: a write of it into a pipe fails where a load would be a fault.
     fn probe(&self, at: usize) -> io::Result<()> {
         let (_reader, writer) = io::pipe()?;
         let address = self.start.as_ptr().wrapping_byte_add(at);
-        // SAFETY: the kernel checks the address and copies one octet; the pipe is this function's own.
+        // SAFETY: the kernel checks the address and copies one byte; the pipe is this function's own.
         let written = unsafe { libc::write(writer.as_raw_fd(), address, 1) };
         if written == 1 {
             Ok(())
@@ -488,9 +488,9 @@ struct MappedRing {
 impl RingMemory for MappedRing {
     fn entries(&self) -> &[RingEntry] {
         // SAFETY:
-        // - the mapping is page aligned, `entries * 16` octets long, readable, writable, and lives as long as `self`;
+        // - the mapping is page aligned, `entries * 16` bytes long, readable, writable, and lives as long as `self`;
         // - the kernel writes into it at any time, which the atomics of `RingEntry` allow;
-        // - every pattern of octets is a valid `RingEntry`.
+        // - every pattern of bytes is a valid `RingEntry`.
         unsafe { std::slice::from_raw_parts(self.map.start.cast().as_ptr(), self.entries) }
     }
 }

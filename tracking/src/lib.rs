@@ -42,7 +42,7 @@ pub use set::{DirtySet, LateRearm, SetFigures};
 pub use source::{CollectPhase, Collection, Figures, Source};
 pub use vmm_writes::{VmmMarker, VmmWrites};
 
-/// The octets of one page, of the set and of the wire, whatever the host's page size is.
+/// The bytes of one page, of the set and of the wire, whatever the host's page size is.
 pub const PAGE_BYTES: u64 = 4096;
 
 /// Neighbouring pages of one region: `count` pages from page `first`.

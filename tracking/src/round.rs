@@ -21,7 +21,7 @@ pub(crate) struct Span {
 impl Span {
     const COUNT_BITS: u32 = 24;
     const COUNT_MAX: u64 = (1 << Self::COUNT_BITS) - 1;
-    /// Words that a span can name: 2^40 words are 2^46 pages, 2^58 octets of guest memory.
+    /// Words that a span can name: 2^40 words are 2^46 pages, 2^58 bytes of guest memory.
     pub(crate) const WORDS_MAX: u64 = 1 << (64 - Self::COUNT_BITS);
 
     /// Adds a word behind the others, to the last span if both are whole, neighbours and of one region.
@@ -272,7 +272,7 @@ impl Drop for Round {
     }
 }
 
-/// The pages that a round began with: 16 octets per word of 64 pages, less where whole words lie side by side.
+/// The pages that a round began with: 16 bytes per word of 64 pages, less where whole words lie side by side.
 #[derive(Clone)]
 pub struct TakenPages {
     set: DirtySet,

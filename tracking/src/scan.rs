@@ -16,7 +16,7 @@ use crate::{DirtySet, Run};
 
 /// Names a page's content.
 pub trait PageSums {
-    /// A number that depends on all of the page's octets. Nobody writes the page meanwhile.
+    /// A number that depends on all of the page's bytes. Nobody writes the page meanwhile.
     fn page_sum(&self, region: u32, page: u64) -> u64;
 }
 
@@ -110,7 +110,7 @@ pub fn unreported(reported: &DirtySet, then: &dyn PageSums, now: &dyn PageSums) 
     found
 }
 
-/// What memory held at one moment: 8 octets a page.
+/// What memory held at one moment: 8 bytes a page.
 #[derive(Debug)]
 pub struct Baseline {
     sums: Vec<Vec<u64>>,

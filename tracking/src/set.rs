@@ -293,7 +293,7 @@ impl DirtySet {
     /// Every mark that returned before this call began is in the round; a mark that runs at the same time lands in the
     /// round or stays in the set; a mark made later stays in the set. So a round hands out a page at most once, however
     /// often it is written meanwhile. The words are moved out eagerly: the cost follows the non-empty words, and the
-    /// round then holds 16 octets per such word (less for whole ones that lie side by side).
+    /// round then holds 16 bytes per such word (less for whole ones that lie side by side).
     pub fn take_round(&self) -> Round {
         let late = self
             .shared

@@ -1,13 +1,13 @@
 //! What a vhost-user back end writes: the dirty log of its protocol, a bitmap in memory that both processes share.
 //!
 //! ```text
-//!   log      file of VHOST_USER_SET_LOG_BASE, mapped from `mmap offset` on, `mmap size` octets long
-//!   octet n  pages 8n … 8n+7 of 4096 octets, counted from guest-physical address 0, the lowest bit first
+//!   log      file of VHOST_USER_SET_LOG_BASE, mapped from `mmap offset` on, `mmap size` bytes long
+//!   byte n  pages 8n … 8n+7 of 4096 bytes, counted from guest-physical address 0, the lowest bit first
 //!   back end writes memory, then sets the bit (atomic or);  this side takes the bits, word by word (atomic and)
 //! ```
 //!
 //! The order is what makes it whole: a bit that is taken follows its write, so whoever reads the page afterwards reads that
-//! write; a bit that is set later is found later. Little-endian hosts see octet 8n and its followers as one word of 64
+//! write; a bit that is set later is found later. Little-endian hosts see byte 8n and its followers as one word of 64
 //! pages, and others swap it ([`u64::from_le`]).
 //!
 //! The embedder tells its back ends: `VHOST_USER_SET_LOG_BASE` with [`VhostUserLog::base`], features with
@@ -30,7 +30,7 @@ use crate::{CollectPhase, Collected, Collection, DirtySet, Error, Figures, PAGE_
 pub struct GuestRange {
     /// Index of the region.
     pub region: u32,
-    /// Guest-physical address of its first octet, a multiple of 4096.
+    /// Guest-physical address of its first byte, a multiple of 4096.
     pub guest_address: u64,
     /// Its pages.
     pub pages: u64,
@@ -81,12 +81,12 @@ impl VhostUserLog {
         Self::over(file, 0, bytes, ranges)
     }
 
-    /// The log that lies in `file`, `bytes` octets from octet `offset` on.
+    /// The log that lies in `file`, `bytes` bytes from byte `offset` on.
     ///
     /// The file is sealed against shrinking here: otherwise whoever holds a descriptor of it could make this process fault.
     ///
     /// # Errors
-    /// [`Error::Misuse`] if the log is too small for the memory, does not lie in the file or is not aligned to 8 octets,
+    /// [`Error::Misuse`] if the log is too small for the memory, does not lie in the file or is not aligned to 8 bytes,
     /// the file cannot be sealed, or for a range that cannot be; [`Error::Kernel`].
     pub fn over(
         file: OwnedFd,
@@ -98,7 +98,7 @@ impl VhostUserLog {
         let needed = log_bytes(ranges)?;
         if bytes < needed || !offset.is_multiple_of(8) {
             return misuse(format!(
-                "a log of {bytes} octets at offset {offset}: this memory needs {needed} octets, at a multiple of 8"
+                "a log of {bytes} bytes at offset {offset}: this memory needs {needed} bytes, at a multiple of 8"
             ));
         }
         if let Err(error) = seal_against_shrinking(file.as_fd()) {
@@ -116,7 +116,7 @@ impl VhostUserLog {
             .is_none_or(|end| end > file_bytes)
         {
             return misuse(format!(
-                "the log's file has {file_bytes} octets: {needed} from octet {offset} on do not lie in it"
+                "the log's file has {file_bytes} bytes: {needed} from byte {offset} on do not lie in it"
             ));
         }
         let words = usize::try_from(needed / 8).map_err(|_| Error::Misuse {
@@ -252,7 +252,7 @@ impl Source for VhostUserLog {
     }
 }
 
-/// The octets of a log over these ranges: one bit for each page up to the highest, in whole words.
+/// The bytes of a log over these ranges: one bit for each page up to the highest, in whole words.
 fn log_bytes(ranges: &[GuestRange]) -> Result<u64, Error> {
     let end = |range: &GuestRange| {
         (range.pages > 0 && range.guest_address.is_multiple_of(PAGE_BYTES))
@@ -324,7 +324,7 @@ mod tests {
         DirtySet::new(&[100, 50, 64])
     }
 
-    /// A back end: the protocol's own formula, octet by octet through the file.
+    /// A back end: the protocol's own formula, byte by byte through the file.
     fn log_write(log: &VhostUserLog, guest_address: u64) {
         let page = guest_address / 4096;
         let file = File::from(log.file.try_clone().unwrap());
@@ -410,16 +410,16 @@ mod tests {
         }];
         assert_eq!(
             refusal(0, 15, 4096, &one),
-            "a log of 15 octets at offset 0: this memory needs 16 octets, at a multiple of 8"
+            "a log of 15 bytes at offset 0: this memory needs 16 bytes, at a multiple of 8"
         );
         assert!(VhostUserLog::over(sealed_memory_file(16).unwrap(), 0, 16, &one).is_ok());
         assert_eq!(
             refusal(4, 16, 4096, &one),
-            "a log of 16 octets at offset 4: this memory needs 16 octets, at a multiple of 8"
+            "a log of 16 bytes at offset 4: this memory needs 16 bytes, at a multiple of 8"
         );
         assert_eq!(
             refusal(8, 16, 23, &one),
-            "the log's file has 23 octets: 16 from octet 8 on do not lie in it"
+            "the log's file has 23 bytes: 16 from byte 8 on do not lie in it"
         );
         assert_eq!(
             refusal(0, 16, 16, &[]),

@@ -81,7 +81,7 @@ pub trait Bitmaps: Send {
     /// The number of regions.
     fn region_count(&self) -> u32;
 
-    /// The bitmap of a region: of 4096-octet pages, as many as the region has.
+    /// The bitmap of a region: of 4096-byte pages, as many as the region has.
     fn bitmap(&self, region: u32) -> Option<&AtomicBitmap>;
 }
 
@@ -161,7 +161,7 @@ impl<B: Bitmaps + 'static> Source for AtomicBitmaps<B> {
             if bitmap.len() as u64 != pages {
                 return Err(Error::Misuse {
                     what: format!(
-                        "the bitmap of region {region} has {} bits for {} octets: it must have one for each {PAGE_BYTES} octets",
+                        "the bitmap of region {region} has {} bits for {} bytes: it must have one for each {PAGE_BYTES} bytes",
                         bitmap.len(),
                         bitmap.byte_size()
                     ),
@@ -273,7 +273,7 @@ mod tests {
         };
         assert_eq!(
             start(100 << 12, 8192),
-            "the bitmap of region 0 has 50 bits for 409600 octets: it must have one for each 4096 octets"
+            "the bitmap of region 0 has 50 bits for 409600 bytes: it must have one for each 4096 bytes"
         );
         assert_eq!(
             start(101 << 12, 4096),

@@ -102,7 +102,7 @@ impl VmmMarker {
         }
     }
 
-    /// Marks the pages that `bytes` octets from octet `offset` of the region touch. No octets touch no page.
+    /// Marks the pages that `bytes` bytes from byte `offset` of the region touch. No bytes touch no page.
     ///
     /// # Panics
     /// As [`VmmMarker::mark`].

@@ -204,7 +204,7 @@ fn vhost_log(_: &str) -> Option<Box<dyn Harness>> {
     };
     let log = VhostUserLog::allocate(&[range(0, REGIONS[0]), range(1, REGIONS[1])]).unwrap();
     let model = Model::new(&REGIONS);
-    // A back end in another process maps the file; here the octets are written through it, under a lock in the place of
+    // A back end in another process maps the file; here the bytes are written through it, under a lock in the place of
     // the atomic or.
     let file = Arc::new(Mutex::new(File::from(
         log.base().file.try_clone_to_owned().unwrap(),

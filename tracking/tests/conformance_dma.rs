@@ -149,7 +149,7 @@ fn harness(
     }))
 }
 
-/// As many pages as that many octets have.
+/// As many pages as that many bytes have.
 fn granule(octets: u64) -> Precision {
     match octets / PAGE {
         1 => Precision::Exact,

@@ -421,7 +421,7 @@ fn several_threads_share_one_round_without_overlap() {
     assert_eq!(round.lock().unwrap().remaining(), 0);
 }
 
-/// The octets that this process really occupies.
+/// The bytes that this process really occupies.
 fn resident_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap();
     text.split_whitespace()

@@ -49,10 +49,10 @@ pub struct AddressError {
     reason: &'static str,
 }
 
-/// The longest path of a Unix socket, in octets: `sockaddr_un` has room for 108 with the NUL at the end.
+/// The longest path of a Unix socket, in bytes: `sockaddr_un` has room for 108 with the NUL at the end.
 pub const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// The longest host name, in octets (RFC 1035 §2.3.4).
+/// The longest host name, in bytes (RFC 1035 §2.3.4).
 pub const HOST_BYTES_MAX: usize = 255;
 
 impl HostPort {
@@ -224,7 +224,7 @@ fn parse_host_port(text: &str) -> Result<HostPort, &'static str> {
         return Err("the host is missing");
     }
     if host.len() > HOST_BYTES_MAX {
-        return Err("the host is longer than 255 octets");
+        return Err("the host is longer than 255 bytes");
     }
     if host
         .chars()
@@ -269,7 +269,7 @@ fn check_path(path: &str) -> Result<(), &'static str> {
         return Err("the path is missing");
     }
     if path.len() > UNIX_PATH_BYTES_MAX {
-        return Err("the path is longer than 107 octets");
+        return Err("the path is longer than 107 bytes");
     }
     if path.contains('\0') {
         return Err("the path holds a NUL");
@@ -381,8 +381,8 @@ mod tests {
             ("vsock:3:+1", "the port is not a number"),
             ("unix:", "the path is missing"),
             ("unix:a\0b", "the path holds a NUL"),
-            (&long_path, "longer than 107 octets"),
-            (&long_host, "longer than 255 octets"),
+            (&long_path, "longer than 107 bytes"),
+            (&long_host, "longer than 255 bytes"),
         ];
         for (text, reason) in refused {
             let error = text.parse::<Address>().expect_err(text).to_string();

@@ -1,7 +1,7 @@
 //! A listener that dials: the destination calls its source, and gives out each connection once the source has spoken on it.
 //!
 //! ```text
-//!   dial ──► wait for the peer's first octets ──► queue, bell ──► try_accept
+//!   dial ──► wait for the peer's first bytes ──► queue, bell ──► try_accept
 //!     ▲                                             │
 //!     └─────────────────────────────────────────────┘ the next one
 //! ```
@@ -41,7 +41,7 @@ const READY_MAX: usize = 16;
 /// How late the thread notices that its listener is gone.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Fewer octets than this are no hello: an end, or an alert of TLS that says why this side is refused.
+/// Fewer bytes than this are no hello: an end, or an alert of TLS that says why this side is refused.
 const WORDS_BYTES: usize = 64;
 
 pub(crate) struct Calling {

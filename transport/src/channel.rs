@@ -26,7 +26,7 @@ pub enum Approach<'c> {
 
 /// A connection to a peer, both directions, before it is split.
 pub trait Channel: Send {
-    /// Looks, without waiting and without taking anything, whether the first `bytes` octets of the peer are here; does what can be
+    /// Looks, without waiting and without taking anything, whether the first `bytes` bytes of the peer are here; does what can be
     /// done without waiting of what [`establish`](Self::establish) does. So one thread can look after any number of connections
     /// until their peers have shown what they come for.
     ///
@@ -61,7 +61,7 @@ pub trait Channel: Send {
         None
     }
 
-    /// The descriptor to watch for the peer's first octets; `None` for a kind that has none.
+    /// The descriptor to watch for the peer's first bytes; `None` for a kind that has none.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -73,15 +73,15 @@ pub const BINDING_BYTES: usize = 32;
 /// Where one piece of a frame's body comes from.
 #[derive(Clone, Copy, Debug)]
 pub enum IoSource<'a> {
-    /// Octets of this process that nobody changes meanwhile.
+    /// Bytes of this process that nobody changes meanwhile.
     Bytes(&'a [u8]),
     /// Guest memory, read by the kernel (or the device) from where it lies. The guest may write it at the same time: what is
-    /// sent is then some mixture of old and new octets.
+    /// sent is then some mixture of old and new bytes.
     Guest(Span<'a>),
 }
 
 impl IoSource<'_> {
-    /// Size in octets.
+    /// Size in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         match self {
@@ -104,7 +104,7 @@ pub trait SendHalf: Send {
     /// Sends `head` and then every piece of `body`, in order, completely.
     ///
     /// Any number of pieces, each of any length, empty ones too. Nothing is copied on this side of the kernel by the socket
-    /// kinds and nothing is allocated. `Ok` means that the channel has taken the octets, not that the peer has them.
+    /// kinds and nothing is allocated. `Ok` means that the channel has taken the bytes, not that the peer has them.
     ///
     /// # Errors
     /// See [`ChannelError`]; `bytes_done` counts over head and body together.
@@ -120,7 +120,7 @@ pub trait SendHalf: Send {
     /// Stays set until changed. An operation that starts later than the deadline does what it can do without waiting.
     fn set_deadline(&mut self, deadline: Option<Instant>);
 
-    /// An operation in which not one octet moved for this long fails with [`ChannelError::Stalled`]. Stays set until changed.
+    /// An operation in which not one byte moved for this long fails with [`ChannelError::Stalled`]. Stays set until changed.
     fn set_stall(&mut self, stall: Option<Duration>);
 
     /// Says whether what is sent from now on will soon be followed by more: a channel may then hold a last piece back that fills
@@ -136,7 +136,7 @@ pub trait SendHalf: Send {
     /// little time to change it since its checksum was taken. A kind to which this means nothing returns at once.
     ///
     /// # Errors
-    /// As [`send`](Self::send), with no octets done.
+    /// As [`send`](Self::send), with no bytes done.
     fn wait_for_room(&mut self) -> Result<(), ChannelError> {
         Ok(())
     }
@@ -154,13 +154,13 @@ pub trait SendHalf: Send {
 pub trait ReceiveHalf: Send {
     /// Fills `buf` exactly.
     ///
-    /// Meant for heads and other small things: the channel may read ahead, so that the next call usually finds its octets in
-    /// this process. Up to [`READ_AHEAD_BYTES`] octets are all or nothing with regard to time: if they are not all there at the
+    /// Meant for heads and other small things: the channel may read ahead, so that the next call usually finds its bytes in
+    /// this process. Up to [`READ_AHEAD_BYTES`] bytes are all or nothing with regard to time: if they are not all there at the
     /// deadline, nothing was taken and the call can be repeated.
     ///
     /// # Errors
     /// See [`ChannelError`]. What `buf` holds after an error means nothing, except that after [`ChannelError::Deadline`]
-    /// and [`ChannelError::Stalled`] its first `bytes_done` octets are the stream's.
+    /// and [`ChannelError::Stalled`] its first `bytes_done` bytes are the stream's.
     fn receive(&mut self, buf: &mut [u8]) -> Result<(), ChannelError>;
 
     /// Fills every span exactly, in order, straight into guest memory.
@@ -169,19 +169,19 @@ pub trait ReceiveHalf: Send {
     /// [`receive`](Self::receive) read ahead (less than [`READ_AHEAD_BYTES`]) is copied.
     ///
     /// # Errors
-    /// See [`ChannelError`]. After an error, the first `bytes_done` octets have landed and of the rest nothing is known.
+    /// See [`ChannelError`]. After an error, the first `bytes_done` bytes have landed and of the rest nothing is known.
     fn receive_into(&mut self, spans: &[Span<'_>]) -> Result<(), ChannelError>;
 
-    /// Reads and forgets until the peer closes, but no more than `bytes_max` octets. Returns how many there were.
+    /// Reads and forgets until the peer closes, but no more than `bytes_max` bytes. Returns how many there were.
     ///
     /// A side that gives up tells the peer why, calls [`SendHalf::finish`] and then this, with a deadline: to close a TCP
-    /// connection while unread octets wait resets it, and a reset can overtake the farewell and destroy it.
+    /// connection while unread bytes wait resets it, and a reset can overtake the farewell and destroy it.
     ///
     /// # Errors
     /// See [`ChannelError`]; the peer's close is `Ok`.
     fn drain(&mut self, bytes_max: u64) -> Result<u64, ChannelError>;
 
-    /// Copies octets of the stream that are in this process and were not taken, without taking them: the first ones, as many as `to`
+    /// Copies bytes of the stream that are in this process and were not taken, without taking them: the first ones, as many as `to`
     /// has room for; returns how many. Works after an error too, so that one can say what came instead of what was expected. A
     /// kind that does not know gives none.
     fn peek(&self, to: &mut [u8]) -> usize {
@@ -198,7 +198,7 @@ pub trait ReceiveHalf: Send {
         Ok(())
     }
 
-    /// Octets that were read ahead: a receive of at most this many needs no system call, and [`poll_fd`](Self::poll_fd) does
+    /// Bytes that were read ahead: a receive of at most this many needs no system call, and [`poll_fd`](Self::poll_fd) does
     /// not report them.
     fn buffered(&self) -> usize;
 
@@ -241,7 +241,7 @@ impl Closer {
     }
 
     /// Wakes both halves, whatever they wait for, with [`ChannelError::ShutDown`]; later operations fail the same way, even if
-    /// octets had been read ahead. Octets that the kernel has already taken may still reach the peer. Never blocks.
+    /// bytes had been read ahead. Bytes that the kernel has already taken may still reach the peer. Never blocks.
     pub fn shutdown(&self) {
         (self.shut)();
     }

@@ -20,7 +20,7 @@ use crate::memory::{GuestMemory, RegionLayout, Span};
 
 pub use ends::no_descriptor_stays_open;
 
-/// A kind of channel under test. Each direction must be able to hold [`HELD_BYTES_MIN`] octets that nobody has received yet.
+/// A kind of channel under test. Each direction must be able to hold [`HELD_BYTES_MIN`] bytes that nobody has received yet.
 #[derive(Clone, Copy)]
 pub struct Kind {
     /// What to call it in failures.
@@ -208,7 +208,7 @@ impl Kind {
     }
 }
 
-/// Guest memory of one region, all octets 0xA5.
+/// Guest memory of one region, all bytes 0xA5.
 fn guest(bytes: usize) -> GuestMemory {
     let layout = RegionLayout {
         guest_address: 0,

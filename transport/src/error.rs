@@ -22,30 +22,30 @@ pub enum ChannelError {
     /// The peer closed its side between two operations: the clean end of a stream.
     #[error("the peer closed the channel")]
     Closed,
-    /// The peer closed its side while it still owed octets of this operation, or would not take them any more.
-    #[error("the peer closed the channel after {bytes_done} of {bytes_wanted} octets")]
+    /// The peer closed its side while it still owed bytes of this operation, or would not take them any more.
+    #[error("the peer closed the channel after {bytes_done} of {bytes_wanted} bytes")]
     ClosedMidway {
-        /// Octets moved before the end.
+        /// Bytes moved before the end.
         bytes_done: u64,
-        /// Octets that the operation was to move.
+        /// Bytes that the operation was to move.
         bytes_wanted: u64,
     },
-    /// The connection was reset: the peer's process died, or it closed with our octets unread.
-    #[error("the connection was reset after {bytes_done} octets")]
+    /// The connection was reset: the peer's process died, or it closed with our bytes unread.
+    #[error("the connection was reset after {bytes_done} bytes")]
     Reset {
-        /// Octets of this operation moved before the reset.
+        /// Bytes of this operation moved before the reset.
         bytes_done: u64,
     },
     /// The operation was not finished at the deadline set with `set_deadline`.
-    #[error("the deadline passed after {bytes_done} octets")]
+    #[error("the deadline passed after {bytes_done} bytes")]
     Deadline {
-        /// Octets moved before the deadline.
+        /// Bytes moved before the deadline.
         bytes_done: u64,
     },
-    /// Not one octet moved for as long as `set_stall` allows.
-    #[error("nothing moved for {} ms, after {bytes_done} octets", stall.as_millis())]
+    /// Not one byte moved for as long as `set_stall` allows.
+    #[error("nothing moved for {} ms, after {bytes_done} bytes", stall.as_millis())]
     Stalled {
-        /// Octets of this operation moved before the silence began.
+        /// Bytes of this operation moved before the silence began.
         bytes_done: u64,
         /// The silence that was allowed.
         stall: Duration,
@@ -56,7 +56,7 @@ pub enum ChannelError {
     /// The kernel gave the connection up: keep-alive or user timeout ran out, or the route is gone.
     #[error("the connection was lost: {0}")]
     Lost(Arc<io::Error>),
-    /// What protects the channel failed: an octet was changed on the way, or the peer refused us after the handshake.
+    /// What protects the channel failed: a byte was changed on the way, or the peer refused us after the handshake.
     #[error("TLS: {0}")]
     Tls(Arc<str>),
     /// Any other error of the operating system.
@@ -81,7 +81,7 @@ impl ChannelError {
         }
     }
 
-    /// Octets that the operation had moved, where the error knows it; 0 otherwise.
+    /// Bytes that the operation had moved, where the error knows it; 0 otherwise.
     #[must_use]
     pub fn bytes_done(&self) -> u64 {
         match *self {

@@ -19,7 +19,7 @@ use crate::read_ahead::ReadAhead;
 /// A capacity for [`pair`] that lets both sides work without waiting for each other at every frame.
 pub const PAIR_CAPACITY_DEFAULT: usize = 1 << 20;
 
-/// Two connected in-memory channels; `capacity` octets (at least 1) fit into each direction.
+/// Two connected in-memory channels; `capacity` bytes (at least 1) fit into each direction.
 #[must_use]
 pub fn pair(capacity: usize) -> (Box<dyn Channel>, Box<dyn Channel>) {
     let there = Arc::new(Pipe::new(capacity));
@@ -255,7 +255,7 @@ impl MemorySend {
     }
 }
 
-/// What is left of a piece after its first `count` octets; `None` if nothing is.
+/// What is left of a piece after its first `count` bytes; `None` if nothing is.
 fn rest(piece: IoSource<'_>, count: usize) -> Option<IoSource<'_>> {
     match piece {
         IoSource::Bytes(octets) => octets
@@ -380,7 +380,7 @@ impl MemoryReceive {
             .map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    /// Reads until at least `count` octets are held, `count` ≤ [`READ_AHEAD_BYTES`]. What came stays held whatever happens.
+    /// Reads until at least `count` bytes are held, `count` ≤ [`READ_AHEAD_BYTES`]. What came stays held whatever happens.
     fn read_ahead(&mut self, count: usize) -> Result<(), ChannelError> {
         let ahead = &mut self.ahead;
         let result = pull(
@@ -405,7 +405,7 @@ impl MemoryReceive {
     }
 }
 
-/// Calls `take`, which moves what it can out of the ring, until `bytes_wanted` octets are moved together with the `bytes_done`
+/// Calls `take`, which moves what it can out of the ring, until `bytes_wanted` bytes are moved together with the `bytes_done`
 /// before, and waits whenever it moved none.
 fn pull(
     pipe: &Pipe,
@@ -435,7 +435,7 @@ fn pull(
     Ok(())
 }
 
-/// What is left of a span after its first `count` octets; `None` if nothing is.
+/// What is left of a span after its first `count` bytes; `None` if nothing is.
 fn after(span: Span<'_>, count: usize) -> Option<Span<'_>> {
     span.subspan(count, span.len().checked_sub(count)?)
         .ok()

@@ -41,9 +41,9 @@ pub struct GuestMemory {
 /// Where a region lies in the guest's physical address space, and how large it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionLayout {
-    /// Guest-physical address of its first octet.
+    /// Guest-physical address of its first byte.
     pub guest_address: u64,
-    /// Size in octets.
+    /// Size in bytes.
     pub bytes: u64,
 }
 
@@ -73,7 +73,7 @@ pub struct FileRegion<'f> {
 pub struct Place {
     /// Index of the region.
     pub region_index: u32,
-    /// Octets from the region's start.
+    /// Bytes from the region's start.
     pub offset: u64,
 }
 
@@ -91,7 +91,7 @@ pub enum SpanError {
     },
     /// The span does not lie inside its region.
     #[error(
-        "{bytes} octets at offset {offset} do not lie inside region {region_index} of {region_bytes} octets"
+        "{bytes} bytes at offset {offset} do not lie inside region {region_index} of {region_bytes} bytes"
     )]
     OutOfRange {
         /// The region asked for.
@@ -104,7 +104,7 @@ pub enum SpanError {
         region_bytes: u64,
     },
     /// The part does not lie inside the span it was asked of.
-    #[error("{bytes} octets at offset {offset} do not lie inside a span of {span_bytes} octets")]
+    #[error("{bytes} bytes at offset {offset} do not lie inside a span of {span_bytes} bytes")]
     OutsideSpan {
         /// The offset asked for.
         offset: usize,
@@ -120,10 +120,10 @@ impl GuestMemory {
     ///
     /// # Safety
     /// For every region, for as long as its `owner` is alive:
-    /// - `base` points to `layout.bytes` octets mapped readable and writable in this process, and they stay mapped there;
-    /// - no Rust reference (`&` or `&mut`) to any of these octets exists or is made, except to atomics; and they are not the
+    /// - `base` points to `layout.bytes` bytes mapped readable and writable in this process, and they stay mapped there;
+    /// - no Rust reference (`&` or `&mut`) to any of these bytes exists or is made, except to atomics; and they are not the
     ///   memory of any Rust object: they come from `mmap` or the like;
-    /// - writing any octet to any of them is acceptable to whoever else uses the memory: this crate's users may write it
+    /// - writing any byte to any of them is acceptable to whoever else uses the memory: this crate's users may write it
     ///   through safe code.
     #[must_use]
     pub unsafe fn from_raw(regions: Vec<RawRegion>) -> Self {
@@ -169,7 +169,7 @@ impl GuestMemory {
                 })
             })
             .collect::<Result<_, MapError>>()?;
-        // SAFETY: whoever made a region's slice promised that its octets are mapped for as long as the region is borrowed
+        // SAFETY: whoever made a region's slice promised that its bytes are mapped for as long as the region is borrowed
         // (`VolatileSlice::new`), which may be as long as `memory` lives, which `owner` sees to. vm-memory has the same rule as this
         // module: it forms no references to guest memory.
         Ok(unsafe { Self::from_raw(regions) })
@@ -221,7 +221,7 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// Maps a file (a memfd, a file of tmpfs or hugetlbfs), shared: one region behind the other from the file's first octet on. What
+    /// Maps a file (a memfd, a file of tmpfs or hugetlbfs), shared: one region behind the other from the file's first byte on. What
     /// the file holds is what the memory holds. A file that is shortened later ends this process at the next access.
     ///
     /// # Errors
@@ -266,16 +266,16 @@ impl GuestMemory {
         self.region(region_index).ok().map(|region| region.layout)
     }
 
-    /// Size of all regions together, in octets.
+    /// Size of all regions together, in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.layouts().map(|layout| layout.bytes).sum()
     }
 
-    /// The octets `offset..offset + bytes` of a region.
+    /// The bytes `offset..offset + bytes` of a region.
     ///
     /// # Errors
-    /// [`SpanError`] if there is no such region or the octets do not all lie inside it.
+    /// [`SpanError`] if there is no such region or the bytes do not all lie inside it.
     pub fn span(&self, region_index: u32, offset: u64, bytes: u64) -> Result<Span<'_>, SpanError> {
         let region = self.region(region_index)?;
         let (start, len) = region.check(region_index, offset, bytes)?;
@@ -284,7 +284,7 @@ impl GuestMemory {
         Ok(unsafe { Span::from_region(region.base, start, len) })
     }
 
-    /// The place of a span's first octet: what a kind of channel that works by registered regions needs to know.
+    /// The place of a span's first byte: what a kind of channel that works by registered regions needs to know.
     ///
     /// `None` for a span of another guest's memory.
     #[must_use]

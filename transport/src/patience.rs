@@ -17,7 +17,7 @@ pub(crate) struct Patience {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wait {
     patience: Patience,
-    /// When octets moved last, or when the operation began. Kept only if a stall limit is set.
+    /// When bytes moved last, or when the operation began. Kept only if a stall limit is set.
     moved: Option<Instant>,
     /// Whether the operation may still try once in spite of a deadline that has passed.
     first: bool,
@@ -50,7 +50,7 @@ impl Patience {
 }
 
 impl Wait {
-    /// Octets moved: the stall clock starts anew.
+    /// Bytes moved: the stall clock starts anew.
     pub(crate) fn moved(&mut self) {
         if self.patience.stall.is_some() {
             self.moved = Some(Instant::now());

@@ -1,4 +1,4 @@
-//! The small buffer between a receiving half and the octets that it read before they were asked for.
+//! The small buffer between a receiving half and the bytes that it read before they were asked for.
 //!
 //! Rule: what is in it is the next of the stream. It never grows.
 
@@ -30,7 +30,7 @@ impl ReadAhead {
         }
     }
 
-    /// Octets held.
+    /// Bytes held.
     pub(crate) fn len(&self) -> usize {
         self.end - self.start
     }
@@ -42,7 +42,7 @@ impl ReadAhead {
         count
     }
 
-    /// Takes the next `to.len()` octets, which must be there.
+    /// Takes the next `to.len()` bytes, which must be there.
     pub(crate) fn take(&mut self, to: &mut [u8]) {
         to.copy_from_slice(&self.octets[self.start..][..to.len()]);
         self.consume(to.len());
@@ -72,7 +72,7 @@ impl ReadAhead {
         count
     }
 
-    /// Room for more, with at least `READ_AHEAD_BYTES - len()` octets.
+    /// Room for more, with at least `READ_AHEAD_BYTES - len()` bytes.
     pub(crate) fn room(&mut self) -> &mut [u8] {
         if self.start > 0 {
             self.octets.copy_within(self.start..self.end, 0);
@@ -82,7 +82,7 @@ impl ReadAhead {
         &mut self.octets[self.end..]
     }
 
-    /// The first `count` octets of `room` were filled.
+    /// The first `count` bytes of `room` were filled.
     pub(crate) fn filled(&mut self, count: usize) {
         self.end += count;
         debug_assert!(self.end <= self.octets.len(), "filled what room gave");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// Starts the threads of a migration.
 pub trait Spawner: Send + Sync {
-    /// Starts a thread that runs `body`. `name` says what it is for ("lane 3") and is at most 15 octets long, which is what
+    /// Starts a thread that runs `body`. `name` says what it is for ("lane 3") and is at most 15 bytes long, which is what
     /// the kernel keeps.
     ///
     /// # Errors

@@ -1,13 +1,13 @@
-//! What answered, when it was not what was expected there: a service of another kind, told from its first octets, for people.
+//! What answered, when it was not what was expected there: a service of another kind, told from its first bytes, for people.
 //!
 //! Rule: nothing of a stranger reaches a log as it is. What is shown is short, and escaped.
 
 use std::fmt;
 
-/// First octets that are looked at, at most.
+/// First bytes that are looked at, at most.
 pub const STRANGER_BYTES: usize = 64;
 
-/// What the first octets of a stranger look like.
+/// What the first bytes of a stranger look like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stranger {
@@ -19,7 +19,7 @@ pub enum Stranger {
     Other {
         /// Who speaks so.
         protocol: Option<&'static str>,
-        /// Its first octets.
+        /// Its first bytes.
         beginning: String,
     },
 }
@@ -38,11 +38,11 @@ const KNOWN: &[(&[u8], &str)] = &[
 ];
 
 impl Stranger {
-    /// Looks at the first octets that came; nothing came if there are none.
+    /// Looks at the first bytes that came; nothing came if there are none.
     #[must_use]
     pub fn look_at(octets: &[u8]) -> Option<Self> {
         let octets = octets.get(..STRANGER_BYTES).unwrap_or(octets);
-        // A record of TLS: its type, and the version's first octet (RFC 8446 section 5.1).
+        // A record of TLS: its type, and the version's first byte (RFC 8446 section 5.1).
         match octets {
             [] => return None,
             [21, 3, ..] => return Some(Self::TlsAlert),

@@ -1,12 +1,12 @@
 //! Channels over a connected stream socket: what Unix sockets and TCP have in common.
 //!
-//! Rule: body octets are copied once, by the kernel. The usual frame costs one `sendmsg` on one side, and on the other only
-//! `recvmsg` calls that move body octets, because each of them also takes what follows into the read-ahead.
+//! Rule: body bytes are copied once, by the kernel. The usual frame costs one `sendmsg` on one side, and on the other only
+//! `recvmsg` calls that move body bytes, because each of them also takes what follows into the read-ahead.
 //!
 //! Waiting: sockets block, with a kernel time limit of [`TICK`] set once. An operation whose own limit is further away than
 //! that simply blocks, and looks at the clock only when the tick is over. An operation with less time left asks the kernel not
-//! to block and waits with `ppoll`, which is exact; so does one that waits for more than one octet. So limits cost no system call
-//! as long as octets flow.
+//! to block and waits with `ppoll`, which is exact; so does one that waits for more than one byte. So limits cost no system call
+//! as long as bytes flow.
 
 mod receive;
 mod send;

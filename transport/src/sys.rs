@@ -85,7 +85,7 @@ impl<'d> SendList<'_, 'd> {
         self.0.clear();
     }
 
-    /// Octets that are not done.
+    /// Bytes that are not done.
     pub(crate) fn bytes(&self) -> u64 {
         self.0
             .list
@@ -95,12 +95,12 @@ impl<'d> SendList<'_, 'd> {
             .sum()
     }
 
-    /// The first `count` octets are done.
+    /// The first `count` bytes are done.
     pub(crate) fn advance(&mut self, count: usize) {
         self.0.advance(count);
     }
 
-    /// One `sendmsg`; returns how many octets the kernel took.
+    /// One `sendmsg`; returns how many bytes the kernel took.
     ///
     /// `more`: the kernel may keep a last piece that fills no packet until the next call.
     pub(crate) fn send(
@@ -144,12 +144,12 @@ impl<'d> LandingList<'_, 'd> {
         self.0.clear();
     }
 
-    /// The first `count` octets are done.
+    /// The first `count` bytes are done.
     pub(crate) fn advance(&mut self, count: usize) {
         self.0.advance(count);
     }
 
-    /// One `recvmsg`; returns how many octets landed, 0 at the end of the stream.
+    /// One `recvmsg`; returns how many bytes landed, 0 at the end of the stream.
     pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, blocking: Blocking) -> io::Result<usize> {
         let mut message = self.0.message();
         // SAFETY: `message` holds a list of entries, each writable for 'd: private ones are borrowed mutably, guest ones may be
@@ -242,7 +242,7 @@ impl Blocking {
 /// What to wait for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Ready {
-    /// Octets to receive, or a connection to accept.
+    /// Bytes to receive, or a connection to accept.
     Receive,
     /// Room to send.
     Send,
@@ -322,7 +322,7 @@ fn timespec(time: Duration) -> libc::timespec {
     }
 }
 
-/// Asks the kernel to wake a receiver only when this many octets wait (`SO_RCVLOWAT`, socket(7)), or the stream ended. A wish: a
+/// Asks the kernel to wake a receiver only when this many bytes wait (`SO_RCVLOWAT`, socket(7)), or the stream ended. A wish: a
 /// kernel that does not grant it wakes too often, no more, so its answer is not looked at.
 pub(crate) fn set_low_water(fd: BorrowedFd<'_>, bytes: i32) {
     // SAFETY: one int, alive during the call, of the length given.
@@ -418,7 +418,7 @@ mod tests {
             );
             if let Some(entry) = list.0.list.get(list.0.first) {
                 let start = entry.iov_base as usize - octets.as_ptr() as usize;
-                assert_eq!(start, done, "the next octet to send");
+                assert_eq!(start, done, "the next byte to send");
             }
         }
     }

@@ -27,13 +27,13 @@ pub struct TcpOptions {
     pub no_delay: bool,
     /// `SO_KEEPALIVE`: finds out that an idle peer is gone. `None` turns it off.
     pub keep_alive: Option<KeepAlive>,
-    /// `TCP_USER_TIMEOUT`: how long sent octets may stay unacknowledged before the kernel gives the connection up. `None` leaves
+    /// `TCP_USER_TIMEOUT`: how long sent bytes may stay unacknowledged before the kernel gives the connection up. `None` leaves
     /// it to the kernel, which takes about a quarter of an hour. Rounded to milliseconds.
     pub user_timeout: Option<Duration>,
-    /// `SO_SNDBUF` in octets; `None` leaves it to the kernel, which adapts it, except to a peer on this host (1 MiB). The kernel doubles the value for its own
+    /// `SO_SNDBUF` in bytes; `None` leaves it to the kernel, which adapts it, except to a peer on this host (1 MiB). The kernel doubles the value for its own
     /// book-keeping and cuts it to `net.core.wmem_max` without an error.
     pub send_buffer: Option<usize>,
-    /// `SO_RCVBUF` in octets; as `send_buffer`, with `net.core.rmem_max`.
+    /// `SO_RCVBUF` in bytes; as `send_buffer`, with `net.core.rmem_max`.
     pub receive_buffer: Option<usize>,
     /// `TCP_CONGESTION`: the name of a congestion control that the kernel offers; `None` takes the system's default, except to a
     /// peer on this host (`reno`, where it may be had).

@@ -10,7 +10,7 @@
 //!   guest memory ◄─ copy ─ plaintext ◄─ open ─ records ◄─ chunk of 64 KiB ◄─ socket
 //! ```
 //! Both halves share one connection's state behind a lock, which is held while records are made or opened, never while waiting. The copy
-//! out of guest memory is the moment after which the guest can no longer change the octets: what is sealed is what is sent.
+//! out of guest memory is the moment after which the guest can no longer change the bytes: what is sealed is what is sent.
 
 mod channel;
 mod config;

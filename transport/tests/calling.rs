@@ -31,7 +31,7 @@ fn called_pair() -> (Box<dyn Channel>, Box<dyn Channel>) {
     (ours, hear_first(theirs))
 }
 
-/// A channel on which one octet was said, and one on which it was heard.
+/// A channel on which one byte was said, and one on which it was heard.
 struct Begun {
     halves: (Box<dyn SendHalf>, Box<dyn ReceiveHalf>, Closer),
     name: String,
@@ -50,14 +50,14 @@ impl Channel for Begun {
 fn speak_first(channel: Box<dyn Channel>) -> Box<dyn Channel> {
     let name = channel.describe();
     let mut halves = channel.split();
-    halves.0.send(b"!", &[]).expect("an octet");
+    halves.0.send(b"!", &[]).expect("a byte");
     Box::new(Begun { halves, name })
 }
 
 fn hear_first(channel: Box<dyn Channel>) -> Box<dyn Channel> {
     let name = channel.describe();
     let mut halves = channel.split();
-    halves.1.receive(&mut [0]).expect("an octet");
+    halves.1.receive(&mut [0]).expect("a byte");
     Box::new(Begun { halves, name })
 }
 
@@ -152,7 +152,7 @@ fn it_ends_when_it_is_shut_down_or_dropped_and_calls_no_more() {
 fn a_poll_loop_hears_the_bell_for_each_channel() {
     let source = listen();
     let destination = calling(source.local_address());
-    // The bell has octets to read.
+    // The bell has bytes to read.
     let ready = || {
         SockRef::from(&destination)
             .peek(&mut [MaybeUninit::uninit()])

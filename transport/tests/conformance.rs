@@ -13,7 +13,7 @@ conformance_tests!(unix_path, unix_path_pair);
 conformance_tests!(tcp, || tcp_pair("127.0.0.1:0", TcpOptions::default()));
 conformance_tests!(tcp_v6, || tcp_pair("[::1]:0", TcpOptions::default()));
 // The kernel makes some kilobytes of these: every send of a few pages is a partial one. A receive buffer of less than a few
-// thousand octets would leave the pace to TCP's persist timer.
+// thousand bytes would leave the pace to TCP's persist timer.
 conformance_tests!(tcp_tiny, || tcp_pair(
     "127.0.0.1:0",
     TcpOptions {

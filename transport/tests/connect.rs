@@ -565,7 +565,7 @@ fn a_reset_is_told_to_both_halves() {
         connect(listener.local_address(), &TcpOptions::default(), soon()).expect("a connection");
     let (accepted, _) = listener.accept(Some(soon())).expect("the connection");
     let (mut send, mut receive, _) = dialled.split();
-    // To close with octets unread resets the connection.
+    // To close with bytes unread resets the connection.
     send.send(&[0; 100], &[]).expect("send");
     thread::sleep(Duration::from_millis(50));
     drop(accepted);

@@ -254,7 +254,7 @@ fn an_octet_changed_on_the_way_is_an_error_and_never_content() {
             thread::spawn(move || std::io::copy(&mut back_from, &mut back_to));
             let (mut passed, mut octets) = (0, [0; 4096]);
             while let Ok(count @ 1..) = client.read(&mut octets) {
-                // Far behind the handshake, which is some 3,000 octets, and inside the first records of content.
+                // Far behind the handshake, which is some 3,000 bytes, and inside the first records of content.
                 let place = 50_000_usize;
                 if (passed..passed + count).contains(&place) {
                     octets[place - passed] ^= 1;

@@ -93,7 +93,7 @@ fn read_loop(shared: &Arc<Shared>, stream: u32, mut socket: &Socket) {
                 return;
             }
         };
-        // What a stream is, is told by its first octets: they are read together.
+        // What a stream is, is told by its first bytes: they are read together.
         while first && bytes > 0 && bytes < KIND_BYTES.min(room) {
             match socket.read(&mut buffer.octets()[bytes..room]) {
                 Ok(0) | Err(_) => break,
@@ -137,7 +137,7 @@ fn keep(shared: &Shared, core: &mut Core, stream: u32, socket: &Socket) {
     }
 }
 
-/// Octets from the monitor, before anybody else has them: what they say is known before the peer can act on it.
+/// Bytes from the monitor, before anybody else has them: what they say is known before the peer can act on it.
 fn tap_outgoing(shared: &Shared, core: &mut Core, stream: u32, piece: &Piece) {
     let is_main = core.main == Some(stream);
     let post_copy = core.is_post_copy();
@@ -323,7 +323,7 @@ fn write_loop(shared: &Arc<Shared>, stream: u32, mut socket: &Socket) {
     }
 }
 
-/// Octets on their way to the monitor.
+/// Bytes on their way to the monitor.
 fn tap_incoming(core: &mut Core, stream: u32, piece: &Piece) {
     let is_main = core.main == Some(stream);
     let role = core.role;

@@ -192,7 +192,7 @@ impl Core {
         self.lanes.len() > 1 && self.lanes.keys().next() == Some(&via)
     }
 
-    /// A stream's first octets say what it is.
+    /// A stream's first bytes say what it is.
     pub(crate) fn recognise(&mut self, stream: u32, first: &[u8]) {
         let kind = Kind::of(first);
         let Some(connection) = self.connections.get_mut(&stream) else {

@@ -21,10 +21,10 @@ pub(crate) enum Fault {
     /// The link.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// Octets that make no sense.
+    /// Bytes that make no sense.
     #[error(transparent)]
     Malformed(#[from] Malformed),
-    /// Legal octets at the wrong moment.
+    /// Legal bytes at the wrong moment.
     #[error(transparent)]
     Misbehaved(#[from] Misbehaved),
     /// Words about streams that contradict what was said before.

@@ -13,7 +13,7 @@ use super::{Shared, connection, wait};
 use crate::machine::{Admit, Via};
 use crate::report::Ended;
 
-/// Pieces shorter than this get memory of their own size: a buffer of the pool for each would let a peer that sends single octets hold
+/// Pieces shorter than this get memory of their own size: a buffer of the pool for each would let a peer that sends single bytes hold
 /// far more than it was granted.
 const SMALL: usize = 16 * 1024;
 

@@ -1,4 +1,4 @@
-//! What both sides do with threads and sockets. All of them block; they meet at one lock, which nobody holds while moving octets.
+//! What both sides do with threads and sockets. All of them block; they meet at one lock, which nobody holds while moving bytes.
 //!
 //! ```text
 //!   brg-vmm<n>-in   reads a monitor's connection, as far as there is credit      brg-lane<n>     sends pieces
@@ -89,7 +89,7 @@ pub(crate) fn wait<'a>(
         .0
 }
 
-/// Starts a thread with a name of at most 15 octets.
+/// Starts a thread with a name of at most 15 bytes.
 pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
     let started = std::thread::Builder::new()
         .name(name.to_owned())

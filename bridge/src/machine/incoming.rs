@@ -15,7 +15,7 @@ use crate::piece::Piece;
 pub enum Admit {
     /// There is room for it.
     Take,
-    /// It is here already, or nobody wants it any more: its octets are to be read and dropped.
+    /// It is here already, or nobody wants it any more: its bytes are to be read and dropped.
     Drop,
 }
 
@@ -55,7 +55,7 @@ impl Incoming {
         }
     }
 
-    /// Whether a piece may come, before a single octet of it is read.
+    /// Whether a piece may come, before a single byte of it is read.
     ///
     /// # Errors
     /// [`Wrong::PastCredit`].
@@ -127,7 +127,7 @@ impl Incoming {
         self.ready.pop_front()
     }
 
-    /// The monitor took octets.
+    /// The monitor took bytes.
     pub fn taken(&mut self, bytes: u64, now: Duration, horizon: Duration) {
         self.taken += bytes;
         self.window.took(bytes, now, horizon);
@@ -157,7 +157,7 @@ impl Incoming {
     /// The peer's monitor ended this direction.
     ///
     /// # Errors
-    /// [`Wrong::End`] when it would end before octets that came, or twice in different ways.
+    /// [`Wrong::End`] when it would end before bytes that came, or twice in different ways.
     // SPEC: CARRY-8
     pub fn end(&mut self, how: StreamEndKind, offset: u64) -> Result<(), Wrong> {
         let wrong = Err(Wrong::End {
@@ -194,7 +194,7 @@ impl Incoming {
         }
     }
 
-    /// Octets that came and were not taken by the monitor yet, those on the way to it included.
+    /// Bytes that came and were not taken by the monitor yet, those on the way to it included.
     #[must_use]
     pub fn held(&self) -> u64 {
         let early: u64 = self.early.values().map(Piece::bytes).sum();
@@ -207,7 +207,7 @@ impl Incoming {
         self.held_peak
     }
 
-    /// Octets that the monitor took.
+    /// Bytes that the monitor took.
     #[must_use]
     pub fn octets_taken(&self) -> u64 {
         self.taken

@@ -27,7 +27,7 @@ use multifd_wire::StreamId;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Wrong {
     /// A piece past what was granted.
-    #[error("stream {stream}: octets up to {end} although {granted} were granted")]
+    #[error("stream {stream}: bytes up to {end} although {granted} were granted")]
     PastCredit {
         /// The stream.
         stream: StreamId,
@@ -45,7 +45,7 @@ pub enum Wrong {
         offset: u64,
     },
     /// An acknowledgement of what was never sent.
-    #[error("stream {stream}: {received} octets acknowledged of {sent}")]
+    #[error("stream {stream}: {received} bytes acknowledged of {sent}")]
     NeverSent {
         /// The stream.
         stream: StreamId,

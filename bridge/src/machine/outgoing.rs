@@ -63,19 +63,19 @@ impl Outgoing {
         self.offset_max.saturating_sub(self.read)
     }
 
-    /// Octets read so far.
+    /// Bytes read so far.
     #[must_use]
     pub fn read(&self) -> u64 {
         self.read
     }
 
-    /// Octets that are kept.
+    /// Bytes that are kept.
     #[must_use]
     pub fn held(&self) -> u64 {
         self.read - self.acked
     }
 
-    /// Octets that were read, within [`room`](Self::room).
+    /// Bytes that were read, within [`room`](Self::room).
     pub fn push(&mut self, piece: Piece) {
         debug_assert!(piece.bytes() <= self.offset_max.saturating_sub(self.read));
         let offset = self.read;

@@ -30,7 +30,7 @@ pub struct Outbound {
     pub stream: StreamId,
     /// Where it belongs.
     pub offset: u64,
-    /// The octets.
+    /// The bytes.
     pub piece: Piece,
 }
 
@@ -46,9 +46,9 @@ pub struct PeerEnd {
 /// What a session holds, for reports.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Held {
-    /// Octets read here that the peer has not acknowledged.
+    /// Bytes read here that the peer has not acknowledged.
     pub outgoing: u64,
-    /// Octets of the peer that the monitor has not taken.
+    /// Bytes of the peer that the monitor has not taken.
     pub incoming: u64,
 }
 
@@ -142,14 +142,14 @@ impl Streams {
         self.streams.get(&stream.value()).map(|s| &s.incoming)
     }
 
-    /// What a stream is was found out from its first octets.
+    /// What a stream is was found out from its first bytes.
     pub fn set_class(&mut self, stream: StreamId, class: Class) {
         if let Ok(stream) = self.get(stream) {
             stream.class = class;
         }
     }
 
-    /// Octets from the monitor, within the room that there is.
+    /// Bytes from the monitor, within the room that there is.
     pub fn push(&mut self, stream: StreamId, piece: Piece) {
         if let Ok(stream) = self.get(stream)
             && stream.outgoing.ended().is_none()
@@ -182,7 +182,7 @@ impl Streams {
         })
     }
 
-    /// Whether a piece may come, before its octets are read.
+    /// Whether a piece may come, before its bytes are read.
     ///
     /// # Errors
     /// [`Wrong`].
@@ -205,7 +205,7 @@ impl Streams {
         self.get(stream).ok()?.incoming.hand()
     }
 
-    /// The monitor took octets. Says whether the peer should hear of its credit at once.
+    /// The monitor took bytes. Says whether the peer should hear of its credit at once.
     pub fn taken(&mut self, stream: StreamId, bytes: u64, now: Duration) -> bool {
         let horizon = self.horizon;
         let Ok(stream) = self.get(stream) else {
@@ -315,7 +315,7 @@ impl Streams {
         (window.unwrap_or(0), held.unwrap_or(0))
     }
 
-    /// Octets that went out and came in, over all streams.
+    /// Bytes that went out and came in, over all streams.
     #[must_use]
     pub fn octets(&self) -> (u64, u64) {
         self.streams.values().fold((0, 0), |(out, inn), stream| {

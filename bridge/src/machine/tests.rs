@@ -1,6 +1,6 @@
 //! Two sides in one thread, over a made-up network that loses lanes, stands still, reorders, and loses the session.
 //!
-//! What is claimed after every step: what is held is within what was granted, and at the end every octet is in its place. That it comes to
+//! What is claimed after every step: what is held is within what was granted, and at the end every byte is in its place. That it comes to
 //! an end at all is the claim that nothing locks up.
 
 use std::collections::VecDeque;
@@ -25,7 +25,7 @@ impl Random {
     }
 }
 
-/// The octet at a place of a stream, in a direction.
+/// The byte at a place of a stream, in a direction.
 fn octet(side: usize, stream: u32, at: u64) -> u8 {
     let mixed = (at ^ (u64::from(stream) << 40) ^ ((side as u64) << 50))
         .wrapping_mul(0x9E37_79B9_7F4A_7C15);

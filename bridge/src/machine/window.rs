@@ -1,7 +1,7 @@
-//! How much a stream may be ahead of its reader: a time, turned into octets by the rate at which the reader takes them.
+//! How much a stream may be ahead of its reader: a time, turned into bytes by the rate at which the reader takes them.
 //!
-//! A machine monitor counts octets as sent once its own socket has taken them, and computes the guest's downtime from that. So what is held
-//! between two monitors is bounded by (rate × a small time), begins small, and grows only as octets really arrive.
+//! A machine monitor counts bytes as sent once its own socket has taken them, and computes the guest's downtime from that. So what is held
+//! between two monitors is bounded by (rate × a small time), begins small, and grows only as bytes really arrive.
 
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ impl Window {
         self.bytes_peak
     }
 
-    /// The reader took octets. `horizon` is how long what is held may take, round trip included.
+    /// The reader took bytes. `horizon` is how long what is held may take, round trip included.
     pub fn took(&mut self, bytes: u64, now: Duration, horizon: Duration) {
         let Some(since) = self.since else {
             self.since = Some(now);

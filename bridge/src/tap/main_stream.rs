@@ -20,7 +20,7 @@ pub enum Stage {
     PostCopy,
 }
 
-/// The longest name of a section or a block that is believed; QEMU's have at most 255 octets.
+/// The longest name of a section or a block that is believed; QEMU's have at most 255 bytes.
 const NAME_BYTES_MAX: usize = 255;
 
 /// Blocks of memory that are remembered, to tell where a pass begins.
@@ -122,7 +122,7 @@ impl MainStream {
         self.stopped
     }
 
-    /// Octets on their way, in order.
+    /// Bytes on their way, in order.
     pub fn feed(&mut self, mut octets: &[u8]) {
         while !octets.is_empty() && self.next != Next::Nothing {
             if self.skip > 0 {
@@ -152,7 +152,7 @@ impl MainStream {
         }
     }
 
-    /// Octets that the next step is about, 1 to [`NAME_BYTES_MAX`] + 8.
+    /// Bytes that the next step is about, 1 to [`NAME_BYTES_MAX`] + 8.
     fn need(&self) -> usize {
         match self.next {
             Next::Magic | Next::Record => 8,

@@ -1,8 +1,8 @@
-//! A multifd channel of QEMU: an init of 64 octets, then packets of a head and the pages that it names.
+//! A multifd channel of QEMU: an init of 64 bytes, then packets of a head and the pages that it names.
 //!
 //! ```text
-//!   init: magic version uuid[16] id, 64 octets in all
-//!   head: magic version flags pages_alloc normal_pages next_packet_bytes packet[8] zero_pages ..., 320 + 8 × pages_alloc octets
+//!   init: magic version uuid[16] id, 64 bytes in all
+//!   head: magic version flags pages_alloc normal_pages next_packet_bytes packet[8] zero_pages ..., 320 + 8 × pages_alloc bytes
 //! ```
 
 use super::Seen;
@@ -54,7 +54,7 @@ impl Pages {
         self.seen
     }
 
-    /// Octets on their way, in order.
+    /// Bytes on their way, in order.
     pub fn feed(&mut self, mut octets: &[u8]) {
         while !octets.is_empty() && !self.stopped {
             if self.skip > 0 {

@@ -1,7 +1,7 @@
 //! QEMU's return path: what the destination says on the main connection, and whether it said that the guest runs there.
 //!
 //! ```text
-//!   message: type[2] length[2] octets[length]; after the bitmap of a recovery, its size[8], the bitmap, a mark[8]
+//!   message: type[2] length[2] bytes[length]; after the bitmap of a recovery, its size[8], the bitmap, a mark[8]
 //! ```
 
 /// The last message of a destination: the migration is over, with 0 if the guest runs there.
@@ -53,7 +53,7 @@ impl ReturnPath {
         self.next == Next::Head && self.skip == 0 && self.held.is_empty()
     }
 
-    /// Octets on their way, in order.
+    /// Bytes on their way, in order.
     pub fn feed(&mut self, mut octets: &[u8]) {
         while !octets.is_empty() && self.next != Next::Nothing {
             if self.skip > 0 {

@@ -12,9 +12,9 @@ struct State {
     down: AtomicBool,
     /// Nothing moves.
     still: AtomicBool,
-    /// Octets a second over all connections; 0: no limit.
+    /// Bytes a second over all connections; 0: no limit.
     rate: AtomicU64,
-    /// When the next octet may go, with a limit.
+    /// When the next byte may go, with a limit.
     due: Mutex<Option<Instant>>,
     open: Mutex<Vec<TcpStream>>,
     carried: AtomicU64,
@@ -90,7 +90,7 @@ impl Link {
         self.state.rate.store(octets_per_second, Ordering::SeqCst);
     }
 
-    /// Octets that went over it.
+    /// Bytes that went over it.
     pub(crate) fn carried(&self) -> u64 {
         self.state.carried.load(Ordering::SeqCst)
     }

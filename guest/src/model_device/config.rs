@@ -20,7 +20,7 @@ pub const DEVICE_CONFIG_BYTES_MAX: u64 = multifd_wire::limits::BLOB_BYTES_MAX;
 /// The smallest state: one block.
 pub const DEVICE_STATE_BYTES_MIN: u64 = 4096;
 
-/// The largest state. The device keeps 16 octets for each 64 KiB of it.
+/// The largest state. The device keeps 16 bytes for each 64 KiB of it.
 pub const DEVICE_STATE_BYTES_MAX: u64 = 1 << 40;
 
 /// The smallest block.
@@ -29,17 +29,17 @@ const BLOCK_BYTES_MIN: u64 = 1 << 10;
 /// When a model device is made to fail. Each happens once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceFailure {
-    /// Reading fails once so many octets were read.
+    /// Reading fails once so many bytes were read.
     Read {
-        /// Octets.
+        /// Bytes.
         after: u64,
     },
-    /// Writing fails once so many octets were written.
+    /// Writing fails once so many bytes were written.
     Write {
-        /// Octets.
+        /// Bytes.
         after: u64,
     },
-    /// One octet of the stream is another than it should be: the device that loads it finds out.
+    /// One byte of the stream is another than it should be: the device that loads it finds out.
     Corrupt {
         /// Its place in the stream.
         at: u64,
@@ -56,22 +56,22 @@ pub enum DeviceFailure {
     Break(DeviceState),
     /// The step into this state never returns.
     HangStep(DeviceState),
-    /// Reading never returns once so many octets were read.
+    /// Reading never returns once so many bytes were read.
     HangRead {
-        /// Octets.
+        /// Bytes.
         after: u64,
     },
-    /// Writing never returns once so many octets were written.
+    /// Writing never returns once so many bytes were written.
     HangWrite {
-        /// Octets.
+        /// Bytes.
         after: u64,
     },
 }
 
-/// What a model device is made to be. Sizes in octets, speeds in octets a second.
+/// What a model device is made to be. Sizes in bytes, speeds in bytes a second.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
-    /// Its name: 1 to 64 octets of letters, digits and `-_.`, the same on both sides.
+    /// Its name: 1 to 64 bytes of letters, digits and `-_.`, the same on both sides.
     pub name: String,
     /// Its whole state.
     pub size: u64,
@@ -162,7 +162,7 @@ impl DeviceConfig {
         }
     }
 
-    /// Memory that the device needs while its state comes or goes, in octets: two versions of each block. A device with small blocks
+    /// Memory that the device needs while its state comes or goes, in bytes: two versions of each block. A device with small blocks
     /// needs much more than one with large ones of the same size.
     #[must_use]
     pub fn bookkeeping_bytes(&self) -> u64 {

@@ -1,4 +1,4 @@
-//! What the model device's state holds: octets that follow from seed, place and version, so that nobody has to remember them.
+//! What the model device's state holds: bytes that follow from seed, place and version, so that nobody has to remember them.
 //!
 //! Word `i` of a piece is a mix of the piece's base and `i`. A piece that is lost, doubled, shifted or of another version
 //! differs in nearly every word.
@@ -19,7 +19,7 @@ impl Piece {
         mix(x ^ self.version.wrapping_mul(STEP))
     }
 
-    /// Writes the piece's octets from `offset` on.
+    /// Writes the piece's bytes from `offset` on.
     pub(super) fn fill(self, offset: usize, out: &mut [u8]) {
         let base = self.base();
         let (head, words) = out.split_at_mut(to_word(offset).min(out.len()));
@@ -33,7 +33,7 @@ impl Piece {
         copy_partial(base, at, chunks.into_remainder());
     }
 
-    /// The first offset at which octets that should be the piece's from `offset` on are not.
+    /// The first offset at which bytes that should be the piece's from `offset` on are not.
     pub(super) fn differs(self, offset: usize, octets: &[u8]) -> Option<usize> {
         let base = self.base();
         let (head, words) = octets.split_at(to_word(offset).min(octets.len()));
@@ -59,7 +59,7 @@ impl Piece {
     }
 }
 
-/// Octets from `offset` to the next border of a word.
+/// Bytes from `offset` to the next border of a word.
 fn to_word(offset: usize) -> usize {
     (8 - offset % 8) % 8
 }

@@ -2,7 +2,7 @@
 //!
 //! Its states, pre-copy information and stream are those of the VFIO migration interface. Its content is a function of
 //! a seed and of the number of operations that it has done, and it does them as long as it runs; so whoever takes its state in
-//! knows every octet that must come ([`stream`](self)). It is the same device on both sides: one that arrived can be moved on.
+//! knows every byte that must come ([`stream`](self)). It is the same device on both sides: one that arrived can be moved on.
 //!
 //! It knows neither side's traits; `multifd_sender` and `multifd_receiver` implement theirs for it (feature `model`).
 
@@ -50,18 +50,18 @@ impl DeviceFault {
 /// What a model device has to give while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct DevicePreCopy {
-    /// Octets left of the initial ones.
+    /// Bytes left of the initial ones.
     pub initial_bytes: u64,
-    /// Octets that changed since they were read.
+    /// Bytes that changed since they were read.
     pub dirty_bytes: u64,
-    /// It has announced new initial octets since the last time it was asked.
+    /// It has announced new initial bytes since the last time it was asked.
     pub reinit: bool,
 }
 
 /// What came of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceRead {
-    /// So many octets.
+    /// So many bytes.
     Bytes(usize),
     /// Nothing now.
     NothingNow,
@@ -305,7 +305,7 @@ impl ModelDevice {
         })
     }
 
-    /// The next octets of the stream.
+    /// The next bytes of the stream.
     ///
     /// # Errors
     /// There is no stream, or a failure that was asked for.
@@ -316,7 +316,7 @@ impl ModelDevice {
         {
             self.failure = None;
             return Err(DeviceFault::new(format!(
-                "reading failed after {} octets",
+                "reading failed after {} bytes",
                 self.moved
             )));
         }
@@ -351,7 +351,7 @@ impl ModelDevice {
         Ok(DeviceRead::Bytes(count))
     }
 
-    /// Octets that it would give if it were stopped now.
+    /// Bytes that it would give if it were stopped now.
     pub fn stop_copy_bytes(&mut self) -> u64 {
         self.work();
         match &self.outgoing {
@@ -384,7 +384,7 @@ impl ModelDevice {
         Ok(blob)
     }
 
-    /// Takes octets of another's stream in.
+    /// Takes bytes of another's stream in.
     ///
     /// # Errors
     /// They are not what they must be, or a failure that was asked for.
@@ -394,7 +394,7 @@ impl ModelDevice {
         {
             self.failure = None;
             return Err(DeviceFault::new(format!(
-                "writing failed after {} octets",
+                "writing failed after {} bytes",
                 self.moved
             )));
         }
@@ -544,7 +544,7 @@ impl ModelDevice {
         }
     }
 
-    /// Waits as long as so many octets take at this speed.
+    /// Waits as long as so many bytes take at this speed.
     fn pace(&mut self, octets: usize, rate: u64) {
         if rate == 0 {
             return;

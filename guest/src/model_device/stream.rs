@@ -10,7 +10,7 @@
 //!    32 | content of the block ...                                      |
 //! ```
 //! The records are counted, the content follows from block and version, and the newest version of each block follows from the
-//! operations done: so octets that are lost, doubled or exchanged are found by the one who reads them.
+//! operations done: so bytes that are lost, doubled or exchanged are found by the one who reads them.
 
 use super::content::Piece;
 use super::{DeviceFault, newest};
@@ -28,7 +28,7 @@ const MAGIC: [u8; 4] = *b"MDEV";
 pub(super) struct Cut {
     seed: u64,
     size: u64,
-    /// Octets of a block.
+    /// Bytes of a block.
     block: u64,
     /// Blocks in all.
     pub(super) blocks: u64,
@@ -64,7 +64,7 @@ impl Cut {
         newest(block, operations, self.working())
     }
 
-    /// Octets of a block's record.
+    /// Bytes of a block's record.
     pub(super) fn bytes(&self, block: u64) -> u64 {
         if block + 1 == self.blocks {
             (self.size - block * self.block).min(self.block)
@@ -103,7 +103,7 @@ pub(super) struct Outgoing {
 struct Record {
     head: [u8; HEAD],
     piece: Piece,
-    /// Octets of it, and how many of them were read.
+    /// Bytes of it, and how many of them were read.
     bytes: u64,
     read: u64,
     initial: bool,
@@ -132,7 +132,7 @@ impl Outgoing {
         (self.cursor, self.initial_blocks) = (0, self.cut.early);
     }
 
-    /// Octets left of the initial ones.
+    /// Bytes left of the initial ones.
     pub(super) fn initial_bytes(&self) -> u64 {
         let open = self.record.as_ref().filter(|record| record.initial);
         let open = open.map_or(0, |record| record.bytes - record.read);
@@ -144,7 +144,7 @@ impl Outgoing {
         open + left.map(|(_, block)| self.cut.bytes(block)).sum::<u64>()
     }
 
-    /// Octets that changed since they were read.
+    /// Bytes that changed since they were read.
     pub(super) fn dirty_bytes(&self, operations: u64) -> u64 {
         let open = self.record.as_ref().filter(|record| !record.initial);
         let open = open.map_or(0, |record| record.bytes - record.read);
@@ -155,7 +155,7 @@ impl Outgoing {
         open + dirty.map(|(_, block)| self.cut.bytes(block)).sum::<u64>()
     }
 
-    /// Octets that a stop now would leave to read, the end record among them.
+    /// Bytes that a stop now would leave to read, the end record among them.
     pub(super) fn rest_bytes(&self, operations: u64) -> u64 {
         let open = self
             .record
@@ -190,7 +190,7 @@ impl Outgoing {
             };
             done += count;
             record.read += count as u64;
-            // The end of the initial octets is the end of a read: whoever reads asks again there.
+            // The end of the initial bytes is the end of a read: whoever reads asks again there.
             let closes = record.initial && record.read == record.bytes && self.initial_blocks == 0;
             if record.read == record.bytes {
                 self.record = None;
@@ -301,18 +301,18 @@ impl Intake {
         self.operations
     }
 
-    /// Takes octets in and compares each with what it must be.
+    /// Takes bytes in and compares each with what it must be.
     pub(super) fn write(&mut self, mut octets: &[u8]) -> Result<(), DeviceFault> {
         while !octets.is_empty() {
             if self.operations.is_some() {
-                return Err(self.fault("octets after the end"));
+                return Err(self.fault("bytes after the end"));
             }
             if let Some((piece, done, bytes)) = self.content {
                 let left = usize::try_from(bytes - done).unwrap_or(usize::MAX);
                 let (now, later) = octets.split_at(left.min(octets.len()));
                 let at = usize::try_from(done).unwrap_or(usize::MAX);
                 if let Some(wrong) = piece.differs(at, now) {
-                    return Err(self.fault(&format!("wrong content at octet {wrong} of it")));
+                    return Err(self.fault(&format!("wrong content at byte {wrong} of it")));
                 }
                 self.octets += now.len() as u64;
                 let done = done + now.len() as u64;
@@ -388,7 +388,7 @@ impl Intake {
 
     fn fault(&self, what: &str) -> DeviceFault {
         DeviceFault::new(format!(
-            "{what}, after {} octets, in record {}",
+            "{what}, after {} bytes, in record {}",
             self.octets, self.records
         ))
     }

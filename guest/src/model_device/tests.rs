@@ -29,7 +29,7 @@ fn resuming(text: &str) -> ModelDevice {
     sink
 }
 
-/// The whole stream in pieces of so many octets.
+/// The whole stream in pieces of so many bytes.
 fn read_all(device: &mut ModelDevice, piece: usize) -> Vec<Vec<u8>> {
     let mut pieces = Vec::new();
     loop {

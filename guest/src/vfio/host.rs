@@ -237,7 +237,7 @@ impl Host {
         }
     }
 
-    /// Lets the devices read and write `bytes` octets of a region from `offset`, at `iova`. The memory stays until the host is dropped.
+    /// Lets the devices read and write `bytes` bytes of a region from `offset`, at `iova`. The memory stays until the host is dropped.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] if there is no such memory; the kernel's answer.
@@ -327,7 +327,7 @@ impl HostDevice {
         self.file.write_all_at(&value.to_ne_bytes(), offset)
     }
 
-    /// Reads octets at that offset of the device's file.
+    /// Reads bytes at that offset of the device's file.
     ///
     /// # Errors
     /// The device's answer.
@@ -335,7 +335,7 @@ impl HostDevice {
         self.file.read_exact_at(octets, offset)
     }
 
-    /// Writes octets at that offset.
+    /// Writes bytes at that offset.
     ///
     /// # Errors
     /// The device's answer.

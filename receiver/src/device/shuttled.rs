@@ -29,7 +29,7 @@ fn new_stream() -> Arc<DeviceStream> {
     Arc::new(DeviceStream::new(assembler, 4, 8))
 }
 
-/// A data chunk of four octets that all are its index.
+/// A data chunk of four bytes that all are its index.
 fn bring(stream: &DeviceStream, index: u64) {
     let head = DeviceChunk {
         device: DeviceId::new(0),
@@ -57,7 +57,7 @@ fn mark(stream: &DeviceStream, what: Mark, index: u64, offset: u64) {
     stream.mark(&mark).unwrap();
 }
 
-/// Loads to the end of the stream; gives the octets and the last credit.
+/// Loads to the end of the stream; gives the bytes and the last credit.
 fn load(stream: &DeviceStream) -> (Vec<u8>, u64) {
     let (mut got, mut credit, mut config) = (Vec::new(), 8, 0);
     loop {

@@ -124,7 +124,7 @@ impl DeviceStream {
         }
     }
 
-    /// The octets of data are loaded. Gives the credit that the source is to be told of, if it is time.
+    /// The bytes of data are loaded. Gives the credit that the source is to be told of, if it is time.
     pub(crate) fn loaded(&self, octets: Vec<u8>) -> Option<u64> {
         let mut state = self.lock();
         state.assembler.loaded(octets.len() as u64);
@@ -132,7 +132,7 @@ impl DeviceStream {
         state.assembler.credit()
     }
 
-    /// The octets of the configuration were copied to where it is put together. They are held there until all of it is loaded or
+    /// The bytes of the configuration were copied to where it is put together. They are held there until all of it is loaded or
     /// void, and count against the window like everything that is held (SPEC: CREDIT-5).
     pub(crate) fn put_together(&self, octets: Vec<u8>) -> Option<u64> {
         let mut state = self.lock();
@@ -140,7 +140,7 @@ impl DeviceStream {
         state.assembler.credit()
     }
 
-    /// So many octets of the configuration are held no longer.
+    /// So many bytes of the configuration are held no longer.
     pub(crate) fn let_go(&self, bytes: u64) -> Option<u64> {
         let mut state = self.lock();
         state.assembler.loaded(bytes);
@@ -213,7 +213,7 @@ impl State {
     }
 
     /// A buffer of this size. One that is much smaller than the largest gets no more than it needs, so that what is held costs at most
-    /// 8/7 of its octets.
+    /// 8/7 of its bytes.
     fn buffer(&mut self, bytes: usize) -> Vec<u8> {
         let pooled = bytes >= self.chunk_bytes_max / 8 * 7;
         let kept = if pooled { self.free.pop() } else { None };

@@ -1,6 +1,6 @@
 //! Pages that did not match their checksum at the destination: whether the guest tore them or the way damaged them.
 //!
-//! The destination can't know. The source can: a page that the guest wrote between the checksum and the last read of its octets was
+//! The destination can't know. The source can: a page that the guest wrote between the checksum and the last read of its bytes was
 //! written after the round re-armed it and before the round was encoded, so the next collection reports it. The rule: a page that did
 //! not match in round k is *torn* if the collection after round k found it dirty again, and *damaged* if not. It goes back to the
 //! dirty set either way, before the next round takes it.

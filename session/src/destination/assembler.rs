@@ -4,7 +4,7 @@
 //!                 loaded          next (lowest missing)                     granted
 //!                   ▼               ▼                                          ▼
 //!    ── gone ───────┼── ready ──────┼── missing ── held ── missing ── held ────┼── refused ──
-//!                   └───────────────── the window, in octets ──────────────────┘
+//!                   └───────────────── the window, in bytes ──────────────────┘
 //! ```
 //! The rules it keeps: nothing past the granted offset is admitted (SPEC: CREDIT-3), items never overlap, so what is held is
 //! never more than the window; the lowest missing item lies inside the window and so always has room (SPEC: CREDIT-4); what
@@ -19,15 +19,15 @@ use multifd_wire::{DeviceId, Generation, Misbehaved};
 use crate::destination::error::Fault;
 
 /// Items of one device that are held at most, chunks and marks, besides one for each 4 KiB of the window. A source that sends
-/// smaller chunks in such numbers is refused with reason 10: each item costs some hundred octets beside its own.
+/// smaller chunks in such numbers is refused with reason 10: each item costs some hundred bytes beside its own.
 const ITEMS_SPARE: u64 = 64;
 
 /// What is handed over, in order.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Item {
-    /// Octets of the data section.
+    /// Bytes of the data section.
     Data(Vec<u8>),
-    /// Octets of the configuration.
+    /// Bytes of the configuration.
     Config(Vec<u8>),
     /// The initial bytes of this generation are complete.
     InitialEnd(Generation),
@@ -210,7 +210,7 @@ impl Assembler {
         !self.ready.is_empty()
     }
 
-    /// So many octets that were popped are loaded and their memory is free.
+    /// So many bytes that were popped are loaded and their memory is free.
     pub fn loaded(&mut self, bytes: u64) {
         self.loaded += bytes;
     }
@@ -246,7 +246,7 @@ impl Assembler {
         self.next
     }
 
-    /// Octets held here now: what waits for its turn, and what was popped and is not loaded yet.
+    /// Bytes held here now: what waits for its turn, and what was popped and is not loaded yet.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
         let early: u64 = self.held.values().map(|held| held.end - held.offset).sum();
@@ -396,7 +396,7 @@ impl Assembler {
 }
 
 impl Held {
-    /// Whether they say the same of the same octets.
+    /// Whether they say the same of the same bytes.
     fn is_like(&self, other: &Self) -> bool {
         let same = match (&self.content, &other.content) {
             (Content::Chunk(ours, _), Content::Coming(theirs)) => ours == theirs,

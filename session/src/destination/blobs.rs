@@ -50,7 +50,7 @@ impl Assembler {
         let wanted = held.max(self.octets.saturating_add(announced));
         if wanted > self.octets_max {
             return Err(Fault::Limit {
-                what: "octets of blobs",
+                what: "bytes of blobs",
                 wanted,
                 most: self.octets_max,
             });

@@ -208,7 +208,7 @@ impl ConfigBuilder {
         self
     }
 
-    /// The most guest memory that is accepted, in octets. `None`: what the VMM can build.
+    /// The most guest memory that is accepted, in bytes. `None`: what the VMM can build.
     #[must_use]
     pub fn memory_bytes_max(mut self, octets: Option<u64>) -> Self {
         self.config.memory_bytes_max = octets;
@@ -224,14 +224,14 @@ impl ConfigBuilder {
         self
     }
 
-    /// The most octets of configuration, and again of VM state, that are held in memory; 1 MiB to 1 GiB.
+    /// The most bytes of configuration, and again of VM state, that are held in memory; 1 MiB to 1 GiB.
     #[must_use]
     pub fn blob_bytes_max(mut self, octets: u64) -> Self {
         self.config.blob_bytes_max = octets;
         self
     }
 
-    /// How much of one device's state is held at most while it waits to be loaded, in octets; 64 KiB to 1 GiB. It should be what
+    /// How much of one device's state is held at most while it waits to be loaded, in bytes; 64 KiB to 1 GiB. It should be what
     /// the link carries in the time of a round trip, and of 20 ms of loading. The device's configuration is held whole and
     /// counts, so it can't be larger. What it costs: at most 8/7 of it for buffers, one chunk, and 1/16 for
     /// bookkeeping if the source sends the smallest chunks (`tests/tests/misbehaviour_device_memory.rs`).
@@ -241,7 +241,7 @@ impl ConfigBuilder {
         self
     }
 
-    /// How much all devices' windows may be together, in octets; 64 KiB to 1 TiB. A source with more devices is refused.
+    /// How much all devices' windows may be together, in bytes; 64 KiB to 1 TiB. A source with more devices is refused.
     #[must_use]
     pub fn device_bytes_max(mut self, octets: u64) -> Self {
         self.config.device_bytes_max = octets;
@@ -307,15 +307,15 @@ impl ConfigBuilder {
     pub fn build(self) -> Result<Config, ConfigError> {
         let c = &self.config;
         within("lanes max", &c.lanes_max, &1, &LANES_MAX)?;
-        within("blob octets max", &c.blob_bytes_max, &(1 << 20), &(1 << 30))?;
+        within("blob bytes max", &c.blob_bytes_max, &(1 << 20), &(1 << 30))?;
         within(
-            "device window octets",
+            "device window bytes",
             &c.device_window_bytes,
             &(64 << 10),
             &(1 << 30),
         )?;
         within(
-            "device octets max",
+            "device bytes max",
             &c.device_bytes_max,
             &(64 << 10),
             &(1 << 40),
@@ -350,19 +350,19 @@ mod tests {
         bad(b().lanes_max(0), "lanes max");
         bad(b().lanes_max(LANES_MAX + 1), "lanes max");
         b().blob_bytes_max(1 << 20).build().unwrap();
-        bad(b().blob_bytes_max((1 << 20) - 1), "blob octets max");
-        bad(b().blob_bytes_max((1 << 30) + 1), "blob octets max");
+        bad(b().blob_bytes_max((1 << 20) - 1), "blob bytes max");
+        bad(b().blob_bytes_max((1 << 30) + 1), "blob bytes max");
         b().device_window_bytes(64 << 10).build().unwrap();
         bad(
             b().device_window_bytes((64 << 10) - 1),
-            "device window octets",
+            "device window bytes",
         );
         bad(
             b().device_window_bytes((1 << 30) + 1),
-            "device window octets",
+            "device window bytes",
         );
-        bad(b().device_bytes_max((64 << 10) - 1), "device octets max");
-        bad(b().device_bytes_max((1 << 40) + 1), "device octets max");
+        bad(b().device_bytes_max((64 << 10) - 1), "device bytes max");
+        bad(b().device_bytes_max((1 << 40) + 1), "device bytes max");
         bad(b().hello_deadline(ms(99)), "hello deadline");
         bad(b().setup_deadline(ms(99)), "set-up deadline");
         b().stall(ms(100)).keep_alive(ms(50)).build().unwrap();

@@ -132,11 +132,11 @@ fn check_table(table: &[Device], config: &Config) -> Result<(), Fault> {
     let window = config.device_window_bytes();
     let wanted = window.saturating_mul(table.len() as u64);
     if wanted > config.device_bytes_max() {
-        let what = "octets for all devices' windows";
+        let what = "bytes for all devices' windows";
         return limit(what, wanted, config.device_bytes_max());
     }
     if let Some(device) = table.iter().find(|device| device.chunk_bytes_max > window) {
-        let what = "octets of a device's chunk";
+        let what = "bytes of a device's chunk";
         return limit(what, device.chunk_bytes_max, window);
     }
     let without = |device: &&Device| !device.flags.contains(DeviceFlags::P2P);

@@ -290,7 +290,7 @@ impl ConfigBuilder {
         self
     }
 
-    /// A cap on the octets a second over all data channels, in every phase; at least 1 MiB/s. `None`: no cap.
+    /// A cap on the bytes a second over all data channels, in every phase; at least 1 MiB/s. `None`: no cap.
     #[must_use]
     pub fn bandwidth(mut self, octets_per_second: Option<u64>) -> Self {
         self.config.bandwidth = octets_per_second;
@@ -436,7 +436,7 @@ impl ConfigBuilder {
             HOUR,
         )?;
         if let Some(cap) = c.bandwidth {
-            within("bandwidth (octets a second)", &cap, &(1 << 20), &u64::MAX)?;
+            within("bandwidth (bytes a second)", &cap, &(1 << 20), &u64::MAX)?;
         }
         within("max rounds", &c.rounds_max, &1, &10_000)?;
         within(
@@ -446,7 +446,7 @@ impl ConfigBuilder {
             &(limits::PAGES_PER_FRAME_MAX as u64),
         )?;
         within(
-            "device chunk octets",
+            "device chunk bytes",
             &c.device_chunk,
             &4096,
             &limits::BODY_BYTES_MAX_U64,

@@ -149,7 +149,7 @@ pub enum Forecast {
     Diverges {
         /// Downtime at the fixed point: the best that waiting can give.
         downtime: Duration,
-        /// The bandwidth, in octets a second, that would make it converge; none would if the fixed part alone is over the limit.
+        /// The bandwidth, in bytes a second, that would make it converge; none would if the fixed part alone is over the limit.
         bandwidth_needed: Option<u64>,
         /// The share of the guest's writes, in percent, that would have to be held back at the present bandwidth; if that helps.
         throttle_percent: Option<u8>,

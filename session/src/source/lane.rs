@@ -34,7 +34,7 @@ struct Entry {
 pub struct Settled {
     /// Frames that were handled since the last acknowledgement.
     pub frames: u64,
-    /// Octets of their heads and bodies.
+    /// Bytes of their heads and bodies.
     pub octets: u64,
 }
 
@@ -108,13 +108,13 @@ impl Lane {
         self.next.saturating_sub(self.acked)
     }
 
-    /// Octets handed to the channel and not yet acknowledged.
+    /// Bytes handed to the channel and not yet acknowledged.
     #[must_use]
     pub fn unacked_octets(&self) -> u64 {
         self.unacked_octets
     }
 
-    /// Octets that were acknowledged since the channel was opened.
+    /// Bytes that were acknowledged since the channel was opened.
     #[must_use]
     pub fn acked_octets(&self) -> u64 {
         self.acked_octets
@@ -160,7 +160,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Enters a PAGES frame in the ledger and gives it its number. To be called before the first octet is sent.
+    /// Enters a PAGES frame in the ledger and gives it its number. To be called before the first byte is sent.
     ///
     /// # Errors
     /// [`LaneMisuse::NotInRound`].
@@ -172,7 +172,7 @@ impl Lane {
         Ok(self.enter(round, runs, octets))
     }
 
-    /// Enters a ZEROS frame in the ledger and gives it its number. To be called before the first octet is sent.
+    /// Enters a ZEROS frame in the ledger and gives it its number. To be called before the first byte is sent.
     ///
     /// # Errors
     /// [`LaneMisuse::NotInRound`].
@@ -184,7 +184,7 @@ impl Lane {
         Ok(self.enter(round, runs, octets))
     }
 
-    /// Enters an item of a device's stream in the ledger and gives it its number. To be called before the first octet is sent.
+    /// Enters an item of a device's stream in the ledger and gives it its number. To be called before the first byte is sent.
     /// Items belong to no round (SPEC: DEVSTREAM-7); they are kept here until they are acknowledged.
     pub fn item(&mut self, item: Arc<Item>, octets: u64) -> Sequence {
         let sequence = self.enter(self.reached, Vec::new(), octets);

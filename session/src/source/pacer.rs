@@ -1,6 +1,6 @@
 //! The bandwidth cap: says how long to wait before the next frame may be sent.
 //!
-//! A generic cell rate rule over one atomic: each frame moves the "line is free again at" instant on by its octets at
+//! A generic cell rate rule over one atomic: each frame moves the "line is free again at" instant on by its bytes at
 //! the capped rate, and is sent when that instant's burst allowance has been reached. No lock, no thread, no clock inside.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -90,7 +90,7 @@ impl Stream {
         self.index
     }
 
-    /// Octets placed so far.
+    /// Bytes placed so far.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
@@ -103,7 +103,7 @@ impl Stream {
     }
 }
 
-/// Takes buffers back once nobody needs their octets any more.
+/// Takes buffers back once nobody needs their bytes any more.
 pub trait BufferPool: Send + Sync {
     /// One comes back.
     fn take_back(&self, octets: Vec<u8>);
@@ -120,7 +120,7 @@ pub struct Item {
 /// What an item is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Head {
-    /// A piece of the stream; the octets are its body.
+    /// A piece of the stream; the bytes are its body.
     Chunk(DeviceChunk),
     /// A point in it.
     Mark(DeviceMark),
@@ -153,7 +153,7 @@ impl Item {
         self.head
     }
 
-    /// Its octets; none of a mark.
+    /// Its bytes; none of a mark.
     #[must_use]
     pub fn octets(&self) -> &[u8] {
         &self.octets
@@ -192,7 +192,7 @@ impl Item {
 
 impl fmt::Debug for Item {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} with {} octets", self.head, self.octets.len())
+        write!(f, "{:?} with {} bytes", self.head, self.octets.len())
     }
 }
 

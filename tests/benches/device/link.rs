@@ -22,7 +22,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 /// The destination's address on the shaped link.
 const THERE: &str = "10.213.7.2";
 
-/// Octets that may pass at once, and that may wait. A burst is 2 ms of 4 Gbit/s; a socket never has more than some milliseconds
+/// Bytes that may pass at once, and that may wait. A burst is 2 ms of 4 Gbit/s; a socket never has more than some milliseconds
 /// in the queue (TCP small queues), so that nothing is dropped there.
 const BURST: &str = "1mb";
 const LIMIT: &str = "32mb";

@@ -6,7 +6,7 @@
 //! ```
 //! *Ours* is a whole migration of a machine with model devices by the real source and destination, in two network namespaces; its
 //! memory is small and idle. The *blackout* goes from the paused guest until the source knows that the last device is loaded, the
-//! *downtime* from the pause until the guest runs at the destination. The *wire time* is the devices' octets divided by what a bare
+//! *downtime* from the pause until the guest runs at the destination. The *wire time* is the devices' bytes divided by what a bare
 //! socket loop with as many connections carried a moment before. *One stream* is the common way, in the same run: state read whole
 //! into one buffer, sent over one connection, then loaded. Medians over the rounds; each ratio is the median of the ratios of neighbours.
 //!

@@ -9,10 +9,10 @@ use multifd_wire::DeviceState;
 
 use crate::link::Link;
 
-/// Octets of one call of the bare loop.
+/// Bytes of one call of the bare loop.
 const BODY: usize = 256 << 10;
 
-/// Octets a second that `connections` carry, from memory to memory, with nothing else: the link's rate.
+/// Bytes a second that `connections` carry, from memory to memory, with nothing else: the link's rate.
 pub(crate) fn bare_rate(link: &Link, octets: &mut [u8], connections: usize) -> f64 {
     let pairs = link.plain_pairs(connections);
     let total = octets.len();
@@ -37,7 +37,7 @@ pub(crate) fn bare_rate(link: &Link, octets: &mut [u8], connections: usize) -> f
     total as f64 / began.elapsed().as_secs_f64()
 }
 
-/// Octets a second of a device by itself: read to its end, and written, by one thread with one buffer.
+/// Bytes a second of a device by itself: read to its end, and written, by one thread with one buffer.
 pub(crate) fn device_rates(config: &DeviceConfig, chunk: usize) -> (f64, f64) {
     let mut source = device(config, DeviceState::StopCopy);
     let mut sink = device(config, DeviceState::Resuming);

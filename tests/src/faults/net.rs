@@ -17,7 +17,7 @@ use anyhow::{Context as _, bail};
 /// Names of our namespaces begin so.
 const PREFIX: &str = "mfdfaults-";
 
-/// Octets a second that a slow link carries, for `tc`.
+/// Bytes a second that a slow link carries, for `tc`.
 const SLOW: &str = "24mbit";
 
 /// Which end of the links.

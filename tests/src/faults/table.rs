@@ -25,7 +25,7 @@ pub enum Fault {
     Reset,
     /// What one side sends vanishes for longer than a stall.
     Blackhole,
-    /// Loopback: a connection is cut, stalled, throttled, damaged or ended at some octet.
+    /// Loopback: a connection is cut, stalled, throttled, damaged or ended at some byte.
     Proxied,
     /// `kill -9` of the destination.
     KillDestination,
@@ -219,7 +219,7 @@ impl Fault {
         if self.is_from_the_beginning() {
             return match self {
                 _ if moment != Moment::SetUp => &[],
-                // Whatever happens to which octet.
+                // Whatever happens to which byte.
                 Proxied => &[Migrated, Resumed, Stays, Unknown],
                 DiskFullSource | DiskFullDestination => &[Migrated, Resumed],
                 // With too few nothing begins; with nearly enough the migration fails; with enough it does not.

@@ -1,6 +1,6 @@
 //! The simulator's devices: the guest's model devices in small, with a look over their shoulder at every step.
 //!
-//! A model device knows each octet that must come, so its content is its own affair; what it refuses comes out as an error, and
+//! A model device knows each byte that must come, so its content is its own affair; what it refuses comes out as an error, and
 //! an error for which the plan has no reason is a violation. What is looked at here besides is who runs: a device runs at
 //! one side only, at the destination only what the source's device was when it was stopped, and before the guest does.
 

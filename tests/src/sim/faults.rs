@@ -75,7 +75,7 @@ pub enum Fault {
     CancelDestination,
     /// A VMM says no.
     VmmRefuses,
-    /// A device fails, or gives an octet that is not its own.
+    /// A device fails, or gives a byte that is not its own.
     DeviceFails,
     /// A frame of the source is changed, and its checksums are right.
     ForgeForth,
@@ -185,9 +185,9 @@ pub struct FrameSeen {
     pub outcome: Option<u32>,
     /// Device and index of a chunk.
     pub item: Option<(u32, u64)>,
-    /// Octets of header and table.
+    /// Bytes of header and table.
     pub head: u64,
-    /// Octets in all.
+    /// Bytes in all.
     pub bytes: u64,
 }
 
@@ -250,7 +250,7 @@ impl FrameSeen {
         }
     }
 
-    /// What the octet belongs to, and the last octet that has to be read before a change of it can be found out.
+    /// What the byte belongs to, and the last byte that has to be read before a change of it can be found out.
     pub(super) fn part(&self, octet: u64) -> (Part, u64) {
         let (reply, header) = (HELLO_REPLY_BYTES as u64, HEADER_BYTES as u64);
         if self.number > 0 {
@@ -282,7 +282,7 @@ impl FrameSeen {
 /// A changed frame whose checksums are right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Forgery {
-    /// An octet of the table has another value.
+    /// A byte of the table has another value.
     Table { at: u64, value: u8 },
     /// The frame is of another kind.
     Kind(Kind),
@@ -297,11 +297,11 @@ pub(super) enum Forgery {
 /// What becomes of a frame on its way.
 #[derive(Debug, Clone, Default)]
 pub struct FrameFate {
-    /// Bits that are flipped, counted from the first octet of the frame.
+    /// Bits that are flipped, counted from the first byte of the frame.
     pub(super) flips: Vec<u64>,
-    /// Octets of the frame with which a flipped bit can be found out, and the bit's number.
+    /// Bytes of the frame with which a flipped bit can be found out, and the bit's number.
     pub(super) marks: Vec<(u64, usize)>,
-    /// The connection breaks when so many octets of it are on the way.
+    /// The connection breaks when so many bytes of it are on the way.
     pub(super) cut_at: Option<u64>,
     /// With a reset; otherwise with an orderly end.
     pub(super) reset: bool,
@@ -325,7 +325,7 @@ impl FrameFate {
         }
     }
 
-    /// The marks among `count` octets of the frame from `begin` on, by their place among these.
+    /// The marks among `count` bytes of the frame from `begin` on, by their place among these.
     pub(super) fn marks_in(&self, begin: u64, count: usize) -> Vec<(usize, usize)> {
         self.marks
             .iter()
@@ -369,7 +369,7 @@ impl FrameFate {
     }
 }
 
-/// Octets that go out as a head.
+/// Bytes that go out as a head.
 pub(super) struct Head(Vec<u8>);
 
 impl Head {

@@ -38,7 +38,7 @@ impl Real {
         if !known.is_null() {
             return known;
         }
-        // SAFETY: the name ends with a zero octet; RTLD_NEXT asks for the next library's definition.
+        // SAFETY: the name ends with a zero byte; RTLD_NEXT asks for the next library's definition.
         let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
         if found.is_null() {
             // Nothing can be said here: saying needs these functions.
@@ -222,14 +222,14 @@ fn futex(word: usize, operation: c_int, value: u32, time: *const libc::timespec)
 fn fill_random(to: *mut u8, bytes: usize) {
     for at in 0..bytes {
         let octet = schedule::random_u64() as u8;
-        // SAFETY: the caller of getrandom owns `bytes` octets from `to` on.
+        // SAFETY: the caller of getrandom owns `bytes` bytes from `to` on.
         let to = unsafe { to.add(at) };
         // SAFETY: as above.
         unsafe { to.write(octet) };
     }
 }
 
-/// Random octets of the seed.
+/// Random bytes of the seed.
 ///
 /// # Safety
 /// As getrandom(2).

@@ -1,12 +1,12 @@
-//! The simulated network: channels whose octets take simulated time, and can be lost, damaged, held up or cut.
+//! The simulated network: channels whose bytes take simulated time, and can be lost, damaged, held up or cut.
 //!
 //! ```text
 //!   send ──► gather (guest memory is read here) ──► [segment at t1][segment at t2]… ──► receive, when its time has come
-//!              ▲ the frame is shown to the world,       capacity, octets a second, latency; frozen, silent, reset
+//!              ▲ the frame is shown to the world,       capacity, bytes a second, latency; frozen, silent, reset
 //!              │ which may cut, flip or forge it
 //! ```
-//! It keeps the contract of `transport::Channel` (the conformance kit runs over it, on simulated time). Octets arrive in order
-//! on one channel and at different times on different ones. It must never lose, change or make up an octet without a fault of the
+//! It keeps the contract of `transport::Channel` (the conformance kit runs over it, on simulated time). Bytes arrive in order
+//! on one channel and at different times on different ones. It must never lose, change or make up a byte without a fault of the
 //! plan.
 
 use std::collections::VecDeque;
@@ -28,14 +28,14 @@ const SMALL: usize = multifd_transport::READ_AHEAD_BYTES;
 /// The most that is gathered from memory at once: a guest that runs can write between two pieces.
 const PIECE: usize = 16 << 10;
 
-/// How a link carries octets.
+/// How a link carries bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Quality {
-    /// Octets that may be under way in one direction.
+    /// Bytes that may be under way in one direction.
     pub capacity: usize,
-    /// Time that one octet takes, in ps.
+    /// Time that one byte takes, in ps.
     pub ps_per_octet: u64,
-    /// Time until an octet that was sent arrives, in ns.
+    /// Time until a byte that was sent arrives, in ns.
     pub latency_ns: u64,
 }
 
@@ -53,7 +53,7 @@ struct Segment {
     at: u64,
     octets: Vec<u8>,
     read: usize,
-    /// Flipped bits that can be found out once the octet at this place was read, by their number.
+    /// Flipped bits that can be found out once the byte at this place was read, by their number.
     marks: Vec<(usize, usize)>,
 }
 
@@ -64,7 +64,7 @@ struct State {
     free_at: u64,
     newest: u64,
     frozen_until: u64,
-    /// Octets go in and never come out; neither does the end of the stream.
+    /// Bytes go in and never come out; neither does the end of the stream.
     silent: bool,
     reset: bool,
     sender: End,
@@ -164,12 +164,12 @@ impl Link {
         self.both(|state| state.silent = true);
     }
 
-    /// The octets of both directions are held up until an instant.
+    /// The bytes of both directions are held up until an instant.
     pub fn freeze(&self, until: u64) {
         self.both(|state| state.frozen_until = state.frozen_until.max(until));
     }
 
-    /// From now on an octet takes so many times as long, and so much longer to arrive.
+    /// From now on a byte takes so many times as long, and so much longer to arrive.
     pub fn worsen(&self, factor: u64, latency_ns: u64) {
         self.both(|state| {
             state.quality.ps_per_octet *= factor;
@@ -424,7 +424,7 @@ impl SimSend {
         Ok(())
     }
 
-    /// Puts octets on the way, as the frame's fate has it.
+    /// Puts bytes on the way, as the frame's fate has it.
     fn piece(
         &mut self,
         octets: &mut [u8],
@@ -494,7 +494,7 @@ impl State {
         });
     }
 
-    /// Octets that have arrived, and when more will have.
+    /// Bytes that have arrived, and when more will have.
     fn arrived(&self, now: u64) -> (usize, Option<u64>) {
         if self.silent {
             return (0, None);
@@ -606,7 +606,7 @@ struct SimReceive {
 }
 
 impl SimReceive {
-    /// Waits until at least `least` octets are there; how many there are.
+    /// Waits until at least `least` bytes are there; how many there are.
     fn await_octets(
         &self,
         least: usize,
@@ -657,7 +657,7 @@ impl SimReceive {
         }
     }
 
-    /// Takes octets that nobody looks at.
+    /// Takes bytes that nobody looks at.
     fn take_unread(&self, to: &mut [u8]) -> Vec<usize> {
         let (flips, half_empty) = {
             let mut state = self.inlet.0.lock();

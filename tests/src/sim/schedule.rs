@@ -56,7 +56,7 @@ pub enum Key {
     End(u32),
     /// The end of any thread.
     AnyEnd,
-    /// Octets that arrive in a pipe of the simulated network.
+    /// Bytes that arrive in a pipe of the simulated network.
     Octets(u64),
     /// Room in a pipe of the simulated network.
     Room(u64),

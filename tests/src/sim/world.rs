@@ -23,7 +23,7 @@ const END: Key = Key::WorldEnd;
 /// A flipped bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flip {
-    /// Who had sent the octet.
+    /// Who had sent the byte.
     pub from: Side,
     /// On which channel.
     pub channel: ChannelRef,
@@ -656,7 +656,7 @@ impl World {
     pub(super) fn device_failed(&self, side: Side, index: usize, text: &str) {
         let mut state = self.lock();
         let device = &mut state.devices[index];
-        // Octets that the source's device has wrong are refused by the destination's.
+        // Bytes that the source's device has wrong are refused by the destination's.
         let planned = device.failure.is_some();
         device.failed |= planned;
         if planned || state.forged {
@@ -739,7 +739,7 @@ impl World {
             if state.trace {
                 let what = match seen.kind {
                     Some(kind) => format!(
-                        "{:?} {} sends {kind:?}, {} octets",
+                        "{:?} {} sends {kind:?}, {} bytes",
                         seen.from, seen.channel, seen.bytes
                     ),
                     None => format!("{:?} {} says hello", seen.from, seen.channel),
@@ -790,7 +790,7 @@ impl World {
         fate
     }
 
-    /// The first octet of a COMMIT is on its way.
+    /// The first byte of a COMMIT is on its way.
     pub fn commit_leaves(&self) {
         self.lock().ledger.commit_left = true;
     }
@@ -907,7 +907,7 @@ impl World {
                 fate.reset = state.random.below(2) == 0;
                 state.note(
                     fault,
-                    format!("{where_} after {at} of {} octets", seen.bytes),
+                    format!("{where_} after {at} of {} bytes", seen.bytes),
                 );
                 let channel = seen.channel;
                 state.channel_lost(channel, seen.number);

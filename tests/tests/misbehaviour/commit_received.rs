@@ -78,9 +78,9 @@ fn a_commit_cut_off_at_any_place_starts_nothing() {
         let error = end.finished.error.unwrap();
         assert!(
             error.code().starts_with("channel-closed"),
-            "{bytes} octets: {error}"
+            "{bytes} bytes: {error}"
         );
-        assert!(!end.running && end.discarded, "{bytes} octets");
+        assert!(!end.running && end.discarded, "{bytes} bytes");
     }
 }
 

@@ -186,7 +186,7 @@ fn whatever_fails_after_final_gives_the_guest_back() {
             COMMIT_DEADLINE,
         ),
         (
-            "random octets",
+            "random bytes",
             |t, _| t.control.raw(&[1; 32]),
             "wire.malformed.header-crc",
             Some(Reason::Corruption),
@@ -254,7 +254,7 @@ fn whatever_fails_after_commit_leaves_the_outcome_unknown_and_the_guest_paused()
             GRACE,
         ),
         (
-            "random octets",
+            "random bytes",
             |t| t.control.raw(&[1; 32]),
             "wire.malformed.header-crc",
             STALL,
@@ -334,7 +334,7 @@ fn prepared_cut_off_commits_nothing_and_running_cut_off_is_not_believed() {
         let error = end.finished.error.as_ref().unwrap();
         assert!(
             error.code().starts_with("channel-closed"),
-            "{bytes} octets: {error}"
+            "{bytes} bytes: {error}"
         );
         end.runs_on("PREPARED cut off");
     }

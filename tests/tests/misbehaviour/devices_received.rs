@@ -122,7 +122,7 @@ fn more_than_was_granted_is_refused() {
                 ["nic0", "were granted"],
             ),
             (
-                "one octet past the window",
+                "one byte past the window",
                 |s| s.chunk(0, chunk(9, WINDOW - CHUNK + 1), &full()),
                 CREDIT,
                 ["nic0", "were granted"],
@@ -179,7 +179,7 @@ fn items_far_ahead_and_in_great_numbers_are_refused() {
                 ["nic0", "DEVSTREAM-2"],
             ),
             (
-                "thousands of octets, each by itself, behind a hole",
+                "thousands of bytes, each by itself, behind a hole",
                 |s| {
                     for index in 1..3000 {
                         s.chunk(0, chunk(index, index), &[1]);

@@ -17,7 +17,7 @@ fn hello() -> Hello {
     Hello::start(SessionId::new([9; 16]), Features::NONE, Features::NONE)
 }
 
-/// Changes octets of a hello and makes its checksum right again.
+/// Changes bytes of a hello and makes its checksum right again.
 fn altered(offset: usize, octets: &[u8]) -> [u8; HELLO_BYTES] {
     let mut hello = hello().encode();
     hello[offset..][..octets.len()].copy_from_slice(octets);
@@ -53,7 +53,7 @@ fn octets_that_are_no_hello_are_refused_with_the_reason_and_harm_nobody() {
     let mut flipped = hello().encode();
     flipped[40] ^= 4;
     let cases = [
-        ("random octets", octets, Reason::Malformed),
+        ("random bytes", octets, Reason::Malformed),
         ("another magic", altered(0, b"HTTP/1.1"), Reason::Malformed),
         ("a flipped bit", flipped, Reason::Corruption),
         (
@@ -82,7 +82,7 @@ fn octets_that_are_no_hello_are_refused_with_the_reason_and_harm_nobody() {
             Reason::Malformed,
         ),
         ("an unknown intent", altered(14, &[5, 0]), Reason::Malformed),
-        ("a reserved octet", altered(80, &[1]), Reason::Malformed),
+        ("a reserved byte", altered(80, &[1]), Reason::Malformed),
         ("no session", altered(32, &[0; 16]), Reason::Malformed),
         (
             "a join to nothing",
@@ -133,10 +133,10 @@ fn a_hello_cut_off_at_any_length_is_forgotten() {
         peer.raw(&octets[..bytes]);
         peer.finish();
         let (heard, end) = peer.hear_the_end();
-        assert!(heard.is_empty(), "{bytes} octets");
+        assert!(heard.is_empty(), "{bytes} bytes");
         assert!(
             matches!(end, ChannelError::Closed | ChannelError::Reset { .. }),
-            "{bytes} octets: {end}"
+            "{bytes} bytes: {end}"
         );
     }
     // One that closes without a word was no hello, and so is none that was refused.

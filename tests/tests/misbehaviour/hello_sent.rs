@@ -35,7 +35,7 @@ fn an_answer_that_is_none_ends_it() {
     let cases: [(&str, Act, &str); 7] = [
         ("closes", |p, _| p.cut(), "channel-"),
         (
-            "random octets",
+            "random bytes",
             |p, _| p.raw(&[0x55; 256]),
             "channel-stranger",
         ),

@@ -12,7 +12,7 @@ use multifd_transport::GuestMemory;
 use multifd_transport::memory::pair;
 use multifd_wire::{ChannelRef, LaneId};
 
-/// A migration over four in-memory lanes, of which some are cut after so many octets.
+/// A migration over four in-memory lanes, of which some are cut after so many bytes.
 fn migrate(cuts: &[(u32, u64)], side: Side) -> (Source, Destination) {
     let destination = Destination::with(destination_config(), DestinationMachine::default());
     let (handle, cuts) = (destination.handle(), cuts.to_vec());

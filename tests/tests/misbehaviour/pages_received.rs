@@ -265,7 +265,7 @@ fn frames_that_do_not_belong_on_a_data_channel_are_refused() {
 fn octets_that_are_no_frame_are_refused() {
     check(&[
         (
-            "random octets",
+            "random bytes",
             |s| s.lanes[0].peer.raw(&[0x3C; 200]),
             "wire.malformed.header-crc",
             Reason::Corruption,
@@ -373,7 +373,7 @@ fn a_frame_cut_off_at_any_place_loses_its_lane_and_not_the_migration() {
         assert_eq!(
             (down.lane, down.reason),
             (LaneId::new(1), Reason::ChannelsLost),
-            "{bytes} octets"
+            "{bytes} bytes"
         );
         source.lanes.pop();
         // Some of the page may have landed, and none of it counts: it is sent again.
@@ -381,10 +381,7 @@ fn a_frame_cut_off_at_any_place_loses_its_lane_and_not_the_migration() {
         source.round_zero();
         source.complete(1);
         let end = destination.end(GRACE);
-        assert!(
-            end.finished.error.is_none() && end.running,
-            "{bytes} octets"
-        );
+        assert!(end.finished.error.is_none() && end.running, "{bytes} bytes");
     }
 }
 
@@ -427,7 +424,7 @@ fn a_lane_that_stops_inside_a_page_is_given_up_and_the_others_go_on() {
     assert!(end.finished.error.is_none() && end.running);
 }
 
-/// The first octet of a page of region 0 at the destination.
+/// The first byte of a page of region 0 at the destination.
 fn landed(destination: &Destination, page: u64) -> u8 {
     let memory = destination.memory.lock().unwrap();
     let span = memory.as_ref().unwrap().span(0, page * 4096, 1).unwrap();
@@ -436,7 +433,7 @@ fn landed(destination: &Destination, page: u64) -> u8 {
     octet[0]
 }
 
-/// Waits until a page holds this octet.
+/// Waits until a page holds this byte.
 fn lands(destination: &Destination, page: u64, octet: u8) {
     let since = Instant::now();
     while landed(destination, page) != octet {

@@ -177,7 +177,7 @@ fn lies_about_the_rounds_end_it_and_the_guest_runs_on() {
             MISBEHAVED,
         ),
         (
-            "random octets",
+            "random bytes",
             |t| t.control.raw(&[0x77; 40]),
             "wire.malformed.header-crc",
             Reason::Corruption,

@@ -228,7 +228,7 @@ fn frames_of_the_other_side_or_of_data_channels_are_refused_on_control() {
 fn octets_that_are_no_frame_are_refused() {
     check(&[
         case(
-            "random octets",
+            "random bytes",
             "wire.malformed.header-crc",
             Reason::Corruption,
             |s| {
@@ -488,7 +488,7 @@ fn a_frame_cut_off_at_any_place_ends_it() {
             let error = end.finished.error.unwrap();
             assert!(
                 error.code().starts_with("channel-closed"),
-                "{name}, {bytes} octets: {error}"
+                "{name}, {bytes} bytes: {error}"
             );
             assert!(!end.running && end.discarded);
         }
@@ -576,7 +576,7 @@ fn more_than_this_side_is_set_to_hold_is_refused() {
     let connect = || destination.connect();
     let source = FakeSource::in_rounds(&connect, 1);
     drop(source);
-    // Blobs: 1 MiB is allowed, one octet more is not.
+    // Blobs: 1 MiB is allowed, one byte more is not.
     let config = rx_builder().blob_bytes_max(1 << 20).build().unwrap();
     let destination = Destination::with(config, DestinationMachine::default());
     let connect = || destination.connect();

@@ -107,7 +107,7 @@ fn frames_at_the_wrong_moment_are_refused_before_the_grant() {
                 MISBEHAVED,
             ),
             (
-                "random octets",
+                "random bytes",
                 |t| t.control.raw(&[0x5A; 99]),
                 "wire.malformed.header-crc",
                 Reason::Corruption,

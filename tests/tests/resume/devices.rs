@@ -1,5 +1,5 @@
 //! All channels lost with devices on their way: what was loaded stays loaded, and what was read with the guest paused is read anew
-//! (SPEC: RESUME-8, RESUME-12). The model device finds out by itself when an octet was lost, doubled or put in another place.
+//! (SPEC: RESUME-8, RESUME-12). The model device finds out by itself when a byte was lost, doubled or put in another place.
 
 use std::time::Duration;
 

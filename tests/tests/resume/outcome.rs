@@ -90,7 +90,7 @@ fn a_destination_that_knows_nothing_leaves_it_unknown_at_once() {
 #[test]
 fn a_lie_in_the_place_of_an_answer_is_no_answer() {
     let (source, taking) = committed();
-    // Another frame, random octets, an answer cut off: it goes on asking.
+    // Another frame, random bytes, an answer cut off: it goes on asking.
     for octets in [
         encode(0, multifd_tests::fake_destination::running(), Body::None),
         vec![7; 48],

@@ -68,7 +68,7 @@ impl Pair {
         }
     }
 
-    /// Waits until so many octets were sent.
+    /// Waits until so many bytes were sent.
     pub(crate) fn sent(&self, octets: u64) {
         let (handle, since) = (self.source.handle(), Instant::now());
         while handle.progress().sent_bytes < octets {

@@ -167,7 +167,7 @@ fn a_control_channel_that_is_lost_with_the_guest_paused_lets_it_run_until_the_ne
 
 #[test]
 fn a_lane_that_dies_without_a_sign_is_told_from_a_slow_one() {
-    // Every octet that lane 1 is handed from 4 MiB on vanishes.
+    // Every byte that lane 1 is handed from 4 MiB on vanishes.
     let config = comes_back().channels(3).bandwidth(Some(24 << 20));
     let pair = Pair::new(24 << 20, config.body_bytes(64 << 10));
     pair.sent(4 << 20);

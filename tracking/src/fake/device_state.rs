@@ -5,11 +5,11 @@ use std::io;
 
 use super::{refused, u64_at};
 
-/// Octets that change together.
+/// Bytes that change together.
 const BLOCK: usize = 512;
-/// Offset and length before the octets of a record.
+/// Offset and length before the bytes of a record.
 const HEAD: usize = 16;
-/// The offset of the last record, whose octets are the checksum.
+/// The offset of the last record, whose bytes are the checksum.
 const END: u64 = u64::MAX;
 
 /// `enum vfio_device_mig_state`.
@@ -83,10 +83,10 @@ pub(super) struct Save {
     /// The next block of the initial pass.
     next_initial: usize,
     reinit: bool,
-    /// Octets of the record that is being read.
+    /// Bytes of the record that is being read.
     out: VecDeque<u8>,
     ended: bool,
-    /// Octets of the record that is being written.
+    /// Bytes of the record that is being written.
     coming: Vec<u8>,
     loaded: bool,
     touches: u64,
@@ -154,7 +154,7 @@ impl Save {
         }
     }
 
-    /// Octets left: initial, and changed since.
+    /// Bytes left: initial, and changed since.
     pub(super) fn left(&self) -> (u64, u64) {
         let record = (BLOCK + HEAD) as u64;
         let initial = (self.blocks() - self.next_initial) as u64 * record + self.out.len() as u64;

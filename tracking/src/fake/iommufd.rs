@@ -38,7 +38,7 @@ impl FakeIommufd {
     /// The id of the one address space.
     pub const IOAS: u32 = 3;
 
-    /// Page tables with these ids. The hardware has one dirty bit for `unit_bytes` octets.
+    /// Page tables with these ids. The hardware has one dirty bit for `unit_bytes` bytes.
     pub fn new(unit_bytes: u64, tables: &[u32]) -> Self {
         let inner = Inner {
             unit_bytes,
@@ -90,7 +90,7 @@ impl FakeIommufd {
         self.locked().no_clear_reads
     }
 
-    /// A device attached to `table` has written `bytes` octets from `iova`; called after they are in memory.
+    /// A device attached to `table` has written `bytes` bytes from `iova`; called after they are in memory.
     ///
     /// # Panics
     /// If the address is not mapped, or there is no such table.

@@ -1,4 +1,4 @@
-//! A kernel for tests: it checks every request octet by octet against the headers, and answers what Linux may answer,
+//! A kernel for tests: it checks every request byte by byte against the headers, and answers what Linux may answer,
 //! errors included.
 //!
 //! It knows its objects by descriptor. Each is the reading end of a pipe: a real descriptor, which can be duplicated and
@@ -216,7 +216,7 @@ fn identity(fd: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(File::from(fd.try_clone_to_owned()?).metadata()?.ino())
 }
 
-/// The structure of a request, which must have exactly `bytes` octets.
+/// The structure of a request, which must have exactly `bytes` bytes.
 fn structure(parts: Parts<'_>, bytes: usize) -> &mut [u8] {
     match parts {
         Parts::Struct(octets, None) => {
@@ -227,7 +227,7 @@ fn structure(parts: Parts<'_>, bytes: usize) -> &mut [u8] {
     }
 }
 
-/// The structure of a request and the memory whose address it holds at octet `pointer_at`.
+/// The structure of a request and the memory whose address it holds at byte `pointer_at`.
 fn structure_with(parts: Parts<'_>, bytes: usize, pointer_at: usize) -> (&mut [u8], &mut [u64]) {
     match parts {
         Parts::Struct(octets, Some((at, words))) => {
@@ -240,11 +240,11 @@ fn structure_with(parts: Parts<'_>, bytes: usize, pointer_at: usize) -> (&mut [u
 }
 
 fn u32_at(octets: &[u8], at: usize) -> u32 {
-    u32::from_ne_bytes(octets[at..at + 4].try_into().expect("four octets"))
+    u32::from_ne_bytes(octets[at..at + 4].try_into().expect("four bytes"))
 }
 
 fn u64_at(octets: &[u8], at: usize) -> u64 {
-    u64::from_ne_bytes(octets[at..at + 8].try_into().expect("eight octets"))
+    u64::from_ne_bytes(octets[at..at + 8].try_into().expect("eight bytes"))
 }
 
 fn refused<T>(errno: i32) -> io::Result<T> {

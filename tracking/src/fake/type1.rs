@@ -24,14 +24,14 @@ struct Inner {
     /// Whether every mapped page is reported each time: no hardware log, and no driver that pins page by page.
     reports_all: bool,
     logging: bool,
-    /// Octets of each mapping by its I/O address.
+    /// Bytes of each mapping by its I/O address.
     mappings: BTreeMap<u64, u64>,
     /// Dirty pages, counted by I/O address / page size.
     dirty: BTreeSet<u64>,
 }
 
 impl FakeContainer {
-    /// A container whose IOMMU has pages of `page_bytes` octets.
+    /// A container whose IOMMU has pages of `page_bytes` bytes.
     pub fn new(page_bytes: u64) -> Self {
         let inner = Inner {
             page_bytes,
@@ -93,7 +93,7 @@ impl FakeContainer {
         self.locked().logging
     }
 
-    /// A device in the container has written `bytes` octets from `iova`; called after they are in memory.
+    /// A device in the container has written `bytes` bytes from `iova`; called after they are in memory.
     ///
     /// # Panics
     /// If the address is not mapped: the write would have been a fault.
@@ -160,7 +160,7 @@ impl Inner {
         }
     }
 
-    /// The checks that the kernel makes on a `struct vfio_bitmap` at octet `at`, and that the words are really there.
+    /// The checks that the kernel makes on a `struct vfio_bitmap` at byte `at`, and that the words are really there.
     fn bitmap_fits(&self, octets: &[u8], at: usize, size: u64, words: &[u64]) -> bool {
         let (pgsize, bytes) = (u64_at(octets, at), u64_at(octets, at + 8));
         let needed = (size / self.page_bytes).div_ceil(64) * 8;

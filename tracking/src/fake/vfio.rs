@@ -1,7 +1,7 @@
 //! A fake VFIO device: a DMA log, and a state that can be migrated, as `linux/vfio.h` describes them.
 //!
 //! Numbers are written out as the C preprocessor gives them, on purpose apart from those that the crate computes. The device
-//! has memory of its own as its state. Its stream is made of records (offset, length, octets), closed by one with a checksum, so
+//! has memory of its own as its state. Its stream is made of records (offset, length, bytes), closed by one with a checksum, so
 //! that a lost, doubled or reordered piece is found on load.
 
 use std::collections::BTreeSet;
@@ -37,13 +37,13 @@ const CORE_RANGES_MAX: u32 = 256;
 pub struct FakeDeviceConfig {
     /// The ranges that its log takes; 0: it has no log.
     pub log_ranges_max: u32,
-    /// The octets that it logs by; a power of two, 4096 or more.
+    /// The bytes that it logs by; a power of two, 4096 or more.
     pub log_page_bytes: u64,
     /// `VFIO_MIGRATION_*`; 0: it has no migration.
     pub migration_flags: u64,
     /// Whether it has `VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`.
     pub version_2: bool,
-    /// Octets of its state; a multiple of 512.
+    /// Bytes of its state; a multiple of 512.
     pub state_bytes: usize,
 }
 
@@ -108,7 +108,7 @@ impl FakeDevice {
         })
     }
 
-    /// The device has written `bytes` octets from `iova`. Called after the octets are in memory, as by a device that logs what it
+    /// The device has written `bytes` bytes from `iova`. Called after the bytes are in memory, as by a device that logs what it
     /// has done.
     ///
     /// # Panics
@@ -139,12 +139,12 @@ impl FakeDevice {
         self.locked().save.state.runs()
     }
 
-    /// Whether it logs, and what: (I/O address, octets) of each range.
+    /// Whether it logs, and what: (I/O address, bytes) of each range.
     pub fn logged_ranges(&self) -> Option<Vec<(u64, u64)>> {
         self.locked().log.as_ref().map(|log| log.ranges.clone())
     }
 
-    /// Works on its state: changes the 512 octets of that block.
+    /// Works on its state: changes the 512 bytes of that block.
     pub fn touch(&self, block: usize) {
         self.locked().save.touch(block);
     }

@@ -1,4 +1,4 @@
-//! The requests and structures of `linux/kvm.h` that dirty tracking needs, as octets.
+//! The requests and structures of `linux/kvm.h` that dirty tracking needs, as bytes.
 //!
 //! Sizes are asserted; the fake kernel's tests hold the numbers against the values that the header gives.
 

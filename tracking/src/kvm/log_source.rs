@@ -86,7 +86,7 @@ impl LogSource {
     /// the kernel offers it; it stays on, which does not disturb other users of this crate, but would others.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a host without 4096-octet pages, [`Error::Kernel`] if KVM refuses or memory for the
+    /// [`Error::Unsupported`] on a host without 4096-byte pages, [`Error::Kernel`] if KVM refuses or memory for the
     /// bitmaps (one bit per page) cannot be had.
     pub fn new(
         vm: &VmFd,

@@ -67,7 +67,7 @@ pub enum RingVariant {
 pub struct RingSupport {
     /// By which capability.
     pub variant: RingVariant,
-    /// The biggest ring of one vCPU, in octets.
+    /// The biggest ring of one vCPU, in bytes.
     pub ring_bytes_max: u32,
 }
 
@@ -174,14 +174,14 @@ fn vm_fd(vm: &VmFd) -> Result<std::os::fd::OwnedFd, Error> {
     })
 }
 
-/// KVM counts in the host's pages; this crate counts in pages of 4096 octets.
+/// KVM counts in the host's pages; this crate counts in pages of 4096 bytes.
 fn require_host_page() -> Result<(), Error> {
     let bytes = host_page_bytes();
     if bytes == crate::PAGE_BYTES {
         return Ok(());
     }
     Err(Error::Unsupported {
-        what: format!("KVM dirty tracking on a host whose pages have {bytes} octets, not 4096"),
+        what: format!("KVM dirty tracking on a host whose pages have {bytes} bytes, not 4096"),
     })
 }
 

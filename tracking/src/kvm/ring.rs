@@ -25,7 +25,7 @@ use crate::{Collected, Error};
 /// The size of each vCPU's ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Entries of 16 octets; a power of two.
+    /// Entries of 16 bytes; a power of two.
     pub entries: u32,
 }
 
@@ -115,7 +115,7 @@ impl RingConfig {
         if self.bytes() > ring.ring_bytes_max.into() {
             return Err(Error::Unsupported {
                 what: format!(
-                    "a dirty ring of {} octets; this kernel gives at most {}",
+                    "a dirty ring of {} bytes; this kernel gives at most {}",
                     self.bytes(),
                     ring.ring_bytes_max
                 ),

@@ -90,7 +90,7 @@ impl RingSource {
     /// called before they were created, with the same `config`.
     ///
     /// # Errors
-    /// [`Error::Misuse`] for a bad size or no vCPU, [`Error::Unsupported`] on a host without 4096-octet pages,
+    /// [`Error::Misuse`] for a bad size or no vCPU, [`Error::Unsupported`] on a host without 4096-byte pages,
     /// [`Error::Kernel`] if a ring cannot be mapped (also if it was not enabled, or smaller than `config` says).
     pub fn new<'a>(
         vm: &VmFd,

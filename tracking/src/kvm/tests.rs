@@ -186,7 +186,7 @@ fn ring_sizes_are_checked_at_and_past_the_bounds() {
         .to_string();
     assert_eq!(
         text,
-        "not offered here: a dirty ring of 131072 octets; this kernel gives at most 65536"
+        "not offered here: a dirty ring of 131072 bytes; this kernel gives at most 65536"
     );
     let none = FakeVm::new(&[], &[]).open(&kernel);
     let text = ring::enable_with(&kernel, none.as_fd(), RingConfig::default())

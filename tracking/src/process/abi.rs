@@ -87,7 +87,7 @@ pub(crate) struct ScanArguments {
 /// Where the address of the reported pieces stands in [`ScanArguments`].
 pub(crate) const SCAN_VEC_AT: usize = 40;
 
-/// Words of one reported piece, `struct page_region`: start, end (the first octet that is not in it), categories.
+/// Words of one reported piece, `struct page_region`: start, end (the first byte that is not in it), categories.
 pub(crate) const PIECE_WORDS: usize = 3;
 
 const _: () = assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32);

@@ -40,7 +40,7 @@ impl ProcessSource {
         if host_page_bytes() != PAGE_BYTES {
             return Err(Error::Unsupported {
                 what: format!(
-                    "tracking a process on a host whose pages have {} octets, not {PAGE_BYTES}",
+                    "tracking a process on a host whose pages have {} bytes, not {PAGE_BYTES}",
                     host_page_bytes()
                 ),
             });

@@ -1,4 +1,4 @@
-//! The source on a kernel that checks every octet, and what it says when the kernel says no.
+//! The source on a kernel that checks every byte, and what it says when the kernel says no.
 
 use std::io;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! The requests and structures of `linux/vfio.h` and `linux/iommufd.h` that this module needs, as octets.
+//! The requests and structures of `linux/vfio.h` and `linux/iommufd.h` that this module needs, as bytes.
 //!
 //! `vfio-bindings` and `iommufd-bindings` are generated from those headers and give the numbers. Their structures hold
-//! pointers and flexible arrays and cannot be turned into octets safely, so the ones that are passed to the kernel are
+//! pointers and flexible arrays and cannot be turned into bytes safely, so the ones that are passed to the kernel are
 //! written down here; size and places are compared with the bindings' at compile time.
 
 use std::mem::offset_of;

@@ -183,7 +183,7 @@ fn offer(kernel: &dyn Kernel, translation: Option<&Translation<'_>>) -> Offer {
         Some(Translation::Container(container)) => match type1::probe(kernel, *container) {
             Ok(support) => (
                 true,
-                format!("the container logs by {} octets", support.page_bytes),
+                format!("the container logs by {} bytes", support.page_bytes),
             ),
             Err(error) => (false, format!("their container has no dirty log ({error})")),
         },

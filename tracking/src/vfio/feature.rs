@@ -34,7 +34,7 @@ impl Device {
             .map(|_| ())
     }
 
-    /// As [`Device::call`], with memory whose address the structure holds at octet `pointer_at`.
+    /// As [`Device::call`], with memory whose address the structure holds at byte `pointer_at`.
     pub(crate) fn call_with(
         &self,
         request: Request,

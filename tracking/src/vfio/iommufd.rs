@@ -19,7 +19,7 @@ use crate::kernel::{Kernel, Payload, Request};
 use crate::levels::WORD_BITS;
 use crate::{Error, PAGE_BYTES};
 
-/// Octets of I/O address space that one question covers, unless a mapping is bigger.
+/// Bytes of I/O address space that one question covers, unless a mapping is bigger.
 const QUESTION_BYTES_MAX: u64 = 16 << 30;
 
 /// Whether the IOMMU behind a device can track dirty pages (`IOMMU_GET_HW_INFO`, `IOMMU_HW_CAP_DIRTY_TRACKING`).

@@ -2,7 +2,7 @@
 //!
 //! The device takes a bounded list of ranges, none over another, aligned to the page size that is asked for, and answers
 //! with the page size that it logs by. If that is bigger, logging is begun again with ranges rounded out to it: the part of a unit
-//! that was not asked for might otherwise not be logged. Reports are asked for in pages of 4096 octets over whole units;
+//! that was not asked for might otherwise not be logged. Reports are asked for in pages of 4096 bytes over whole units;
 //! the kernel repeats a unit's bit. No unit is ever split between two reports, because the first would clear it.
 //!
 //! "If any error is returned userspace should assume that the dirty log is corrupted" (`linux/vfio.h`): the source above
@@ -22,10 +22,10 @@ use crate::PAGE_BYTES;
 use crate::kernel::Kernel;
 use crate::levels::WORD_BITS;
 
-/// The ranges that the kernel takes at least: as many as fit a page of 4096 octets. A device may take fewer.
+/// The ranges that the kernel takes at least: as many as fit a page of 4096 bytes. A device may take fewer.
 pub const RANGES_MAX: usize = 4096 / (abi::LOG_RANGE_WORDS * 8);
 
-/// Octets of I/O address space that one report covers at most: a bitmap of 512 KiB.
+/// Bytes of I/O address space that one report covers at most: a bitmap of 512 KiB.
 const REPORT_BYTES_MAX: u64 = 16 << 30;
 
 pub(crate) struct LoggingTracker {
@@ -135,7 +135,7 @@ impl Tracker for LoggingTracker {
         let chosen = self.start_by(map, PAGE_BYTES)?;
         if !chosen.is_power_of_two() {
             return Err(failed(format!(
-                "the device logs by {chosen} octets, no power of two"
+                "the device logs by {chosen} bytes, no power of two"
             )));
         }
         self.unit = chosen.max(PAGE_BYTES);
@@ -147,7 +147,7 @@ impl Tracker for LoggingTracker {
         let again = self.start_by(map, self.unit)?;
         if again > self.unit {
             return Err(failed(format!(
-                "the device logs by {} octets, and by {again} when it is asked for that",
+                "the device logs by {} bytes, and by {again} when it is asked for that",
                 self.unit
             )));
         }

@@ -13,19 +13,19 @@ use crate::{Collected, Collection, DirtySet, Error, PAGE_BYTES, Run};
 /// A piece of I/O address space and the guest pages behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DmaRange {
-    /// The I/O address of the first page's first octet; a multiple of 4096.
+    /// The I/O address of the first page's first byte; a multiple of 4096.
     pub iova: u64,
     /// The pages, in the order of their I/O addresses.
     pub run: Run,
 }
 
 impl DmaRange {
-    /// Its length in octets.
+    /// Its length in bytes.
     pub fn bytes(&self) -> u64 {
         self.run.count * PAGE_BYTES
     }
 
-    /// The address after its last octet.
+    /// The address after its last byte.
     pub fn end(&self) -> u64 {
         self.iova + self.bytes()
     }
@@ -53,7 +53,7 @@ impl IovaSpan {
     }
 }
 
-/// A bitmap as a kernel filled it: bit `i` stands for `page_bytes` octets from `iova + i * page_bytes`.
+/// A bitmap as a kernel filled it: bit `i` stands for `page_bytes` bytes from `iova + i * page_bytes`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bitmap<'a> {
     pub(crate) iova: u64,
@@ -63,7 +63,7 @@ pub(crate) struct Bitmap<'a> {
     pub(crate) words: &'a [u64],
 }
 
-/// The most octets from one I/O address to another: no range reaches beyond, so sums do not overflow, also when they are
+/// The most bytes from one I/O address to another: no range reaches beyond, so sums do not overflow, also when they are
 /// rounded up to any page size below it.
 const IOVA_END_MAX: u64 = 1 << 63;
 
@@ -77,7 +77,7 @@ impl DmaMap {
     /// The ranges, in any order.
     ///
     /// # Errors
-    /// [`Error::Misuse`] if a range is empty, is not aligned to 4096 octets, ends above 2^63, or lies over another.
+    /// [`Error::Misuse`] if a range is empty, is not aligned to 4096 bytes, ends above 2^63, or lies over another.
     pub fn new(mut ranges: Vec<DmaRange>) -> Result<Self, Error> {
         let misuse = |what: String| Err(Error::Misuse { what });
         ranges.sort_by_key(|range| range.iova);
@@ -132,7 +132,7 @@ impl DmaMap {
         &self.ranges
     }
 
-    /// Octets that can be reached.
+    /// Bytes that can be reached.
     pub fn bytes(&self) -> u64 {
         self.ranges.iter().map(DmaRange::bytes).sum()
     }

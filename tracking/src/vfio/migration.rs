@@ -108,7 +108,7 @@ pub struct MigrationSupport {
 /// `struct vfio_precopy_info`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PreCopySizes {
-    /// Octets left of the initial bytes.
+    /// Bytes left of the initial bytes.
     pub initial_bytes: u64,
     /// Estimate of what changed since it was read.
     pub dirty_bytes: u64,
@@ -119,7 +119,7 @@ pub struct PreCopySizes {
 /// What came of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamRead {
-    /// So many octets, at least 1.
+    /// So many bytes, at least 1.
     Bytes(usize),
     /// Nothing now (`ENOMSG`): only before STOP_COPY.
     NothingNow,
@@ -334,7 +334,7 @@ impl MigrationDevice {
             .map_err(|error| self.failed(abi::FEATURE_DATA_SIZE.name(), error))
     }
 
-    /// The next octets of the state. Blocks as long as the device needs.
+    /// The next bytes of the state. Blocks as long as the device needs.
     ///
     /// # Errors
     /// [`MigrationError::NoStream`], [`MigrationError::Kernel`]. Nothing was read.
@@ -349,10 +349,10 @@ impl MigrationDevice {
         }
     }
 
-    /// Hands the device the next octets of a state, all of them.
+    /// Hands the device the next bytes of a state, all of them.
     ///
     /// # Errors
-    /// [`MigrationError::NoStream`], [`MigrationError::Kernel`]. Some of the octets may have been taken.
+    /// [`MigrationError::NoStream`], [`MigrationError::Kernel`]. Some of the bytes may have been taken.
     pub fn write(&mut self, octets: &[u8]) -> Result<(), MigrationError> {
         let stream = self.stream()?;
         let mut rest = octets;

@@ -5,7 +5,7 @@
 //!
 //! | interface | asked | granularity | header |
 //! |---|---|---|---|
-//! | `VFIO_DEVICE_FEATURE_DMA_LOGGING_*` | each device | device's choice, reported in 4096 octets | `linux/vfio.h` |
+//! | `VFIO_DEVICE_FEATURE_DMA_LOGGING_*` | each device | device's choice, reported in 4096 bytes | `linux/vfio.h` |
 //! | `VFIO_IOMMU_DIRTY_PAGES` | each container | the IOMMU's smallest page | `linux/vfio.h` |
 //! | `IOMMU_HWPT_*_DIRTY_*` | each page table | the IOMMU's | `linux/iommufd.h` |
 //! | none | - | everything, or what the driver pins | - |

@@ -19,19 +19,19 @@ use crate::kernel::{Kernel, Payload, Request};
 use crate::levels::WORD_BITS;
 use crate::{Error, PAGE_BYTES};
 
-/// Octets of I/O address space that one question covers, unless a mapping is bigger.
+/// Bytes of I/O address space that one question covers, unless a mapping is bigger.
 const QUESTION_BYTES_MAX: u64 = 16 << 30;
 
-/// The most octets of `struct vfio_iommu_type1_info` with its capabilities. The kernel says how many it needs; today
+/// The most bytes of `struct vfio_iommu_type1_info` with its capabilities. The kernel says how many it needs; today
 /// some hundred.
 const INFO_BYTES_MAX: u32 = 65_536;
 
 /// What a container says of its dirty log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Type1Support {
-    /// Octets for which one bit stands: the smallest page size of the IOMMU.
+    /// Bytes for which one bit stands: the smallest page size of the IOMMU.
     pub(crate) page_bytes: u64,
-    /// The biggest bitmap, in octets, that the kernel fills at once.
+    /// The biggest bitmap, in bytes, that the kernel fills at once.
     pub(crate) bitmap_bytes_max: u64,
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn probe(kernel: &dyn Kernel, container: BorrowedFd<'_>) -> Result<Ty
     let page_bytes = 1u64
         .checked_shl(capability.pgsize_bitmap.trailing_zeros())
         .filter(|&bytes| bytes >= PAGE_BYTES)
-        .ok_or_else(|| unsupported("it does not count in pages of 4096 octets or more"))?;
+        .ok_or_else(|| unsupported("it does not count in pages of 4096 bytes or more"))?;
     Ok(Type1Support {
         page_bytes,
         bitmap_bytes_max: capability.max_dirty_bitmap_size,
@@ -146,7 +146,7 @@ impl Type1Tracker {
         self.call(request, Payload::bytes(pages.as_mut_bytes()))
     }
 
-    /// Zeroed words for a span, and their size in octets.
+    /// Zeroed words for a span, and their size in bytes.
     fn clear_words(&mut self, bytes: u64) -> u64 {
         let bits = bytes.div_ceil(self.support.page_bytes);
         self.words.clear();

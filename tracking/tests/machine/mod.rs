@@ -119,9 +119,9 @@ impl Memory {
         let (reader, mut writer) = std::io::pipe().unwrap();
         writer.write_all(octets).unwrap();
         assert!(at + octets.len() <= self.bytes);
-        // SAFETY: the octets lie inside the mapping, as just asserted.
+        // SAFETY: the bytes lie inside the mapping, as just asserted.
         let to = unsafe { self.start.as_ptr().add(at) };
-        // SAFETY: the kernel writes as many octets there as the mapping has room for, as above.
+        // SAFETY: the kernel writes as many bytes there as the mapping has room for, as above.
         let read = unsafe { libc::read(reader.as_raw_fd(), to.cast(), octets.len()) };
         assert_eq!(read, octets.len() as isize);
     }
@@ -322,16 +322,16 @@ pub fn touch(
     run(vcpu, index, handler);
 }
 
-/// A vhost-user log as a back end has it: octets that it sets bits in.
+/// A vhost-user log as a back end has it: bytes that it sets bits in.
 pub struct SharedLog(NonNull<u8>, usize);
 
-// SAFETY: the octets are reached as atomics only.
+// SAFETY: the bytes are reached as atomics only.
 unsafe impl Send for SharedLog {}
 // SAFETY: as above.
 unsafe impl Sync for SharedLog {}
 
 impl SharedLog {
-    /// Maps the first `bytes` octets of `file`.
+    /// Maps the first `bytes` bytes of `file`.
     pub fn map(file: std::os::fd::BorrowedFd<'_>, bytes: usize) -> Self {
         use std::os::fd::AsRawFd as _;
         let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
@@ -350,13 +350,13 @@ impl SharedLog {
         Self(NonNull::new(start.cast()).unwrap(), bytes)
     }
 
-    /// Logs a write, octet by octet as the protocol says.
+    /// Logs a write, byte by byte as the protocol says.
     pub fn or(&self, page: u64) {
         let at = (page / 8) as usize;
         assert!(at < self.1);
         // SAFETY: inside the mapping, as just asserted.
         let octet = unsafe { self.0.as_ptr().add(at) };
-        // SAFETY: an octet of the mapping, which lives as long as `self` and is accessed as atomics only.
+        // SAFETY: a byte of the mapping, which lives as long as `self` and is accessed as atomics only.
         let octet = unsafe { std::sync::atomic::AtomicU8::from_ptr(octet) };
         octet.fetch_or(1 << (page % 8), std::sync::atomic::Ordering::SeqCst);
     }

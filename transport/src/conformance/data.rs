@@ -27,7 +27,7 @@ pub(super) fn octets_arrive_in_order(kind: Kind) {
             right.receive.receive(&mut octets).expect("receive");
             assert!(
                 octets == *frame,
-                "frame {index} of {} octets differs",
+                "frame {index} of {} bytes differs",
                 frame.len()
             );
         }

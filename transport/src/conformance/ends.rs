@@ -289,7 +289,7 @@ pub(super) fn drain_counts_and_stops(kind: Kind) {
         let some = right.receive.drain(20_000).expect("drain");
         assert!(
             (20_000..20_000 + 2 * crate::READ_AHEAD_BYTES as u64).contains(&some),
-            "{some} octets"
+            "{some} bytes"
         );
         let rest = right.receive.drain(u64::MAX).expect("drain");
         assert_eq!(1_000 + some + rest, 100_000);

@@ -21,7 +21,7 @@ enum Piece {
 #[derive(Clone, Debug)]
 enum Take {
     Octets(usize),
-    /// Lengths of spans, each with a gap of this many octets before it.
+    /// Lengths of spans, each with a gap of this many bytes before it.
     Spans(Vec<(usize, usize)>),
 }
 
@@ -114,11 +114,11 @@ fn check(kind: Kind, sends: &[(usize, Vec<Piece>)], takes: &[Take]) -> Result<()
         .receive
         .receive(&mut more)
         .map_err(|error| error.code());
-    prop_assert_eq!(end, Err("channel-closed"), "behind the last octet");
+    prop_assert_eq!(end, Err("channel-closed"), "behind the last byte");
     Ok(())
 }
 
-/// Makes one call, for no more than the `left` octets that there still are, and appends what it gave.
+/// Makes one call, for no more than the `left` bytes that there still are, and appends what it gave.
 fn receive(
     half: &mut dyn crate::ReceiveHalf,
     take: &Take,

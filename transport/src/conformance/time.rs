@@ -50,7 +50,7 @@ fn fill(send: &mut dyn SendHalf) -> (u64, ChannelError) {
             Err(error) => return (sent, error),
         }
     }
-    panic!("a channel that nobody reads took {SENT_MAX} octets");
+    panic!("a channel that nobody reads took {SENT_MAX} bytes");
 }
 
 pub(super) fn deadline_ends_a_receive_from_a_silent_peer(kind: Kind) {
@@ -171,7 +171,7 @@ pub(super) fn deadline_ends_a_send_to_a_stalled_reader(kind: Kind) {
         };
         assert!(
             bytes_done < 64 << 10,
-            "{bytes_done} octets are a whole frame"
+            "{bytes_done} bytes are a whole frame"
         );
         left.send.set_deadline(Some(Instant::now() + limit));
         let again = left
@@ -192,7 +192,7 @@ pub(super) fn deadline_ends_a_send_to_a_stalled_reader(kind: Kind) {
             .receive
             .set_deadline(Some(Instant::now() + Duration::from_secs(30)));
         match right.receive.drain(u64::MAX) {
-            Ok(count) => assert_eq!(count, expected, "octets that arrived"),
+            Ok(count) => assert_eq!(count, expected, "bytes that arrived"),
             Err(error) => panic!("drain: {error}"),
         }
     }
@@ -216,7 +216,7 @@ pub(super) fn deadline_that_passed_is_one_try(kind: Kind) {
         .send(&[4; 4], &[])
         .expect("there is room, so there is no need to wait");
     let mut octets = [0; 4];
-    // The octets may be on their way still.
+    // The bytes may be on their way still.
     right.receive.set_deadline(Some(Instant::now() + LATE_MAX));
     right.receive.receive(&mut octets[..1]).expect("receive");
     right.receive.set_deadline(past);

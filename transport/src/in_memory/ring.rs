@@ -3,7 +3,7 @@
 use crate::channel::IoSource;
 use crate::memory::Span;
 
-/// A bounded queue of octets.
+/// A bounded queue of bytes.
 pub(super) struct Ring {
     octets: Box<[u8]>,
     start: usize,
@@ -11,7 +11,7 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// An empty ring of `capacity` octets, at least 1.
+    /// An empty ring of `capacity` bytes, at least 1.
     pub(super) fn new(capacity: usize) -> Self {
         Self {
             octets: vec![0; capacity.max(1)].into_boxed_slice(),

@@ -22,7 +22,7 @@ use super::{GuestMemory, cgroup};
 /// What is left to be had counts as less than is needed only if it is by more than this: the figures move all the time.
 const SLACK_BYTES: u64 = 16 << 20;
 
-/// Why guest memory can't be backed. All sizes in octets.
+/// Why guest memory can't be backed. All sizes in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BackingError {
@@ -220,7 +220,7 @@ fn not_there(bytes: u64, there: &mut u64) -> u64 {
     bytes - used
 }
 
-/// Octets of huge pages of a size that are free and promised to nobody, or that the kernel may make.
+/// Bytes of huge pages of a size that are free and promised to nobody, or that the kernel may make.
 fn free_huge_bytes(page_bytes: u64) -> Option<u64> {
     let directory = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_bytes >> 10);
     let count = |name: &str| {

@@ -28,7 +28,7 @@ const VERSION_1: Names = Names {
     cache: ["total_inactive_file", "total_active_file"],
 };
 
-/// Each control group above this process that has a limit: its name, and how many octets it has left.
+/// Each control group above this process that has a limit: its name, and how many bytes it has left.
 pub(super) fn left() -> Vec<(String, u64)> {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     left_of(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"))

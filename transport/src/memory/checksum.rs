@@ -8,21 +8,21 @@
 //! Folding (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ", Intel 2009): in the reflected domain
 //! 128 bits `a`, `distance` bits ahead of `d`, may be replaced by `lo(a)·k_lo ⊕ hi(a)·k_hi ⊕ d` with
 //! `k_lo = x^(distance+32) mod P`, `k_hi = x^(distance−32) mod P`. The constants are computed below, at compile time.
-//! A guest that writes meanwhile changes which octets are summed, nothing else.
+//! A guest that writes meanwhile changes which bytes are summed, nothing else.
 
 use super::Span;
 
-/// The folding below goes in steps of this many octets.
+/// The folding below goes in steps of this many bytes.
 const STEP_BYTES: usize = 256;
 
-/// How far ahead of the octets being summed the next ones are fetched into the cache: a page less the step that is loaded
+/// How far ahead of the bytes being summed the next ones are fetched into the cache: a page less the step that is loaded
 /// before the loop, so that the whole of the next page comes in while this one is summed.
 const AHEAD_BYTES: usize = 4096 - STEP_BYTES;
 
 impl Span<'_> {
-    /// CRC-32 (IEEE 802.3, reflected: the one of zlib and `crc32fast`) of the span's octets.
+    /// CRC-32 (IEEE 802.3, reflected: the one of zlib and `crc32fast`) of the span's bytes.
     ///
-    /// If they are written meanwhile, the sum is that of some mixture of old and new octets.
+    /// If they are written meanwhile, the sum is that of some mixture of old and new bytes.
     #[must_use]
     pub fn crc32(&self) -> u32 {
         #[cfg(target_arch = "x86_64")]
@@ -110,7 +110,7 @@ mod x86 {
     }
 
     /// The checksum of 512 folded bits: 512 → 128 → 96 → 64 → 32 bits. The register's start value was folded in with the first
-    /// octets; its complement at the end is left to do.
+    /// bytes; its complement at the end is left to do.
     #[target_feature(enable = "pclmulqdq,sse4.1")]
     fn reduce([a, b, c, d]: [__m128i; 4]) -> u32 {
         let last = fold(fold(fold(a, b, NEXT), c, NEXT), d, NEXT);
@@ -129,7 +129,7 @@ mod x86 {
     }
 
     /// # Safety
-    /// `len` octets at `start` are mapped and readable; `len` is a multiple of `STEP_BYTES` and not 0; the features exist.
+    /// `len` bytes at `start` are mapped and readable; `len` is a multiple of `STEP_BYTES` and not 0; the features exist.
     #[target_feature(enable = "avx512f,vpclmulqdq")]
     pub(super) unsafe fn fold_512(start: *const u8, len: usize) -> u32 {
         let pair = |(low, high): (i64, i64)| _mm512_broadcast_i32x4(_mm_set_epi64x(high, low));
@@ -142,7 +142,7 @@ mod x86 {
         let load = |offset: usize| {
             // SAFETY: every caller below passes offset + 64 ≤ len.
             let at = unsafe { start.add(offset) };
-            // SAFETY: 64 mapped, readable octets; an unaligned load.
+            // SAFETY: 64 mapped, readable bytes; an unaligned load.
             unsafe { _mm512_loadu_si512(at.cast()) }
         };
         let mut lanes = [load(0), load(64), load(128), load(192)];
@@ -178,7 +178,7 @@ mod x86 {
         let load = |offset: usize| {
             // SAFETY: every caller below passes offset + 16 ≤ len.
             let at = unsafe { start.add(offset) };
-            // SAFETY: 16 mapped, readable octets; an unaligned load.
+            // SAFETY: 16 mapped, readable bytes; an unaligned load.
             unsafe { _mm_loadu_si128(at.cast()) }
         };
         let mut lanes = [load(0), load(16), load(32), load(48)];

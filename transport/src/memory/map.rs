@@ -13,8 +13,8 @@ use super::{FileRegion, Span, SpanError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MapError {
-    /// The region has no octets, or more than this process can address.
-    #[error("region {region_index} cannot have {bytes} octets")]
+    /// The region has no bytes, or more than this process can address.
+    #[error("region {region_index} cannot have {bytes} bytes")]
     Size {
         /// The region.
         region_index: u32,
@@ -22,7 +22,7 @@ pub enum MapError {
         bytes: u64,
     },
     /// The kernel refused the mapping.
-    #[error("cannot map {bytes} octets for region {region_index}: {cause}")]
+    #[error("cannot map {bytes} bytes for region {region_index}: {cause}")]
     Map {
         /// The region.
         region_index: u32,
@@ -31,9 +31,9 @@ pub enum MapError {
         /// The kernel's reason.
         cause: io::Error,
     },
-    /// The file does not have the region's octets: to reach for them would kill the process.
+    /// The file does not have the region's bytes: to reach for them would kill the process.
     #[error(
-        "region {region_index} is to be octets {offset} to {end} of a file that has {file_bytes}: make the file that long first"
+        "region {region_index} is to be bytes {offset} to {end} of a file that has {file_bytes}: make the file that long first"
     )]
     File {
         /// The region.
@@ -92,7 +92,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `bytes` octets aligned for huge pages.
+    /// Maps `bytes` bytes aligned for huge pages.
     pub(super) fn anonymous(region_index: u32, bytes: u64) -> Result<Self, MapError> {
         let size = || MapError::Size {
             region_index,

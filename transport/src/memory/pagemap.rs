@@ -116,7 +116,7 @@ fn scan(pagemap: &File, range: &Range<u64>, visit: &mut dyn FnMut(Range<u64>)) -
     Ok(())
 }
 
-/// By the file: 8 octets a page, whether there is one or not.
+/// By the file: 8 bytes a page, whether there is one or not.
 fn read(pagemap: &File, range: &Range<u64>, visit: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
     let page = host_page_bytes() as u64;
     let mut buffer = vec![0; (ENTRIES_MAX * 8) as usize];

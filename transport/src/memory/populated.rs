@@ -36,7 +36,7 @@ pub struct Unknown {
 }
 
 impl GuestMemory {
-    /// Tells the parts of every region, as (region, octets), that may hold something else than zeros: in rising order inside a mapping,
+    /// Tells the parts of every region, as (region, bytes), that may hold something else than zeros: in rising order inside a mapping,
     /// rounded outwards to host pages, and possibly more than once. What is not told of is all zero. Nothing is read and no hole
     /// becomes real.
     ///
@@ -131,7 +131,7 @@ impl Region {
         start..start + self.layout.bytes
     }
 
-    /// Addresses as octets of the region.
+    /// Addresses as bytes of the region.
     fn inside(&self, addresses: &Range<u64>) -> Range<u64> {
         let start = self.base.as_ptr() as u64;
         let offset = |at: u64| at.saturating_sub(start).min(self.layout.bytes);

@@ -2,11 +2,11 @@
 //!
 //! Rule: no reference to guest memory, ever. Loads that must happen are volatile; copies go through raw pointers between guest
 //! memory and private memory, so that what is worked on is private. If the guest writes during a copy, the copy holds some
-//! mixture of old and new octets: callers treat what they read as untrusted octets, never as a value that was stored.
+//! mixture of old and new bytes: callers treat what they read as untrusted bytes, never as a value that was stored.
 //!
 //! Strictly, Rust calls it a data race when a copy meets a write that is not synchronised with it. Against a guest's processors
-//! and devices nothing stricter can be had at the speed of memory; what is relied on is that a copy of octets between two raw
-//! addresses copies octets, whatever they are, which is also what rust-vmm's `vm-memory` relies on.
+//! and devices nothing stricter can be had at the speed of memory; what is relied on is that a copy of bytes between two raw
+//! addresses copies bytes, whatever they are, which is also what rust-vmm's `vm-memory` relies on.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -42,13 +42,13 @@ impl<'m> Span<'m> {
         }
     }
 
-    /// Size in octets.
+    /// Size in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether it has no octets.
+    /// Whether it has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -60,7 +60,7 @@ impl<'m> Span<'m> {
         self.ptr.as_ptr()
     }
 
-    /// The octets `offset..offset + len` of this span.
+    /// The bytes `offset..offset + len` of this span.
     ///
     /// # Errors
     /// [`SpanError::OutsideSpan`].
@@ -86,7 +86,7 @@ impl<'m> Span<'m> {
             self.len,
             "copy_to needs a buffer of the span's length"
         );
-        // SAFETY: the span's octets are mapped and readable; `to` is writable for the same length; a Rust slice cannot overlap
+        // SAFETY: the span's bytes are mapped and readable; `to` is writable for the same length; a Rust slice cannot overlap
         // guest memory (`from_raw`'s contract).
         unsafe { ptr::copy_nonoverlapping(self.ptr.as_ptr(), to.as_mut_ptr(), self.len) };
     }
@@ -101,7 +101,7 @@ impl<'m> Span<'m> {
             self.len,
             "copy_from needs a buffer of the span's length"
         );
-        // SAFETY: the span's octets are mapped and writable, `from` is readable for the same length and cannot overlap guest
+        // SAFETY: the span's bytes are mapped and writable, `from` is readable for the same length and cannot overlap guest
         // memory (`from_raw`'s contract).
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr(), self.len) };
     }
@@ -115,28 +115,28 @@ impl<'m> Span<'m> {
             from.len, self.len,
             "copy_from_span needs spans of one length"
         );
-        // SAFETY: both spans' octets are mapped, readable and writable; `copy` allows them to overlap.
+        // SAFETY: both spans' bytes are mapped, readable and writable; `copy` allows them to overlap.
         unsafe { ptr::copy(from.ptr.as_ptr(), self.ptr.as_ptr(), self.len) };
     }
 
-    /// Writes zero to every octet. Backs the memory with pages; fresh memory is better left alone.
+    /// Writes zero to every byte. Backs the memory with pages; fresh memory is better left alone.
     pub fn fill_zero(&self) {
-        // SAFETY: the span's octets are mapped and writable.
+        // SAFETY: the span's bytes are mapped and writable.
         unsafe { ptr::write_bytes(self.ptr.as_ptr(), 0, self.len) };
     }
 
-    /// Whether every octet is zero. Stops soon after the first that is not.
+    /// Whether every byte is zero. Stops soon after the first that is not.
     ///
-    /// Never reads outside the span. An octet that is written meanwhile may be seen before or after the write.
+    /// Never reads outside the span. A byte that is written meanwhile may be seen before or after the write.
     #[must_use]
     pub fn is_zero(&self) -> bool {
-        // SAFETY: the span's octets are mapped and readable.
+        // SAFETY: the span's bytes are mapped and readable.
         unsafe { zero::is_zero(self.ptr.as_ptr(), self.len) }
     }
 }
 
 impl fmt::Debug for Span<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Span({:p}, {} octets)", self.ptr, self.len)
+        write!(f, "Span({:p}, {} bytes)", self.ptr, self.len)
     }
 }

@@ -165,7 +165,7 @@ fn zero_test_sees_each_octet_of_its_span_and_none_outside() {
                     continue;
                 };
                 octet.copy_from(&[0x80]);
-                assert!(!span.is_zero(), "{start}, {len}: octet {at} is not zero");
+                assert!(!span.is_zero(), "{start}, {len}: byte {at} is not zero");
                 octet.fill_zero();
             }
         }
@@ -204,7 +204,7 @@ fn populate_backs_the_range_and_changes_nothing() {
 /// How much of a span is backed by pages, as the kernel sees it.
 fn resident_bytes(span: Span<'_>) -> usize {
     let mut pages = vec![0_u8; span.len().div_ceil(4_096)];
-    // SAFETY: mincore writes one octet per page of the range to `pages`, which has room for them.
+    // SAFETY: mincore writes one byte per page of the range to `pages`, which has room for them.
     let result =
         unsafe { libc::mincore(span.as_ptr().cast(), span.len(), pages.as_mut_ptr().cast()) };
     assert_eq!(result, 0);

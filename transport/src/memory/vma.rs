@@ -14,12 +14,12 @@ pub(super) struct Vma {
     /// Addresses.
     pub(super) range: Range<u64>,
     pub(super) shared: bool,
-    /// Where in the file it begins, in octets.
+    /// Where in the file it begins, in bytes.
     pub(super) offset: u64,
     device: (u32, u32),
     pub(super) inode: u64,
     pub(super) path: String,
-    /// Octets of it that have pages, and of which copies are in swap space.
+    /// Bytes of it that have pages, and of which copies are in swap space.
     pub(super) resident_bytes: u64,
     pub(super) swapped_bytes: u64,
     /// The size of the pages that the kernel maps it by: larger than the host's for hugetlb only.

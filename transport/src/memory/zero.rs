@@ -10,7 +10,7 @@ use std::ptr;
 /// that is not zero.
 const BLOCK_BYTES: usize = 256;
 
-/// Whether the `len` octets at `start` are all zero.
+/// Whether the `len` bytes at `start` are all zero.
 ///
 /// # Safety
 /// They must be mapped and readable.
@@ -31,7 +31,7 @@ pub(super) unsafe fn is_zero(start: *const u8, len: usize) -> bool {
         && (blocks * BLOCK_BYTES..len).all(|offset| {
             // SAFETY: offset < len, inside the stretch.
             let at = unsafe { start.add(offset) };
-            // SAFETY: mapped and readable; an octet has no alignment.
+            // SAFETY: mapped and readable; a byte has no alignment.
             unsafe { ptr::read_volatile(at) == 0 }
         })
 }
@@ -99,12 +99,12 @@ mod tests {
             let start = octets[BLOCK_BYTES..].as_ptr();
             // SAFETY: three blocks of `octets` lie behind `start`.
             let words = unsafe { blocks_are_zero(start, 3) };
-            assert_eq!(words, claim, "words, octet {at}");
+            assert_eq!(words, claim, "words, byte {at}");
             #[cfg(target_arch = "x86_64")]
             if std::arch::is_x86_feature_detected!("avx2") {
                 // SAFETY: as above, and AVX2 is there.
                 let wide = unsafe { blocks_are_zero_wide(start, 3) };
-                assert_eq!(wide, claim, "AVX2, octet {at}");
+                assert_eq!(wide, claim, "AVX2, byte {at}");
             }
         };
         check(&octets, true, 0);

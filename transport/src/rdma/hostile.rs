@@ -126,7 +126,7 @@ impl Attacker {
         false
     }
 
-    /// Sends octets as a message, whatever they are.
+    /// Sends bytes as a message, whatever they are.
     fn send(&mut self, octets: &[u8], id: u64) -> io::Result<()> {
         self.fresh
             .buffers
@@ -156,7 +156,7 @@ fn staged(fresh: &Fresh, bytes: usize) -> Sge {
     fresh.staged(bytes)
 }
 
-/// Octets of all the victim's buffers but the landing itself, and a guest's memory beside them.
+/// Bytes of all the victim's buffers but the landing itself, and a guest's memory beside them.
 struct Canaries {
     guest: GuestMemory,
     before: Vec<Vec<u8>>,
@@ -364,7 +364,7 @@ fn messages_that_break_the_agreement_end_the_channel_with_the_reason() {
         (&turn.encode(), "out of turn or more than fit"),
         (&far.encode(), "out of turn or more than fit"),
         (&number.encode(), "message 5 came where 0"),
-        (&lies.encode(), "other octets than it says"),
+        (&lies.encode(), "other bytes than it says"),
         (&unknown, "unknown kind 9"),
         (&[1, 0, 0], "no whole header"),
     ];

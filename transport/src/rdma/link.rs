@@ -3,7 +3,7 @@
 //! ```text
 //!   sender                                                     receiver
 //!   guest memory ─ write ─────────────────────────────────►   landing, a slot        ─ copy ─► where it belongs
-//!   head, inline octets ─ message (after its write) ───────►   one of the posted buffers
+//!   head, inline bytes ─ message (after its write) ───────►   one of the posted buffers
 //!   credit cell  ◄────────────────────────────── write ─────   what was used up
 //! ```
 //! A buffer of this side's is free again when the peer has used up what it held. Its completion is not enough: an iWARP device has then
@@ -36,7 +36,7 @@ use crate::patience::{Pace, Wait};
 pub(super) const MESSAGES: u32 = 64;
 /// Buffers for messages on their way out: one for each that may be unused at the peer, as far as this side's bound goes.
 const MESSAGES_OUT: u32 = MESSAGES + 2;
-/// Octets of a buffer for private octets on their way out.
+/// Bytes of a buffer for private bytes on their way out.
 pub(super) const STAGING_BYTES: usize = 64 << 10;
 /// Credit that may be on its way.
 const CREDITS_OUT: u32 = 16;
@@ -157,12 +157,12 @@ impl Buffers {
         }
     }
 
-    /// Octets of a message that arrived.
+    /// Bytes of a message that arrived.
     pub(super) fn message(&self, buffer: u32, at: usize, bytes: usize) -> Span<'_> {
         self.span(Part::In, place(buffer, MESSAGE_BYTES) + at as u64, bytes)
     }
 
-    /// Octets that landed in a slot.
+    /// Bytes that landed in a slot.
     pub(super) fn landed(&self, slot: u32, at: usize, bytes: usize) -> Span<'_> {
         let start = u64::from(slot) * self.sizes.slot_bytes;
         self.span(Part::Landing, start + at as u64, bytes)
@@ -173,7 +173,7 @@ impl Buffers {
         self.span(Part::Out, place(buffer, MESSAGE_BYTES), bytes)
     }
 
-    /// A buffer for private octets.
+    /// A buffer for private bytes.
     pub(super) fn staging(&self, buffer: u32, at: usize, bytes: usize) -> Span<'_> {
         self.span(
             Part::Staging,
@@ -336,7 +336,7 @@ impl Fresh {
         let _ = self.endpoint.post_write(OURS, &[], 0, 0, Signaled::No);
     }
 
-    /// The piece of the first buffer for private octets, for tests that post what no channel would.
+    /// The piece of the first buffer for private bytes, for tests that post what no channel would.
     #[cfg(test)]
     pub(super) fn staged(&self, bytes: usize) -> Sge {
         sge(self.buffers.staging(0, 0, bytes), &self.keys.staging)
@@ -675,7 +675,7 @@ impl Link {
         Ok(state.messages_free.pop())
     }
 
-    /// A buffer for private octets, if one is free.
+    /// A buffer for private bytes, if one is free.
     pub(super) fn take_staging(&self, state: &mut State) -> Result<Option<u32>, ChannelError> {
         state.check(0, 0)?;
         self.read_credit(state)?;
@@ -758,7 +758,7 @@ impl Link {
         Ok(Some(()))
     }
 
-    /// The piece of a buffer for private octets.
+    /// The piece of a buffer for private bytes.
     pub(super) fn staged(&self, buffer: u32, at: usize, bytes: usize) -> Sge {
         let state = self.lock();
         sge(self.buffers.staging(buffer, at, bytes), &state.keys.staging)

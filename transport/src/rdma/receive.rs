@@ -1,4 +1,4 @@
-//! The receiving half: messages in order, each its inline octets and then what landed in its slot.
+//! The receiving half: messages in order, each its inline bytes and then what landed in its slot.
 //!
 //! Rule: the landing is copied from, and a slot's credit is returned after that. So the peer never writes guest memory: not before a page was
 //! admitted, not past the mark that ends a round, and not after its channel was given up.
@@ -104,7 +104,7 @@ impl RdmaReceive {
             .map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    /// Waits until at least `count` octets are held, `count` ≤ [`READ_AHEAD_BYTES`].
+    /// Waits until at least `count` bytes are held, `count` ≤ [`READ_AHEAD_BYTES`].
     fn hold(&mut self, count: usize, wait: &mut Wait) -> Result<(), ChannelError> {
         while self.ahead.len() < count {
             let room = READ_AHEAD_BYTES - self.ahead.len();
@@ -160,7 +160,7 @@ impl RdmaReceive {
         Ok(())
     }
 
-    /// Takes at most `count` octets that lie together; returns how many, at least one.
+    /// Takes at most `count` bytes that lie together; returns how many, at least one.
     fn part(
         &mut self,
         count: usize,

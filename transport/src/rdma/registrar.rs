@@ -17,7 +17,7 @@ pub enum Registration {
     /// All of it when the first channel connects. Takes about a second per few GiB, needs as much locked memory as the guest has, and
     /// costs nothing later.
     All,
-    /// Chunks of 2 MiB when they are first sent from, of which at most this many octets are kept.
+    /// Chunks of 2 MiB when they are first sent from, of which at most this many bytes are kept.
     Chunks {
         /// At least [`CHUNK_BYTES`]; above that, some more for what is being sent.
         bytes_max: u64,

@@ -195,7 +195,7 @@ impl RdmaSend {
         Ok(())
     }
 
-    /// Private octets and small guest pieces, up to the first large guest piece.
+    /// Private bytes and small guest pieces, up to the first large guest piece.
     fn fill_inline(&mut self, cursor: &mut Cursor<'_, '_>, draft: &mut Draft) {
         let mut filled = 0;
         while filled < INLINE_BYTES_MAX
@@ -222,7 +222,7 @@ impl RdmaSend {
         draft.inline = filled;
     }
 
-    /// Everything that fits into one slot: guest memory from where it lies, private octets by way of registered buffers.
+    /// Everything that fits into one slot: guest memory from where it lies, private bytes by way of registered buffers.
     fn fill_landing(
         &mut self,
         job: &mut Job,

@@ -783,13 +783,13 @@ impl Bell {
 
     pub(crate) fn ring(&self) {
         let one = 1_u64;
-        // SAFETY: eight octets that live during the call. That it fails means that it rings already.
+        // SAFETY: eight bytes that live during the call. That it fails means that it rings already.
         unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
     }
 
     pub(crate) fn silence(&self) {
         let mut count = 0_u64;
-        // SAFETY: room for eight octets. That it fails means that it did not ring.
+        // SAFETY: room for eight bytes. That it fails means that it did not ring.
         unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
     }
 
@@ -821,7 +821,7 @@ pub(crate) fn wait_any(fds: &[BorrowedFd<'_>; 3], at_most: Option<Duration>) -> 
     }
 }
 
-/// The soft limit on locked memory in octets; `None` if there is none.
+/// The soft limit on locked memory in bytes; `None` if there is none.
 pub(crate) fn locked_bytes_max() -> Option<u64> {
     let mut limit = MaybeUninit::<libc::rlimit>::zeroed();
     // SAFETY: writes a structure of that size.

@@ -1,13 +1,13 @@
-//! What the two ends of an RDMA channel say to each other, as octets. Little-endian, reserved octets are zero.
+//! What the two ends of an RDMA channel say to each other, as bytes. Little-endian, reserved bytes are zero.
 //!
 //! ```text
-//!   greeting, 64 octets, the first message each way; the dialling side's first (an iWARP listener may not speak first)
+//!   greeting, 64 bytes, the first message each way; the dialling side's first (an iWARP listener may not speak first)
 //!     0 magic "MFDRDMA1"   8 version   12 message_bytes   16 messages   20 slots   24 slot_bytes (u64)
 //!    32 landing_address (u64)   40 credit_address (u64)   48 landing_key   52 credit_key   56 reserved   60 CRC-32 of 0..60
-//!   message, 16 octets and the inline octets
+//!   message, 16 bytes and the inline bytes
 //!     0 kind (1 data, 2 end)   1 reserved   2 inline_bytes (u16)   4 landed_bytes   8 slot   12 number (from 0)
-//!   credit, 16 octets, written into the peer's memory
-//!     0 messages (u32) and slots (u32) that were used up, counted from 0 and wrapping   8 the same octets inverted
+//!   credit, 16 bytes, written into the peer's memory
+//!     0 messages (u32) and slots (u32) that were used up, counted from 0 and wrapping   8 the same bytes inverted
 //! ```
 //! Rule: nothing of the peer's is used before it was compared with its limit.
 
@@ -22,7 +22,7 @@ pub(super) const PRIVATE: &[u8; 8] = MAGIC;
 pub(super) const MESSAGE_BYTES: usize = 4096;
 /// A message's header.
 pub(super) const HEADER_BYTES: usize = 16;
-/// Octets that a message carries itself.
+/// Bytes that a message carries itself.
 pub(super) const INLINE_BYTES_MAX: usize = MESSAGE_BYTES - HEADER_BYTES;
 /// The greeting.
 pub(super) const GREETING_BYTES: usize = 64;
@@ -33,7 +33,7 @@ pub(super) const CREDIT_BYTES: usize = 16;
 const MESSAGES: std::ops::RangeInclusive<u32> = 2..=4096;
 /// The least and the most landing slots of a peer.
 const SLOTS: std::ops::RangeInclusive<u32> = 1..=4096;
-/// The least and the most octets of a peer's slot.
+/// The least and the most bytes of a peer's slot.
 const SLOT_BYTES: std::ops::RangeInclusive<u64> = 4096..=4 << 20;
 
 /// What one end offers the other.
@@ -51,7 +51,7 @@ pub(super) struct Greeting {
     pub(super) credit_key: u32,
 }
 
-/// What is wrong with a peer's octets.
+/// What is wrong with a peer's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Wrong {
     #[error("its greeting is not of this kind of channel")]
@@ -62,17 +62,17 @@ pub(super) enum Wrong {
     Version(u32),
     #[error("it offers {what} of {value}, which is out of bounds")]
     Bounds { what: &'static str, value: u64 },
-    #[error("a message of {0} octets has no whole header, or other octets than it says")]
+    #[error("a message of {0} bytes has no whole header, or other bytes than it says")]
     Length(usize),
-    #[error("a message of the unknown kind {0}, or with reserved octets set")]
+    #[error("a message of the unknown kind {0}, or with reserved bytes set")]
     Kind(u8),
     #[error("message {got} came where {expected} was expected")]
     Number { got: u32, expected: u32 },
-    #[error("it says that {bytes} octets landed in slot {slot}, out of turn or more than fit")]
+    #[error("it says that {bytes} bytes landed in slot {slot}, out of turn or more than fit")]
     Slot { slot: u32, bytes: u32 },
     #[error("it gave credit for what was not sent")]
     Credit,
-    #[error("octets after the end of its stream")]
+    #[error("bytes after the end of its stream")]
     AfterEnd,
 }
 
@@ -118,7 +118,7 @@ impl Greeting {
             return out("messages", u64::from(get(octets, 12)));
         }
         if get(octets, 56) != 0 {
-            return out("reserved octets", u64::from(get(octets, 56)));
+            return out("reserved bytes", u64::from(get(octets, 56)));
         }
         if !MESSAGES.contains(&found.messages) {
             return out("a number of messages", u64::from(found.messages));
@@ -156,7 +156,7 @@ pub(super) enum Kind {
 pub(super) struct Header {
     pub(super) kind: Kind,
     pub(super) inline_bytes: u16,
-    /// Octets in the slot, which follow the inline ones in the stream; none if no slot is used.
+    /// Bytes in the slot, which follow the inline ones in the stream; none if no slot is used.
     pub(super) landed_bytes: u32,
     pub(super) slot: u32,
     pub(super) number: u32,
@@ -217,7 +217,7 @@ impl Credit {
         to
     }
 
-    /// `None` if the octets were read while they were written.
+    /// `None` if the bytes were read while they were written.
     pub(super) fn decode(octets: &[u8; CREDIT_BYTES]) -> Option<Self> {
         let found = Self {
             messages: get(octets, 0),
@@ -231,7 +231,7 @@ fn put(to: &mut [u8], at: usize, value: u32) {
     to[at..at + 4].copy_from_slice(&value.to_le_bytes());
 }
 
-/// The four octets at a place inside `from`.
+/// The four bytes at a place inside `from`.
 fn get(from: &[u8], at: usize) -> u32 {
     let mut octets = [0; 4];
     octets.copy_from_slice(&from[at..at + 4]);

@@ -1,6 +1,6 @@
 //! The receiving half of a stream socket: bodies straight to where they belong, heads from what was read ahead.
 //!
-//! Rule: a receive never asks the kernel for more than its own octets and [`READ_AHEAD_BYTES`], and what it got beyond its own
+//! Rule: a receive never asks the kernel for more than its own bytes and [`READ_AHEAD_BYTES`], and what it got beyond its own
 //! is kept for the next. Only what was read ahead is ever copied.
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -97,7 +97,7 @@ impl StreamReceive {
         Ok(())
     }
 
-    /// Reads until at least `count` octets are held, `count` ≤ [`READ_AHEAD_BYTES`]. What came stays held whatever happens.
+    /// Reads until at least `count` bytes are held, `count` ≤ [`READ_AHEAD_BYTES`]. What came stays held whatever happens.
     fn read_ahead(&mut self, count: usize) -> Result<(), ChannelError> {
         let mut wait = self.patience.start();
         while self.ahead.len() < count {
@@ -171,8 +171,8 @@ impl Bulk {
         }
     }
 
-    /// Fills what `list` holds and then `spans`. Whatever follows the last octet wanted and comes with it lands in `room`, the
-    /// room of the read-ahead; returns how many octets that was.
+    /// Fills what `list` holds and then `spans`. Whatever follows the last byte wanted and comes with it lands in `room`, the
+    /// room of the read-ahead; returns how many bytes that was.
     ///
     /// The wait is a `ppoll` and never a receive that sleeps: `ppoll` compares the low-water mark with all that lies in the
     /// socket, whenever it came. A receive takes what lies there, and then sleeps until as much *again* has come as the mark says,
@@ -217,7 +217,7 @@ impl Bulk {
 }
 
 /// The socket's low-water mark while a body is awaited: the kernel then wakes the thread once for the rest of it, not for each
-/// packet. Whatever happens it is back at one octet afterwards, since a head must wake at once.
+/// packet. Whatever happens it is back at one byte afterwards, since a head must wake at once.
 struct LowWater<'l> {
     socket: BorrowedFd<'l>,
     mark: i32,
@@ -233,7 +233,7 @@ impl<'l> LowWater<'l> {
         Self { socket, mark: 1 }
     }
 
-    /// Wakes when `bytes_missing` octets are there, or at once if they are few. Never leaves a mark that is higher than what is
+    /// Wakes when `bytes_missing` bytes are there, or at once if they are few. Never leaves a mark that is higher than what is
     /// missing: it would be waited for in vain.
     fn set(&mut self, bytes_missing: u64) {
         let mark = if bytes_missing < Self::BYTES_MIN {
@@ -351,7 +351,7 @@ mod tests {
         assert_eq!(sys::low_water(socket), 1);
     }
 
-    /// Octets that come after a call found nothing, and before the wait for the rest begins, count for that wait.
+    /// Bytes that come after a call found nothing, and before the wait for the rest begins, count for that wait.
     #[test]
     fn a_wait_for_the_rest_counts_what_came_before_it_began() {
         const THERE: usize = 70_000;

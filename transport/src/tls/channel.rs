@@ -16,7 +16,7 @@ use crate::channel::{Approach, BINDING_BYTES, Channel, Closer, ReceiveHalf, Send
 use crate::error::{ChannelError, EstablishError};
 use crate::stream::Link;
 
-/// Octets that are sealed, or read from the socket, at a time: four records. It bounds what a half holds besides a record.
+/// Bytes that are sealed, or read from the socket, at a time: four records. It bounds what a half holds besides a record.
 pub(super) const CHUNK_BYTES: usize = 64 << 10;
 
 /// A connected socket and the state of TLS above it.
@@ -100,7 +100,7 @@ impl Channel for TlsChannel {
     }
 
     fn binding(&self) -> Option<[u8; BINDING_BYTES]> {
-        // RFC 9266 section 2: this label, no context, 32 octets.
+        // RFC 9266 section 2: this label, no context, 32 bytes.
         let label = b"EXPORTER-Channel-Binding";
         self.connection
             .export_keying_material([0; BINDING_BYTES], label, None)
@@ -123,7 +123,7 @@ pub(super) struct TlsLink {
 pub(super) enum Flushed {
     /// The socket has them all.
     All,
-    /// The socket has no room for the rest; it took this many octets.
+    /// The socket has no room for the rest; it took this many bytes.
     Some(usize),
 }
 

@@ -19,7 +19,7 @@ use crate::sys::{self, Ready};
 /// How long a peer that was refused is given to read why.
 const FAREWELL_MAX: Duration = Duration::from_secs(1);
 
-/// Octets that are read at a time.
+/// Bytes that are read at a time.
 const READ_BYTES: usize = 4096;
 
 /// What is read of a peer that was refused, at most.
@@ -27,7 +27,7 @@ const FAREWELL_BYTES_MAX: usize = 64 << 10;
 
 /// How far a handshake is when nothing more can be done without waiting.
 pub(super) enum Step {
-    /// It is over, and as many octets as were asked for are here.
+    /// It is over, and as many bytes as were asked for are here.
     Done,
     /// The socket has to become ready first.
     Wait(Ready),
@@ -76,7 +76,7 @@ fn steps(
     Ok(())
 }
 
-/// Goes on without waiting, until the handshake is over and `bytes` octets of the peer are here to be received.
+/// Goes on without waiting, until the handshake is over and `bytes` bytes of the peer are here to be received.
 pub(super) fn advance(
     connection: &mut Connection,
     socket: &Socket,
@@ -238,7 +238,7 @@ pub(super) fn explain(alert: AlertDescription) -> String {
         }
         AlertDescription::NoApplicationProtocol => "the peer speaks TLS, but is no multifd",
         AlertDescription::ProtocolVersion => "the peer does not speak TLS 1.3",
-        AlertDescription::BadRecordMac => "the peer got octets that were changed on the way",
+        AlertDescription::BadRecordMac => "the peer got bytes that were changed on the way",
         other => return format!("the peer sent the alert {other:?}"),
     };
     text.to_owned()

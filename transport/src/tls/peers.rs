@@ -28,7 +28,7 @@ pub struct PeerName(Name);
 enum Name {
     /// A DNS name or an address.
     Host(ServerName<'static>),
-    /// A URI, such as a SPIFFE ID, compared octet by octet.
+    /// A URI, such as a SPIFFE ID, compared byte by byte.
     Uri(String),
 }
 

@@ -24,7 +24,7 @@ pub(super) struct TlsReceive {
     chunk: Box<[u8]>,
     start: usize,
     end: usize,
-    /// Octets that are opened and not taken yet.
+    /// Bytes that are opened and not taken yet.
     held: usize,
     /// The peer announced the end of its stream.
     ended: bool,
@@ -117,7 +117,7 @@ impl ReceiveHalf for TlsReceive {
 
 impl TlsReceive {
     pub(super) fn new(link: Arc<TlsLink>) -> Self {
-        // What came behind the handshake's last octets is opened already. An error repeats itself at the first receive.
+        // What came behind the handshake's last bytes is opened already. An error repeats itself at the first receive.
         let (held, ended) = link
             .lock()
             .process_new_packets()
@@ -148,7 +148,7 @@ impl TlsReceive {
         Ok(())
     }
 
-    /// Takes at most `count` octets of what is held, as much as lies together; returns how many.
+    /// Takes at most `count` bytes of what is held, as much as lies together; returns how many.
     fn take(&mut self, count: usize, to: impl FnOnce(&[u8])) -> usize {
         let mut connection = self.link.lock();
         let mut reader = connection.reader();
@@ -166,7 +166,7 @@ impl TlsReceive {
         taken
     }
 
-    /// Waits until at least `count` octets are held, of an operation that had `bytes_done` of `bytes_wanted`.
+    /// Waits until at least `count` bytes are held, of an operation that had `bytes_done` of `bytes_wanted`.
     fn hold(
         &mut self,
         count: usize,
@@ -251,7 +251,7 @@ impl TlsReceive {
 fn meaning(error: &Error) -> ChannelError {
     ChannelError::Tls(match error {
         Error::AlertReceived(alert) => explain(*alert).into(),
-        Error::DecryptError => "octets were changed on the way".into(),
+        Error::DecryptError => "bytes were changed on the way".into(),
         other => other.to_string().into(),
     })
 }

@@ -101,7 +101,7 @@ impl TlsSend {
         while job.bytes_done < job.bytes_wanted {
             // What a limit left of the send before, or the other half: an answer of TLS itself.
             job.flush(&self.link)?;
-            // While the peer is slow the last octet is sealed after the others have left, so that a limit leaves something undone
+            // While the peer is slow the last byte is sealed after the others have left, so that a limit leaves something undone
             // and is told, instead of a whole frame that waits here.
             let left = job.bytes_wanted - job.bytes_done;
             let held_back = u64::from(left > 1 && self.is_crowded()?);
@@ -221,7 +221,7 @@ impl Job {
 struct Pieces<'s, 'd> {
     now: Option<IoSource<'d>>,
     rest: std::slice::Iter<'s, IoSource<'d>>,
-    /// Octets of `now` that are done.
+    /// Bytes of `now` that are done.
     at: usize,
 }
 

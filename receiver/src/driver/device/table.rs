@@ -21,7 +21,7 @@ pub(in crate::driver) struct DeviceTable {
 }
 
 impl DeviceTable {
-    /// Streams of the devices of the table, each with a window of so many octets.
+    /// Streams of the devices of the table, each with a window of so many bytes.
     pub(in crate::driver) fn new(table: &[Device], window: u64) -> Self {
         let stream = |device: &Device| {
             let assembler = Assembler::new(device.id, device.chunk_bytes_max, window);

@@ -165,7 +165,7 @@ impl Loader {
                 if wanted > BLOB_BYTES_MAX {
                     return Err(Fault::DeviceLimit {
                         device: self.name.clone(),
-                        what: "octets of its configuration",
+                        what: "bytes of its configuration",
                         wanted,
                         most: BLOB_BYTES_MAX,
                     });

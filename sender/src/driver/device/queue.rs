@@ -36,7 +36,7 @@ struct QueueState {
 #[derive(Default)]
 struct DeviceQueue {
     items: VecDeque<Arc<Item>>,
-    /// Estimate of the octets that are still to be taken after the stop.
+    /// Estimate of the bytes that are still to be taken after the stop.
     left: u64,
     /// The end of its stream was taken.
     over: bool,
@@ -143,7 +143,7 @@ impl ItemQueue {
         any && !state.held
     }
 
-    /// Octets that were read and wait for a lane.
+    /// Bytes that were read and wait for a lane.
     pub(super) fn octets(&self) -> u64 {
         let state = lock(&self.state);
         let queued = state.queues.iter().flat_map(|queue| &queue.items);

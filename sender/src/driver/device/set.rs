@@ -63,7 +63,7 @@ impl DeviceSet {
             let name = &device.name;
             if name.is_empty() || name.len() > DEVICE_NAME_BYTES_MAX {
                 return refuse(format!(
-                    "the name `{name}` must have 1 to {DEVICE_NAME_BYTES_MAX} octets"
+                    "the name `{name}` must have 1 to {DEVICE_NAME_BYTES_MAX} bytes"
                 ));
             }
             if traits.iter().take(index).any(|other| other.name == *name) {

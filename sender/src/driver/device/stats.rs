@@ -10,14 +10,14 @@ use crate::device::stream::Item;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DeviceStats {
     pub(crate) state: Option<DeviceState>,
-    /// Octets that it would give if it were stopped now.
+    /// Bytes that it would give if it were stopped now.
     pub(crate) stop_bytes: u64,
     /// The generation that has to be acknowledged, and the newest that is.
     pub(crate) announced: u32,
     pub(crate) acked: u32,
     /// The time of what was loaded for acknowledgements.
     pub(crate) acked_load: Duration,
-    /// Octets that were read of it in all, and the time that its own code took for them: how fast it can be read.
+    /// Bytes that were read of it in all, and the time that its own code took for them: how fast it can be read.
     pub(crate) read_bytes: u64,
     pub(crate) read_time: Duration,
     /// The same for loading at the destination, as far as that was told.

@@ -48,7 +48,7 @@ pub(super) struct Reader {
     pub(super) mode: Mode,
     /// Read and not placed yet.
     pub(super) pending: Option<(Section, Vec<u8>)>,
-    /// Octets of the initial ones that were announced and not read yet.
+    /// Bytes of the initial ones that were announced and not read yet.
     pub(super) initial_left: u64,
     /// The end of the newest generation was marked.
     pub(super) initial_marked: bool,
@@ -328,14 +328,14 @@ impl Reader {
         self.mark(Mark::DataEnd);
         let config = self.call("give its configuration", |source| source.config())?;
         if config.len() as u64 > BLOB_BYTES_MAX {
-            let text = format!("it has {} octets, {BLOB_BYTES_MAX} at most", config.len());
+            let text = format!("it has {} bytes, {BLOB_BYTES_MAX} at most", config.len());
             return Err(self.fault("give its configuration", DeviceError::new(text)));
         }
         let bytes = config.len() as u64;
         // SPEC: CREDIT-5
         if bytes > self.stream.window {
             let text = format!(
-                "it has {bytes} octets, and the destination holds {} of a device at most (its device window)",
+                "it has {bytes} bytes, and the destination holds {} of a device at most (its device window)",
                 self.stream.window
             );
             return Err(self.fault("give its configuration", DeviceError::new(text)));

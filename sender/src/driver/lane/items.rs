@@ -13,7 +13,7 @@ use crate::error::Fault;
 
 impl Feeder<'_> {
     /// Items of devices, between two extents of pages: with the guest paused all that are there, otherwise until devices are
-    /// `ahead` of memory by some octets, so that the two share the lane.
+    /// `ahead` of memory by some bytes, so that the two share the lane.
     pub(super) fn items(&mut self, last: bool, ahead: &mut u64) -> Result<(), Fault> {
         if !self.shared.devices.queue.is_used() {
             return Ok(());

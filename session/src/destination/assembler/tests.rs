@@ -95,7 +95,7 @@ fn an_item_comes_again_only_after_a_lane_was_lost_and_as_it_was() {
     }
     a.lane_lost();
     assert!(is_misfit(a.admit(&chunk(0, 0), 3, 0)), "longer than it was");
-    assert!(is_misfit(a.admit(&chunk(2, 4), 2, 9)), "other octets");
+    assert!(is_misfit(a.admit(&chunk(2, 4), 2, 9)), "other bytes");
     assert!(is_misfit(a.admit(&chunk(2, 4), 1, 0)), "shorter");
     let config = DeviceChunk {
         section: Section::Config,
@@ -376,7 +376,7 @@ proptest! {
                     for item in lost.collect::<Vec<_>>().into_iter().rev() { to_send.push_front(item); }
                 }
             }
-            prop_assert!(a.held_bytes() <= SMALL, "{} octets held", a.held_bytes());
+            prop_assert!(a.held_bytes() <= SMALL, "{} bytes held", a.held_bytes());
         }
         while let Some(item) = a.pop() {
             marks += usize::from(!matches!(item, Item::Data(_) | Item::Config(_)));

@@ -158,10 +158,10 @@ impl Tally {
         println!("| {name} | beside them, in 1 of {WAYS_CLOSED_IN} | {happened} |");
     }
 
-    /// Which octets were changed, and what came of it.
+    /// Which bytes were changed, and what came of it.
     fn print_flips(&self) {
         let mut sum = 0;
-        println!("| octets of | part | what came of the flipped bit | flips |\n|---|---|---|---|");
+        println!("| bytes of | part | what came of the flipped bit | flips |\n|---|---|---|---|");
         for (what, count) in self.group("flip") {
             println!("| {} | {count} |", what.replace('/', " | "));
             if !what.ends_with(NEVER_READ) && !what.starts_with(BY_PHASE) {

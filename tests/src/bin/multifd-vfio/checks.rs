@@ -113,7 +113,7 @@ impl Case<'_> {
         self.passed("guest and devices stand still at the source");
         let report = &self.ended.sent;
         crate::say(&format!(
-            "migrated: {} rounds, {} devices, {} octets of device state, downtime {:.0} ms",
+            "migrated: {} rounds, {} devices, {} bytes of device state, downtime {:.0} ms",
             report.rounds,
             report.devices.len(),
             report.device_bytes,
@@ -235,7 +235,7 @@ impl Case<'_> {
             report.acked
         );
         self.passed(&format!(
-            "{}: initial bytes ({read:?} octets into the stream) were loaded and acknowledged before the guest was paused",
+            "{}: initial bytes ({read:?} bytes into the stream) were loaded and acknowledged before the guest was paused",
             name(pair)
         ));
         Ok(())

@@ -92,7 +92,7 @@ impl History {
         *self.lock() = Inner::default();
     }
 
-    /// What a source's device tells. So many octets of it become initial anew when its initial bytes were read.
+    /// What a source's device tells. So many bytes of it become initial anew when its initial bytes were read.
     pub(crate) fn of_source(&self, pair: usize, place: &Place, reinit: Option<u64>) -> Seen {
         let (history, place) = (self.clone(), place.clone());
         let reinit = Mutex::new(reinit);

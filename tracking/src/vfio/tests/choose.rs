@@ -124,7 +124,7 @@ fn a_container_is_asked_once_for_all_its_devices() {
         host.choose(devices, host.container(), fixed()),
         pairs(&[(
             "vfio-type1 group",
-            "nic0, gpu: the container logs by 4096 octets"
+            "nic0, gpu: the container logs by 4096 bytes"
         )])
     );
 }
@@ -256,7 +256,7 @@ fn pre_copy_tracking_that_is_off_is_said() {
         host.choose(vec![off("gpu", &host.plain)], host.container(), fixed()),
         pairs(&[(
             "vfio-type1 group",
-            "gpu: the container logs by 4096 octets; pre-copy-dirty-page-tracking is off: final collection only"
+            "gpu: the container logs by 4096 bytes; pre-copy-dirty-page-tracking is off: final collection only"
         )])
     );
     let both = vec![off("gpu", &host.plain), named("nic0", &host.logging)];

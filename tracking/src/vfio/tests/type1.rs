@@ -167,7 +167,7 @@ fn a_container_without_a_dirty_log_is_refused_with_the_reason() {
     };
     assert_eq!(
         error(tracking).to_string(),
-        "not offered here: a dirty log of this type 1 container: it does not count in pages of 4096 octets or more"
+        "not offered here: a dirty log of this type 1 container: it does not count in pages of 4096 bytes or more"
     );
 }
 
