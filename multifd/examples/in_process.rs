@@ -37,7 +37,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The machines come back as what they are.
     assert_eq!(report.outcome, source::OutcomeKind::Migrated);
     let machine = arrived.vmm.ok_or("it did not come back")?;
-    assert_eq!(left.vmm.writes(), machine.count);
+    let before = left.vmm.ok_or("it did not come back")?;
+    assert_eq!(before.writes(), machine.count);
     assert!(machine.runs && machine.is_right());
     Ok(())
 }

@@ -43,12 +43,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     assert!(!there.runs, "it never ran there");
 
     // The guest runs on here, and everything can be used again.
-    let before = cancelled.vmm.writes();
-    while cancelled.vmm.writes() == before {
+    let machine = cancelled.vmm.ok_or("it did not come back")?;
+    let before = machine.writes();
+    while machine.writes() == before {
         std::thread::yield_now();
     }
     let (second, dial) = support::arrival(Arriving::default(), || pair(1 << 20))?;
-    let mut parts = source::Parts::new(cancelled.vmm, memory, dial);
+    let mut parts = source::Parts::new(machine, memory, dial);
     parts.config = support::settings().build()?;
     parts.sources = cancelled.sources;
     let left = source::Migration::start(parts)?.wait();

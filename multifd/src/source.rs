@@ -176,7 +176,7 @@ impl<V: Vmm> Migration<V> {
         Finished {
             report: finished.report,
             error: finished.error,
-            vmm: ours(finished.vmm),
+            vmm: finished.vmm.map(ours),
             sources: finished.sources,
             devices: finished.devices,
         }
@@ -190,8 +190,9 @@ pub struct Finished<V> {
     pub report: Report,
     /// Why it failed, if it did.
     pub error: Option<Error>,
-    /// The machine. If it migrated it must not run again.
-    pub vmm: V,
+    /// The machine. If it migrated it must not run again. `None` if its own code does not return: it is with the thread that called it,
+    /// as are the sources and the devices.
+    pub vmm: Option<V>,
     /// The sources, stopped, in their order. [`downcast`] gives them their types back.
     pub sources: Vec<Box<dyn Source>>,
     /// The devices; one whose own code panicked is missing. They run if the guest runs here.

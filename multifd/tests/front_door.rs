@@ -101,7 +101,7 @@ fn a_source_that_cannot_start_gives_every_part_back_under_its_type() {
     let mut again = source::Parts::new(vmm, memory, nowhere()).source(writes);
     again.dial = dial;
     let finished = source::Migration::start(again).expect("threads").wait();
-    assert_eq!(finished.vmm.0, "mine");
+    assert_eq!(finished.vmm.expect("it came back").0, "mine");
     let error = finished.error.expect("nobody is there");
     assert_eq!(error.code(), "sender.channel.dial");
     assert_eq!(finished.sources[0].name(), "my writes");
@@ -152,7 +152,8 @@ fn the_descriptor_of_the_end_is_readable_when_and_only_when_it_is_over() {
     assert!(readable(migration.ended()) && readable(reception.ended()));
     let (left, arrived) = (migration.wait(), reception.wait());
     let theirs = arrived.vmm.expect("it came back");
-    assert_eq!((left.vmm.0, theirs.0), ("mine", "theirs"));
+    let mine = left.vmm.expect("it came back");
+    assert_eq!((mine.0, theirs.0), ("mine", "theirs"));
     let error = left.error.expect("it was refused");
     assert!(error.to_string().contains("no room"), "{error}");
 }

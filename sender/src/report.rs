@@ -112,6 +112,8 @@ pub struct Report {
     pub devices: Vec<DeviceReport>,
     /// Figures of each source of dirty pages.
     pub sources: Vec<SourceReport>,
+    /// Threads that did not come back in the end, and were left alone.
+    pub threads_left: Vec<String>,
     /// What went wrong, or null.
     pub error: Option<ErrorReport>,
 }
@@ -380,9 +382,18 @@ pub(crate) struct Timeline {
     digest: Option<u64>,
     pub(crate) dirty_scan: Option<Duration>,
     pub(crate) resume_failed: Option<String>,
+    pub(crate) threads_left: Vec<String>,
 }
 
 impl Timeline {
+    /// Of a migration of which no more is known than when it began.
+    pub(crate) fn begun(at: Instant) -> Self {
+        Self {
+            began: Some(at),
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn begin(&mut self) {
         self.began = Some(Instant::now());
     }
@@ -658,6 +669,7 @@ impl Report {
                 .iter()
                 .map(|source| SourceReport::from(&**source))
                 .collect(),
+            threads_left: timeline.threads_left.clone(),
             error: error.map(ErrorReport::from),
         }
     }

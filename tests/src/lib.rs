@@ -15,6 +15,7 @@ pub mod host;
 pub mod impaired;
 pub mod links;
 pub mod losing;
+pub mod lost_threads;
 pub mod model;
 pub mod peer;
 pub mod programs;

@@ -167,7 +167,7 @@ fn a_second_attempt_is_right_and_nothing_of_the_first_is_left() {
         for end in ENDS {
             let finished = attempt(vmm, sources, &here, Some(end));
             assert!(running.load(Ordering::SeqCst), "{end:?}: the guest runs on");
-            (vmm, sources) = (finished.vmm, finished.sources);
+            (vmm, sources) = (finished.vmm.expect("it came back"), finished.sources);
             if !warm_up {
                 nothing_left(before, &format!("{end:?}"));
             }

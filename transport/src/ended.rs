@@ -3,13 +3,13 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::{Spawner, spawn_with};
+use crate::{LOOK_MAX, Pulse, Silence, Spawner, join_within, spawn_with};
 
 /// The watching side: readable once the [`EndGuard`] is gone, and from then on.
 #[derive(Debug)]
@@ -22,7 +22,8 @@ pub struct EndGuard(Arc<State>);
 #[derive(Debug)]
 struct State {
     fd: OwnedFd,
-    over: AtomicBool,
+    over: Mutex<bool>,
+    changed: Condvar,
 }
 
 /// Both sides.
@@ -33,7 +34,8 @@ pub fn ended() -> io::Result<(Ended, EndGuard)> {
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let state = Arc::new(State {
         fd,
-        over: AtomicBool::new(false),
+        over: Mutex::new(false),
+        changed: Condvar::new(),
     });
     Ok((Ended(Arc::clone(&state)), EndGuard(state)))
 }
@@ -42,7 +44,18 @@ impl Ended {
     /// Whether it is over.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.0.over.load(Ordering::Acquire)
+        *lock(&self.0.over)
+    }
+
+    /// Waits for the end, so long at most; whether it is over.
+    #[must_use]
+    pub fn wait(&self, time: Duration) -> bool {
+        let over = lock(&self.0.over);
+        let waited = self
+            .0
+            .changed
+            .wait_timeout_while(over, time, |over| !*over);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
@@ -54,7 +67,8 @@ impl AsFd for Ended {
 
 impl Drop for EndGuard {
     fn drop(&mut self) {
-        self.0.over.store(true, Ordering::Release);
+        *lock(&self.0.over) = true;
+        self.0.changed.notify_all();
         // A counter that was never written has room for 1, so this can't fail.
         let _ = rustix::io::write(&self.0.fd, &1_u64.to_ne_bytes());
     }
@@ -85,7 +99,7 @@ impl<T: Send + 'static> Running<T> {
         let thread = spawn_with(spawner, name, value, move |value| {
             let _over = guard;
             let done = work(value);
-            *theirs.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
+            *lock(&theirs) = Some(done);
         })?;
         Ok(Self {
             thread,
@@ -117,12 +131,41 @@ impl<T> Running<T> {
         if let Err(panic) = self.thread.join() {
             std::panic::resume_unwind(panic);
         }
-        let result = self.result.lock();
-        match result.unwrap_or_else(PoisonError::into_inner).take() {
+        let result = lock(&self.result).take();
+        match result {
             Some(result) => result,
             None => unreachable!("the thread leaves its result before it ends"),
         }
     }
+
+    /// Waits for the result as long as the thread beats.
+    ///
+    /// # Errors
+    /// No beat came for longer than `limit`, and how long none has: the thread is left alone.
+    ///
+    /// # Panics
+    /// If the thread panicked; with the same words.
+    pub fn wait_while_it_beats(self, pulse: &Pulse, limit: Duration) -> Result<T, Duration> {
+        let mut silence = Silence::default();
+        while !self.ended.wait(LOOK_MAX) {
+            let silent = silence.look(pulse, Instant::now());
+            if silent > limit {
+                // It may have been killed on its last steps.
+                return lock(&self.result).take().ok_or(silent);
+            }
+        }
+        let Some(result) = lock(&self.result).take() else {
+            return Ok(self.wait());
+        };
+        // It has nothing more to do than to end.
+        let nap = || std::thread::sleep(Duration::from_millis(1));
+        let _ = join_within(self.thread, LOOK_MAX, nap);
+        Ok(result)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -144,12 +187,42 @@ mod tests {
     fn it_is_over_when_the_guard_is_gone_also_by_a_panic() {
         let (watching, guard) = ended().expect("a descriptor");
         assert!(!watching.is_over() && !readable(&watching));
+        assert!(!watching.wait(Duration::from_millis(1)));
         let thread = std::thread::spawn(move || {
             let _guard = guard;
             panic!("on purpose");
         });
         thread.join().unwrap_err();
+        assert!(watching.wait(Duration::from_secs(60)));
         assert!(watching.is_over() && readable(&watching) && readable(&watching));
+    }
+
+    #[test]
+    fn a_thread_is_waited_for_as_long_as_it_beats() {
+        let pulse = Arc::new(Pulse::default());
+        let limit = Duration::from_millis(600);
+        let theirs = Arc::clone(&pulse);
+        let begin = |work: Box<dyn FnOnce(()) -> u32 + Send>| {
+            let ends = ended().unwrap();
+            Running::start(&crate::StdSpawner, "works", ends, (), work)
+                .unwrap_or_else(|_| panic!("a thread"))
+        };
+        let beats = begin(Box::new(move |()| {
+            for _ in 0..12 {
+                theirs.beat();
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            7
+        }));
+        assert_eq!(beats.wait_while_it_beats(&pulse, 10 * limit), Ok(7));
+        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let silent = begin(Box::new(move |()| {
+            let _ = gone.recv();
+            8
+        }));
+        let waited = silent.wait_while_it_beats(&pulse, limit).unwrap_err();
+        assert!(waited > limit, "{waited:?}");
+        drop(go);
     }
 
     #[test]

@@ -87,6 +87,7 @@ mod options;
 mod patience;
 #[cfg(feature = "rdma")]
 pub mod rdma;
+mod pulse;
 mod read_ahead;
 mod resolve;
 mod spawn;
@@ -113,6 +114,7 @@ pub use error::{
 pub use listener::{Accepted, Listen, Listener};
 pub use memory::{GuestMemory, Span};
 pub use options::{ChannelOptions, connect, connect_with};
+pub use pulse::{LOOK_MAX, Pulse, Silence};
 pub use spawn::{Spawner, StdSpawner, join_within, spawn_with, thread_cpu};
 pub use stranger::{STRANGER_BYTES, Stranger};
 pub use tcp::{KeepAlive, TcpOptions};

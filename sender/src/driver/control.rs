@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_tracking::{CollectPhase, Source};
-use multifd_transport::{Closer, Spawner};
+use multifd_transport::{Closer, LOOK_MAX, Pulse, Silence, Spawner, join_within};
 use multifd_wire::frame::{
     Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, RawRegion, RawRun, Regions,
     SetupEnd, Switchover, VmState, blob_parts,
@@ -177,6 +177,7 @@ impl Control {
     /// Configuration first (the VMM may say no before anything is sent), then the hello on the control channel.
     fn connect(&mut self) -> Result<(), Error> {
         let hello_error = |fault: Fault| Error::new(Phase::Hello, fault).at(ChannelRef::Control);
+        self.shared.watch.at("have the VMM describe the machine");
         self.blobs = self.vmm.config().map_err(|source| {
             Error::new(
                 Phase::Hello,
@@ -216,7 +217,7 @@ impl Control {
     fn step(&mut self) {
         let until = self.session.due().min(self.back_due());
         let left = until.saturating_sub(self.shared.now());
-        match self.next_note(left) {
+        match self.next_note(left.min(LOOK_MAX)) {
             Ok(note) => self.note(note),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
@@ -228,6 +229,7 @@ impl Control {
         }
         self.tend_back(self.shared.now());
         self.watch_devices();
+        self.watch_lanes();
         let effects = self.session.tick(self.shared.now());
         self.carry_out(effects);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
@@ -235,6 +237,7 @@ impl Control {
 
     /// The next note; those that came while something else was waited for are first.
     fn next_note(&mut self, wait: Duration) -> Result<Note, RecvTimeoutError> {
+        self.shared.watch.at("wait for what comes next");
         match self.later.pop_front() {
             Some(note) => Ok(note),
             None => self.inbox.recv_timeout(wait),
@@ -387,8 +390,14 @@ impl Control {
             Effect::SendFinal { round } => self.send_final(round).map(Some),
             Effect::Commit => {
                 let digest = self.shared.digest.value();
+                if !self.shared.watch.commit() {
+                    // Whoever waited has been told that it failed.
+                    let error = Error::new(Phase::Switchover, Fault::Cancelled);
+                    return Ok(Some(Event::CommitUnsent(error)));
+                }
                 match self.try_send(Commit { digest }) {
                     Err(error) if error.fault().sent_nothing() => {
+                        self.shared.watch.commit_unsent();
                         Ok(Some(Event::CommitUnsent(error)))
                     }
                     sent => {
@@ -407,6 +416,7 @@ impl Control {
                 };
                 if paused {
                     self.timeline.reclaimed();
+                    self.shared.watch.at("have the VMM run the guest again");
                     if let Err(source) = self.vmm.resume(proof) {
                         // The machine is over already: this can only be told.
                         tracing::error!(error = %source, "the VMM could not resume the guest at the source: it is paused");
@@ -424,10 +434,7 @@ impl Control {
                 self.abort(reason, phase, channel, &text);
                 Ok(None)
             }
-            Effect::Disconnect => {
-                self.disconnect();
-                Ok(None)
-            }
+            Effect::Disconnect => Ok(self.disconnect().map(Event::Failed)),
             Effect::Reconnect { until } => {
                 self.go_back(Purpose::Resume, until);
                 Ok(None)
@@ -547,6 +554,7 @@ impl Control {
         };
         let began = Instant::now();
         for source in &mut self.sources {
+            self.shared.watch.at("collect dirty pages");
             if let Err(error) = source.collect(&self.shared.dirty, phase) {
                 let text = format!("{}: {error}", source.name());
                 return Err(Error::new(self.session.phase(), Fault::Tracking(text)));
@@ -580,6 +588,7 @@ impl Control {
             return Ok(Event::AcksMissing);
         }
         self.timeline.pausing(self.session.predicted_downtime());
+        self.shared.watch.at("have the VMM pause the guest");
         self.vmm.pause().map_err(|source| {
             Error::new(
                 Phase::Switchover,
@@ -594,6 +603,7 @@ impl Control {
     }
 
     fn save(&mut self) -> Result<Event, Error> {
+        self.shared.watch.at("have the VMM save its state");
         let blobs = self.vmm.save().map_err(|source| {
             Error::new(
                 Phase::Switchover,
@@ -630,8 +640,8 @@ impl Control {
     fn scan_for_unreported(&mut self) -> Result<(), Error> {
         let began = Instant::now();
         let (shared, unused) = (Arc::clone(&self.shared), Arc::clone(&self.unused));
-        let found = self.aside("mfd-scan", "the scan for unreported writes", move || {
-            scan::unreported(&shared, &unused)
+        let found = self.aside("mfd-scan", "the scan for unreported writes", move |pulse| {
+            scan::unreported(&shared, &unused, pulse)
         });
         self.timeline.dirty_scan = Some(began.elapsed());
         match found? {
@@ -725,6 +735,9 @@ impl Control {
     /// Whoever wants to ask for the outcome later, even from another process, has to know how.
     fn tell_ticket(&mut self, secret: Token) -> Result<(), Error> {
         let ticket = AskTicket::new(self.id.value(), secret.value());
+        self.shared
+            .watch
+            .at("have the VMM keep the session's ticket");
         self.vmm.granted(&ticket).map_err(|source| {
             let step = "keep what is needed to ask for the outcome";
             Error::new(Phase::Setup, Fault::Vmm { step, source })
@@ -773,6 +786,7 @@ impl Control {
     fn start_tracking(&mut self) -> Result<(), Error> {
         let on = std::mem::replace(&mut self.tracking, true);
         for source in self.sources.iter_mut().filter(|_| !on) {
+            self.shared.watch.at("start a source of dirty pages");
             if let Err(error) = source.start(&self.shared.dirty) {
                 let text = format!("{}: {error}", source.name());
                 return Err(Error::new(Phase::Setup, Fault::Tracking(text)));
@@ -784,6 +798,9 @@ impl Control {
     /// Puts into the dirty set what round 0 has to move. Only when all sources report: what is written from here on comes by them.
     pub(super) fn mark_first_round(&mut self) -> Result<(), Error> {
         let fail = |fault: Fault| Error::new(Phase::Setup, fault);
+        self.shared
+            .watch
+            .at("have the VMM say which pages are unused");
         let runs = self.vmm.unused_pages().map_err(|source| {
             fail(Fault::Vmm {
                 step: "say which pages are unused",
@@ -798,8 +815,8 @@ impl Control {
         })?;
         self.unused = Arc::new(unused);
         let (shared, unused) = (Arc::clone(&self.shared), Arc::clone(&self.unused));
-        let unknown = self.aside("mfd-scan", "look which pages are populated", move || {
-            mark_populated(&shared, &unused)
+        let unknown = self.aside("mfd-scan", "look which pages are populated", move |pulse| {
+            mark_populated(&shared, &unused, pulse)
         })?;
         for region in unknown {
             let (region, reason) = (region.region_index, region.reason);
@@ -811,34 +828,80 @@ impl Control {
         Ok(())
     }
 
-    /// Does something long on a thread of its own; this one goes on saying that it lives.
+    /// Does something long on a thread of its own, which beats; this one goes on saying that it lives. The end may be wanted
+    /// meanwhile, and the thread may not come back: it only reads.
     fn aside<T: Send + 'static>(
         &mut self,
         name: &str,
         step: &'static str,
-        work: impl FnOnce() -> T + Send + 'static,
+        work: impl FnOnce(&Pulse) -> T + Send + 'static,
     ) -> Result<T, Error> {
         let phase = self.session.phase();
         let fail = |source| Error::new(phase, Fault::System { step, source });
         let (tell, told) = crossbeam_channel::bounded(1);
+        let (pulse, mut silence) = (Arc::new(Pulse::default()), Silence::default());
+        let theirs = Arc::clone(&pulse);
         let body = Box::new(move || {
             // The control thread may have given up.
-            let _ = tell.send(work());
+            let _ = tell.send(work(&theirs));
         });
         let thread = self.spawner.spawn(name, body).map_err(fail)?;
+        let keep_alive = self.shared.config.keep_alive();
+        let mut said = Instant::now();
         let done = loop {
-            match told.recv_timeout(self.shared.config.keep_alive()) {
+            self.shared.watch.at(step);
+            match told.recv_timeout(keep_alive.min(LOOK_MAX)) {
                 Ok(done) => break Some(done),
-                Err(RecvTimeoutError::Timeout) if self.control.is_some() => {
-                    let alive = self.session.asks(self.shared.now());
-                    self.try_send(alive)?;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break None,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if self.shared.cancelled.load(Relaxed) {
+                return Err(Error::new(phase, Fault::Cancelled));
+            }
+            let silent = silence.look(&pulse, Instant::now());
+            if silent > self.shared.config.device_deadline() {
+                return Err(self.stuck(format!("{name}, which was to {step}"), silent));
+            }
+            if self.control.is_some() && said.elapsed() >= keep_alive {
+                said = Instant::now();
+                let alive = self.session.asks(self.shared.now());
+                self.try_send(alive)?;
             }
         };
-        let _ = thread.join();
+        let _ = self.join(
+            thread,
+            Instant::now() + self.shared.config.device_deadline(),
+        );
         done.ok_or_else(|| fail(std::io::Error::other("its thread panicked")))
+    }
+
+    /// A thread of ours does not come back.
+    fn stuck(&mut self, thread: String, waited: Duration) -> Error {
+        let waited_ms = waited.as_millis();
+        Error::new(
+            self.session.phase(),
+            Fault::ThreadStuck { thread, waited_ms },
+        )
+    }
+
+    /// Waits for a thread that has nothing more to do than to end, until then at most; its name if it does not. Notes are read
+    /// meanwhile so that none waits for room, and what devices say is kept.
+    fn join(&mut self, thread: JoinHandle<()>, until: Instant) -> Result<(), String> {
+        let left = until.saturating_duration_since(Instant::now());
+        let (inbox, later, watch) = (&self.inbox, &mut self.later, &self.shared.watch);
+        let meanwhile = || {
+            watch.at("wait for a thread");
+            match inbox.recv_timeout(Duration::from_millis(1)) {
+                Ok(Note::LaneUp { closer, .. }) => closer.shutdown(),
+                Ok(note @ Note::Device(_)) => later.push_back(note),
+                _ => {}
+            }
+        };
+        join_within(thread, left, meanwhile).map_err(|thread| {
+            let name = thread.thread().name().unwrap_or("a thread").to_owned();
+            tracing::error!(thread = %name, "a thread does not end: it is left alone");
+            name
+        })
     }
 
     fn given_back(
@@ -877,8 +940,11 @@ impl Control {
         };
         let migrated = matches!(outcome, Outcome::Migrated);
         if migrated {
+            self.shared.watch.migrated();
+            self.shared.watch.at("hear that it has migrated");
             self.vmm.migrated();
         }
+        self.shared.watch.at("end");
         self.timeline.ended(self.shared.now());
         self.timeline.control_damaged = self.session.damages();
         if migrated {
@@ -913,6 +979,7 @@ impl Control {
         }
         if self.tracking {
             for source in &mut self.sources {
+                self.shared.watch.at("stop a source of dirty pages");
                 if let Err(error) = source.stop() {
                     tracing::warn!(source = source.name(), %error, "dirty tracking could not be stopped");
                 }
@@ -937,46 +1004,38 @@ impl Control {
             .iter()
             .map(Into::into)
             .collect();
-        let error = match outcome {
-            Outcome::Migrated => None,
-            Outcome::Failed(error)
-            | Outcome::Cancelled(error)
-            | Outcome::Stranded(error)
-            | Outcome::Unknown(error) => Some(error),
-        };
         // A queue keeps what nobody reads until its last sender is gone, and every handle has one: a channel in it would stay open for as
         // long as somebody holds a handle.
         self.inbox.try_iter().for_each(drop);
         Finished {
             report,
-            error,
-            vmm: self.vmm,
+            error: outcome.into_error(),
+            vmm: Some(self.vmm),
             sources: self.sources,
             devices: self.device_set.sources,
         }
     }
 
-    /// Lanes end when their command queue and their channel are closed; notes are read meanwhile so that none blocks on them.
+    /// Lanes end when their command queue and their channel are closed.
     fn join_lanes(&mut self) {
         let began = Instant::now();
-        for slot in &mut self.lanes {
+        let until = began + self.shared.config.device_deadline();
+        let threads: Vec<_> = self
+            .lanes
+            .iter_mut()
+            .filter_map(|slot| Some((slot.closer.is_some(), slot.thread.take()?)))
+            .collect();
+        for (is_open, thread) in threads {
             // One that dials has taken nothing, and is not waited for any longer than a moment.
-            let dials = slot.closer.is_none();
-            while slot
-                .thread
-                .as_ref()
-                .is_some_and(|thread| !thread.is_finished())
-                && !(dials && began.elapsed() > resume::STRAGGLERS_MAX)
+            let until = if is_open {
+                until
+            } else {
+                began + resume::STRAGGLERS_MAX
+            };
+            if let Err(name) = self.join(thread, until)
+                && is_open
             {
-                // A lane that was still dialling when it ended.
-                if let Ok(Note::LaneUp { closer, .. }) =
-                    self.inbox.recv_timeout(Duration::from_millis(1))
-                {
-                    closer.shutdown();
-                }
-            }
-            if let Some(thread) = slot.thread.take().filter(JoinHandle::is_finished) {
-                let _ = thread.join();
+                self.timeline.threads_left.push(name);
             }
         }
     }
@@ -998,19 +1057,18 @@ impl Control {
             closer.shutdown();
         }
         // The reader may be waiting for room in the queue.
-        while let Some(reader) = &self.reader {
-            if reader.is_finished() {
-                let _ = self.reader.take().map(JoinHandle::join);
-            } else {
-                let _ = self.inbox.recv_timeout(Duration::from_millis(1));
-            }
+        let until = Instant::now() + self.shared.config.device_deadline();
+        if let Some(Err(name)) = self.reader.take().map(|reader| self.join(reader, until)) {
+            self.timeline.threads_left.push(name);
         }
     }
 }
 
 /// What a failure means: a control channel whose link failed may be replaced.
 fn failure(error: Error) -> Event {
-    if error.loses_control() {
+    if matches!(error.fault(), Fault::Cancelled) {
+        Event::Cancel
+    } else if error.loses_control() {
         Event::Lost(error)
     } else {
         Event::Failed(error)

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, SendError, bounded, select};
-use multifd_transport::Spawner;
+use multifd_transport::{LOOK_MAX, Pulse, Silence, Spawner};
 use multifd_wire::frame::Abort;
 use multifd_wire::{ChannelRef, Hello, Phase, Reason};
 
@@ -27,9 +27,9 @@ pub(super) fn first_contact(
 ) -> Result<Open, Fault> {
     // Without room: what nobody takes comes back to whoever opened it.
     let (done, result) = bounded(0);
-    let (shared, dial) = (Arc::clone(shared), Arc::clone(dial));
+    let (theirs, dial) = (Arc::clone(shared), Arc::clone(dial));
     let body = Box::new(move || {
-        let opened = open_first(&shared, &*dial, ChannelRef::Control, &hello);
+        let opened = open_first(&theirs, &*dial, ChannelRef::Control, &hello);
         if let Err(SendError(Ok(unwanted))) = done.send(opened) {
             tell_cancelled(unwanted);
         }
@@ -40,9 +40,26 @@ pub(super) fn first_contact(
             step: "start a thread",
             source,
         })?;
-    select! {
-        recv(result) -> opened => opened.unwrap_or(Err(Fault::Cancelled)),
-        recv(inbox) -> _cancel => Err(Fault::Cancelled),
+    // The dialler heeds a deadline of its own. If it does not, it is in code of the embedder's, or its thread was killed.
+    let mut silence = Silence::default();
+    let (never, limit) = (
+        Pulse::default(),
+        shared.config.hello_deadline() + shared.config.device_deadline(),
+    );
+    loop {
+        shared.watch.at("reach the destination");
+        select! {
+            recv(result) -> opened => return opened.unwrap_or(Err(Fault::Cancelled)),
+            recv(inbox) -> _cancel => return Err(Fault::Cancelled),
+            default(LOOK_MAX) => {}
+        }
+        let waited = silence.look(&never, Instant::now());
+        if waited > limit {
+            return Err(Fault::ThreadStuck {
+                thread: "mfd-dial, which was to reach the destination".to_owned(),
+                waited_ms: waited.as_millis(),
+            });
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //! pages were started. What is written to such a page later is reported, and sent.
 
 use multifd_tracking::{DirtySet, Error, PAGE_BYTES, Run};
+use multifd_transport::Pulse;
 use multifd_transport::memory::Unknown;
 
 use super::Shared;
@@ -65,14 +66,15 @@ fn end(run: Run) -> u64 {
 }
 
 /// Marks what round 0 has to move. Returns the regions of which the kernel does not know what is populated.
-pub(super) fn mark_populated(shared: &Shared, unused: &Unused) -> Vec<Unknown> {
+pub(super) fn mark_populated(shared: &Shared, unused: &Unused, pulse: &Pulse) -> Vec<Unknown> {
     // A source may begin with everything in the set, and watch no page before it is taken (KVM's initially set log). Holes are
     // taken out of it, and looked for again now that they are watched.
     if shared.dirty.dirty_pages() > 0 {
         let begun = shared.dirty.take_round();
-        begun.keep_only(&populated(shared));
+        begun.keep_only(&populated(shared, pulse));
     }
     shared.memory.each_populated(&mut |region, octets| {
+        pulse.beat();
         let first = octets.start / PAGE_BYTES;
         let run = Run {
             region,
@@ -86,11 +88,12 @@ pub(super) fn mark_populated(shared: &Shared, unused: &Unused) -> Vec<Unknown> {
 }
 
 /// The pages that may hold something now.
-fn populated(shared: &Shared) -> DirtySet {
+fn populated(shared: &Shared, pulse: &Pulse) -> DirtySet {
     let pages = (0..shared.dirty.region_count())
         .map(|region| shared.dirty.region_pages(region).unwrap_or(0));
     let populated = DirtySet::new(&pages.collect::<Vec<_>>());
     let _ = shared.memory.each_populated(&mut |region, octets| {
+        pulse.beat();
         let first = octets.start / PAGE_BYTES;
         populated.mark(Run {
             region,
@@ -110,9 +113,9 @@ pub(super) struct Readable<'u> {
 
 impl<'u> Readable<'u> {
     /// Asks the kernel, once.
-    pub(super) fn new(shared: &Shared, unused: &'u Unused) -> Self {
+    pub(super) fn new(shared: &Shared, unused: &'u Unused, pulse: &Pulse) -> Self {
         Self {
-            populated: populated(shared),
+            populated: populated(shared, pulse),
             unused,
         }
     }

@@ -148,7 +148,7 @@ impl<'s> Feeder<'s> {
         let mut ahead = 0;
         let mut refused_since = None;
         loop {
-            self.shared.check_stop()?;
+            self.check_stop()?;
             self.items(last, &mut ahead)?;
             permit = permit.or_else(|| shared.permits.acquire(last));
             if permit.is_none() {
@@ -179,6 +179,7 @@ impl<'s> Feeder<'s> {
             let pages: u64 = unsent.extent.iter().map(|run| run.count).sum();
             ahead = ahead.saturating_sub(pages * PAGE_BYTES_U64);
             while let Some(run) = unsent.extent.last().copied() {
+                self.state.pulse.beat();
                 self.sort(run, &mut unsent, round)?;
                 unsent.extent.pop();
             }
@@ -369,6 +370,7 @@ impl<'s> Feeder<'s> {
     }
 
     fn check_stop(&self) -> Result<(), Fault> {
+        self.state.pulse.beat();
         if self.state.given_up.load(Relaxed) {
             return Err(failed(ChannelError::ShutDown));
         }

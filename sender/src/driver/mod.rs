@@ -23,6 +23,7 @@ mod permits;
 mod redial;
 mod scan;
 mod tries;
+mod watch;
 mod work;
 
 use std::os::fd::BorrowedFd;
@@ -33,7 +34,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use multifd_tracking::{DirtySet, Source};
 use multifd_transport::{
-    EndGuard, Ended, GuestMemory, Running, Spawner, StdSpawner, ended, thread_cpu,
+    EndGuard, Ended, GuestMemory, Pulse, Running, Spawner, StdSpawner, ended, thread_cpu,
 };
 use multifd_wire::{
     Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
@@ -46,10 +47,12 @@ use crate::device::DeviceSource;
 use crate::error::{Error, Fault};
 use crate::pacer::Pacer;
 use crate::progress::{Counters, Snapshot};
-use crate::report::Report;
+use crate::report::{Report, Timeline};
+use crate::session::Outcome;
 use crate::speed::LaneLoad;
 use crate::vmm::Vmm;
 use permits::LanePermits;
+use watch::{Fate, Watch};
 
 /// Notes to the control thread that may wait: enough that lanes and the control reader never stand still for it while it
 /// pauses the guest or writes to the control channel.
@@ -78,8 +81,9 @@ pub struct Finished {
     pub report: Report,
     /// Why it failed, if it did.
     pub error: Option<Error>,
-    /// The machine. If it migrated it must not run again.
-    pub vmm: Box<dyn Vmm>,
+    /// The machine. If it migrated it must not run again. `None` if its own code does not return, or the thread that ran it was killed:
+    /// it is with that thread, as are the sources and the devices, and whether the guest is paused is for the embedder to see.
+    pub vmm: Option<Box<dyn Vmm>>,
     /// The sources, stopped.
     pub sources: Vec<Box<dyn Source>>,
     /// The devices; one whose own code panicked is missing. They run if the guest runs here.
@@ -89,6 +93,7 @@ pub struct Finished {
 /// A migration under way.
 pub struct Migration {
     handle: Handle,
+    shared: Arc<Shared>,
     running: Running<Finished>,
 }
 
@@ -196,6 +201,7 @@ impl Migration {
             loads: Mutex::default(),
             began: Instant::now(),
             stop: AtomicBool::new(false),
+            watch: Watch::new(),
             devices: Arc::new(device::DeviceTable::new()),
             cancelled: Arc::clone(&handle.cancelled),
             config: parts.config.clone(),
@@ -204,7 +210,7 @@ impl Migration {
         let spawner = theirs.clone().unwrap_or_else(|| Arc::new(StdSpawner));
         let dial: Arc<dyn Dial> = Arc::from(parts.dial);
         let control = control::Control::new(
-            shared,
+            Arc::clone(&shared),
             parts.vmm,
             parts.sources,
             Arc::clone(&dial),
@@ -219,7 +225,11 @@ impl Migration {
             control,
             control::Control::run,
         ) {
-            Ok(running) => Ok(Self { handle, running }),
+            Ok(running) => Ok(Self {
+                handle,
+                shared,
+                running,
+            }),
             Err((source, control)) => {
                 let (vmm, sources) = control.into_parts();
                 let step = "start a thread";
@@ -248,19 +258,61 @@ impl Migration {
         self.running.is_finished()
     }
 
-    /// An event descriptor that becomes readable, and stays so, when the migration is over. It is not to be read.
+    /// An event descriptor that becomes readable, and stays so, when the migration is over. It is not to be read. If the control
+    /// thread itself is killed nothing makes it readable: only [`wait`](Self::wait) finds that out.
     #[must_use]
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.running.ended()
     }
 
-    /// Waits for the end.
+    /// Waits for the end. It comes also if the control thread does not come back: from the VMM's code, from a page fault that nobody
+    /// serves, or because it was killed. That is seen within the longer one of device deadline and stall, and 2 s.
     ///
     /// # Panics
     /// If the control thread panicked, which is a bug; with the same words.
     #[must_use]
     pub fn wait(self) -> Finished {
-        self.running.wait()
+        let Self {
+            handle,
+            shared,
+            running,
+        } = self;
+        let limit = watch::silent_max(&shared.config);
+        running
+            .wait_while_it_beats(shared.watch.pulse(), limit)
+            .unwrap_or_else(|silent| given_up(&handle, &shared, silent))
+    }
+}
+
+/// The control thread does not come back. If it does so later, it finds that nobody waits for it, and commits nothing.
+fn given_up(handle: &Handle, shared: &Shared, silent: Duration) -> Finished {
+    let fate = shared.watch.give_up();
+    shared.cancelled.store(true, Ordering::Relaxed);
+    shared.stop.store(true, Ordering::Relaxed);
+    let snapshot = handle.progress();
+    let stuck = Fault::ThreadStuck {
+        thread: format!("the control thread, which was to {}", shared.watch.step()),
+        waited_ms: silent.as_millis(),
+    };
+    tracing::error!(fault = %stuck, "the migration is given up");
+    let failed = |fault| Error::new(snapshot.phase, fault);
+    let outcome = match fate {
+        Fate::Open | Fate::GivenUp => Outcome::Failed(failed(stuck)),
+        Fate::Committed => Outcome::Unknown(failed(Fault::OutcomeUnknown {
+            why: stuck.to_string(),
+        })),
+        Fate::Migrated => Outcome::Migrated,
+    };
+    let mut timeline = Timeline::begun(shared.began);
+    timeline.threads_left.push("mfd-control".to_owned());
+    let config = &shared.config;
+    let report = Report::new(&timeline, &outcome, &snapshot, config, &[], Vec::new());
+    Finished {
+        report,
+        error: outcome.into_error(),
+        vmm: None,
+        sources: Vec::new(),
+        devices: Vec::new(),
     }
 }
 
@@ -278,6 +330,7 @@ struct Shared {
     loads: Mutex<Loads>,
     began: Instant,
     stop: AtomicBool,
+    watch: Watch,
     devices: Arc<device::DeviceTable>,
     cancelled: Arc<AtomicBool>,
 }
@@ -344,6 +397,8 @@ struct LaneState {
     incarnation: Incarnation,
     /// The control thread waits for the lane's thread to end.
     given_up: AtomicBool,
+    /// The lane's thread is at work.
+    pulse: Pulse,
     lane: Mutex<Option<crate::lane::Lane>>,
 }
 

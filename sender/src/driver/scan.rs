@@ -5,6 +5,7 @@
 //! then was written without anybody's report.
 
 use multifd_tracking::scan::{self, Unreported};
+use multifd_transport::Pulse;
 use multifd_wire::digest::page_value;
 use multifd_wire::{PAGE_BYTES_U64, PageIndex, RegionId};
 
@@ -13,8 +14,8 @@ use super::first_round::{Readable, Unused};
 
 /// Compares every page of memory with what was sent of it. Holes are not read: they are zero. Pages that nobody needs
 /// may hold what they will, unless they were sent once.
-pub(super) fn unreported(shared: &Shared, unused: &Unused) -> Unreported {
-    let readable = Readable::new(shared, unused);
+pub(super) fn unreported(shared: &Shared, unused: &Unused, pulse: &Pulse) -> Unreported {
+    let readable = Readable::new(shared, unused, pulse);
     let sent = |region: u32, page: u64| {
         let run = shared
             .layout
@@ -22,6 +23,7 @@ pub(super) fn unreported(shared: &Shared, unused: &Unused) -> Unreported {
         run.map_or(0, |run| u64::from(shared.values.first_of(run)))
     };
     let now = |region: u32, page: u64| {
+        pulse.beat();
         let left_out = readable.is_unused(region, page) && sent(region, page) == 0;
         if left_out || !readable.is_readable(region, page) {
             return 0;

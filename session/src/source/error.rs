@@ -33,6 +33,16 @@ pub enum Fault {
         /// What.
         what: String,
     },
+    /// A thread of this side does not come back: it is stuck in the embedder's code or in guest memory, or was killed.
+    #[error(
+        "{thread} did not come back within {waited_ms} ms: it is left alone, and what it has stays with it"
+    )]
+    ThreadStuck {
+        /// Which one, and what it was to do.
+        thread: String,
+        /// How long it was waited for, in milliseconds.
+        waited_ms: u128,
+    },
     /// No version or feature in common.
     #[error("no protocol version or feature set in common: {0}")]
     Incompatible(#[from] Incompatible),
@@ -307,6 +317,7 @@ impl Failure for Fault {
             Self::Misbehaved(e) => e.code(),
             Self::OutOfTurn { .. } => "sender.misbehaved.out-of-turn",
             Self::Internal { .. } => "sender.internal",
+            Self::ThreadStuck { .. } => "sender.thread-stuck",
             Self::Incompatible(e) => e.code(),
             Self::Misuse(e) => e.code(),
             Self::Channel(e) => e.code(),
@@ -352,7 +363,7 @@ impl Failure for Fault {
             | Self::AllLanesLost { .. }
             | Self::LaneDown { .. }
             | Self::NothingTaken { .. } => Reason::ChannelsLost,
-            Self::Internal { .. } => Reason::Internal,
+            Self::Internal { .. } | Self::ThreadStuck { .. } => Reason::Internal,
             Self::NoAnswer { why, .. } => why.reason(),
             Self::Vmm { .. } => Reason::VmmRefused,
             Self::Memory(_) | Self::Tracking(_) | Self::Unreported(_) | Self::System { .. } => {

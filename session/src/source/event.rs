@@ -328,3 +328,17 @@ pub enum Outcome {
     /// The commit was sent, but whether the guest runs at the destination is not known; the source stays paused.
     Unknown(Error),
 }
+
+impl Outcome {
+    /// Why it ended otherwise than it should.
+    #[must_use]
+    pub fn into_error(self) -> Option<Error> {
+        match self {
+            Self::Migrated => None,
+            Self::Failed(error)
+            | Self::Cancelled(error)
+            | Self::Stranded(error)
+            | Self::Unknown(error) => Some(error),
+        }
+    }
+}

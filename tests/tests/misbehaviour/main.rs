@@ -16,3 +16,4 @@ mod rounds_sent;
 mod setup_received;
 mod setup_sent;
 mod threads;
+mod threads_sent;

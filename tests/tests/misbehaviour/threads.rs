@@ -1,48 +1,25 @@
 //! Threads of the destination that never come back, as when the kernel kills one for a system call that its filter forbids, or a page
 //! fault of its is never served: the end comes all the same, within the deadline that the embedder set, and says why.
 
-use std::io;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use multifd_receiver as rx;
 use multifd_tests::bounded::{Destination, GRACE, rx_builder};
 use multifd_tests::fake_source::FakeSource;
-use multifd_transport::Spawner;
+use multifd_tests::lost_threads::{LOSSES, Loss, Without};
 use multifd_wire::frame::{Asks, KeepAlive, LaneDown};
 use multifd_wire::{Frame, Incarnation, Kind, LaneId, Reason};
 
 /// How long one of ours may take to end.
 const DEADLINE: Duration = Duration::from_millis(300);
 
-/// Starts threads, but the one of this name does nothing and never ends.
-struct Without(&'static str);
-
-impl Spawner for Without {
-    fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
-        let dead = name == self.0;
-        std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                // What it holds it holds for ever, like a thread that was killed.
-                let body = std::mem::ManuallyDrop::new(body);
-                if dead {
-                    loop {
-                        std::thread::park();
-                    }
-                }
-                std::mem::ManuallyDrop::into_inner(body)();
-            })
-    }
-}
-
-fn destination(without: &'static str) -> Destination {
+fn destination(thread: &'static str, loss: Loss) -> Destination {
     let config = rx_builder()
         .device_deadline(DEADLINE)
         .setup_deadline(Duration::from_millis(500))
         .build()
         .unwrap();
-    Destination::with_threads(config, Box::new(Without(without)))
+    Destination::with_threads(config, Box::new(Without { thread, loss }))
 }
 
 fn failure(end: &rx::Finished) -> &'static str {
@@ -51,8 +28,9 @@ fn failure(end: &rx::Finished) -> &'static str {
 
 #[test]
 fn a_vmm_thread_that_never_comes_back_holds_up_neither_the_deadline_nor_a_cancel() {
-    for cancelled in [false, true] {
-        let destination = destination("mfd-vmm");
+    let cases = LOSSES.map(|loss| [false, true].map(|cancelled| (loss, cancelled)));
+    for (loss, cancelled) in cases.into_iter().flatten() {
+        let destination = destination("mfd-vmm", loss);
         let connect = || destination.connect();
         let source = FakeSource::open(&connect);
         source.send_tables(1);
@@ -74,29 +52,33 @@ fn a_vmm_thread_that_never_comes_back_holds_up_neither_the_deadline_nor_a_cancel
 
 #[test]
 fn a_lanes_thread_that_never_comes_back_ends_the_session_when_the_lane_is_closed() {
-    let destination = destination("mfd-lane1");
-    let connect = || destination.connect();
-    let source = FakeSource::in_rounds(&connect, 2);
-    source.control.send(LaneDown {
-        lane: LaneId::new(1),
-        incarnation: Incarnation::new(0),
-        reason: Reason::ChannelsLost,
-    });
-    let end = destination.end(GRACE).finished;
-    assert_eq!(failure(&end), "receiver.thread-stuck");
-    let text = end.error.unwrap().to_string();
-    assert!(text.contains("data channel 1"), "{text}");
-    assert!(end.vmm.is_some());
+    for loss in LOSSES {
+        let destination = destination("mfd-lane1", loss);
+        let connect = || destination.connect();
+        let source = FakeSource::in_rounds(&connect, 2);
+        source.control.send(LaneDown {
+            lane: LaneId::new(1),
+            incarnation: Incarnation::new(0),
+            reason: Reason::ChannelsLost,
+        });
+        let end = destination.end(GRACE).finished;
+        assert_eq!(failure(&end), "receiver.thread-stuck");
+        let text = end.error.unwrap().to_string();
+        assert!(text.contains("data channel 1"), "{text}");
+        assert!(end.vmm.is_some());
+    }
 }
 
 #[test]
 fn a_lanes_thread_that_never_comes_back_does_not_hold_up_a_cancel() {
-    let destination = destination("mfd-lane0");
-    let connect = || destination.connect();
-    let _source = FakeSource::in_rounds(&connect, 1);
-    destination.handle().cancel();
-    let end = destination.end(GRACE).finished;
-    assert_eq!(failure(&end), "receiver.cancelled");
+    for loss in LOSSES {
+        let destination = destination("mfd-lane0", loss);
+        let connect = || destination.connect();
+        let _source = FakeSource::in_rounds(&connect, 1);
+        destination.handle().cancel();
+        let end = destination.end(GRACE).finished;
+        assert_eq!(failure(&end), "receiver.cancelled");
+    }
 }
 
 /// SPEC: LANE-1, LANE-2, READY-1. In a first set-up as later: whoever loses a lane says so and is answered, and the set-up goes on.

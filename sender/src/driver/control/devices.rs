@@ -22,6 +22,7 @@ impl Control {
     pub(super) fn take_devices(&mut self) -> Result<Features, Error> {
         let fail = |fault| Error::new(Phase::Hello, fault);
         let step = "give its devices";
+        self.shared.watch.at("have the VMM give its devices");
         let sources = self
             .vmm
             .devices()
@@ -174,8 +175,9 @@ impl Control {
         if gone {
             self.device_set.retire(limit);
         }
-        let inbox = self.inbox.clone();
+        let (inbox, shared) = (self.inbox.clone(), Arc::clone(&self.shared));
         self.device_set.end(limit, || {
+            shared.watch.at("wait for a device's thread");
             let _ = inbox.recv_timeout(Duration::from_millis(1));
         });
         let streams = self.shared.devices.streams();

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use multifd_session::source::Seen;
-use multifd_transport::Closer;
+use multifd_transport::{Closer, Pulse, Silence, join_within};
 use multifd_wire::frame::LaneMark;
 use multifd_wire::{ChannelRef, Hello, Incarnation, LaneId, Misbehaved, Phase, Round};
 
@@ -31,13 +31,17 @@ pub(super) struct Slot {
     pub(super) thread: Option<JoinHandle<()>>,
     /// While a resume is under way: the connection that was lost, which LANDED settles.
     pub(super) before: Option<Arc<LaneState>>,
+    /// For how long nothing was heard of its thread.
+    pub(super) silence: Silence,
 }
 
 impl Slot {
     /// Its thread ends now, and says so.
     pub(super) fn close(&mut self) {
         self.commands = None;
-        self.state.given_up.store(true, Relaxed);
+        if !self.state.given_up.swap(true, Relaxed) {
+            self.silence = Silence::default();
+        }
         if let Some(closer) = &self.closer {
             closer.shutdown();
         }
@@ -73,6 +77,7 @@ impl Control {
             id,
             incarnation,
             given_up: std::sync::atomic::AtomicBool::new(false),
+            pulse: Pulse::default(),
             lane: std::sync::Mutex::new(Some(crate::lane::Lane::new(id, incarnation))),
         });
         let (commands, orders) = crossbeam_channel::bounded(2);
@@ -110,6 +115,7 @@ impl Control {
             slot.state = state;
             slot.commands = commands;
             slot.closer = None;
+            slot.silence = Silence::default();
             // It has ended or is about to: its last word was read before the lane was settled.
             let old = std::mem::replace(&mut slot.thread, thread);
             self.stragglers.extend(old);
@@ -120,6 +126,7 @@ impl Control {
                 closer: None,
                 thread,
                 before: None,
+                silence: Silence::default(),
             });
         }
         Ok(())
@@ -163,17 +170,57 @@ impl Control {
         slot.close();
         let (thread, state) = (slot.thread.take(), Arc::clone(&slot.state));
         if let Some(thread) = thread {
+            let limit = self.shared.config.device_deadline();
+            let (inbox, later, watch) = (&self.inbox, &mut self.later, &self.shared.watch);
             // It, or another one, may be waiting for room in the queue.
-            while !thread.is_finished() {
-                if let Ok(note) = self.inbox.recv_timeout(Duration::from_millis(1)) {
-                    self.later.push_back(note);
-                }
+            let joined = join_within(thread, limit, || {
+                watch.at("wait for a lane's thread");
+                later.extend(inbox.recv_timeout(Duration::from_millis(1)));
+            });
+            if joined.is_err() {
+                // What it took is not in the ledger, so the migration can't go on.
+                return Some(Event::Failed(self.lane_stuck(lane, limit)));
             }
-            let _ = thread.join();
         }
         let items = self.give_back_ledger(&state);
         let pages = self.shared.dirty.dirty_pages();
         Some(Event::LaneLost { pages, items })
+    }
+
+    pub(super) fn lane_stuck(&mut self, lane: LaneId, waited: Duration) -> Error {
+        let name = format!("mfd-lane{lane}");
+        self.timeline.threads_left.push(name.clone());
+        self.stuck(
+            format!("{name}, the thread of {}", ChannelRef::Lane(lane)),
+            waited,
+        )
+        .at(ChannelRef::Lane(lane))
+    }
+
+    /// A lane's thread may not come back: from a page fault that nobody serves, or because it was killed. One that has something on its
+    /// way is watched by the session, which closes the lane; then its thread has to end.
+    pub(super) fn watch_lanes(&mut self) {
+        // What lanes had to do is done.
+        if self.session.is_committed() {
+            return;
+        }
+        let (limit, now) = (self.shared.config.device_deadline(), Instant::now());
+        let stuck = self.lanes.iter_mut().find_map(|slot| {
+            let thread = slot.thread.as_ref()?;
+            if slot.closer.is_none() || thread.is_finished() {
+                return None;
+            }
+            let silent = slot.silence.look(&slot.state.pulse, now);
+            let on_its_way = !slot.state.given_up.load(Relaxed)
+                && lock(&slot.state.lane)
+                    .as_ref()
+                    .is_some_and(|lane| lane.unacked_frames() > 0);
+            (silent > limit && !on_its_way).then_some((slot.state.id, silent))
+        });
+        if let Some((lane, silent)) = stuck {
+            let error = self.lane_stuck(lane, silent);
+            self.drive(Event::Failed(error));
+        }
     }
 
     /// Everything of a lane's connection that is not acknowledged comes back. Gives how many items of devices that is.

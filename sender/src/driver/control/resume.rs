@@ -215,6 +215,7 @@ impl Control {
         let mut tx = opened.tx;
         tx.set_stall(Some(self.shared.config.stall()));
         self.control = Some(ControlSender::new(tx));
+        self.shared.watch.control_channel(opened.closer.clone());
         self.control_closer = Some(opened.closer);
         self.control_lost = false;
         self.agreement = Some(opened.agreement);
@@ -226,8 +227,8 @@ impl Control {
     }
 
     /// Closes every channel and waits for the threads that feed lanes, so that what they had taken is back. What the lanes carried
-    /// stays in their ledgers.
-    pub(super) fn disconnect(&mut self) {
+    /// stays in their ledgers. Gives why the migration can't go on, if a thread that may have taken pages does not end.
+    pub(super) fn disconnect(&mut self) -> Option<Error> {
         self.epoch += 1;
         self.device_set.suspend(&self.shared.devices);
         if let Some(closer) = self.control_closer.take() {
@@ -237,11 +238,13 @@ impl Control {
         self.stragglers.extend(self.reader.take());
         self.stragglers.retain(|thread| !thread.is_finished());
         self.lanes.iter_mut().for_each(lanes::Slot::close);
+        let limit = self.shared.config.device_deadline();
+        let (until, mut stuck) = (Instant::now() + limit, None);
         for place in 0..self.lanes.len() {
             let Some(slot) = self.lanes.get_mut(place) else {
                 break;
             };
-            let fed = slot.closer.is_some();
+            let (id, fed) = (slot.state.id, slot.closer.is_some());
             let Some(thread) = slot.thread.take() else {
                 continue;
             };
@@ -250,15 +253,10 @@ impl Control {
                 self.stragglers.push(thread);
                 continue;
             }
-            while !thread.is_finished() {
-                // Nothing that the old channels still say counts: LANDED will say it, finally. What devices say does.
-                match self.inbox.recv_timeout(Duration::from_millis(1)) {
-                    Ok(Note::LaneUp { closer, .. }) => closer.shutdown(),
-                    Ok(note @ Note::Device(_)) => self.later.push_back(note),
-                    _ => {}
-                }
+            // Nothing that the old channels still say counts: LANDED will say it, finally. What devices say does.
+            if self.join(thread, until).is_err() {
+                stuck = Some(self.lane_stuck(id, limit));
             }
-            let _ = thread.join();
         }
         for slot in &mut self.lanes {
             // A resume that came to nothing has left no ledger of its own behind.
@@ -266,9 +264,12 @@ impl Control {
         }
         // With the last lane gone this gives back what no lane had taken.
         self.open = None;
-        if !self.session.is_committed() {
-            self.timeline.suspended();
+        if self.session.is_committed() {
+            // No page is needed any more.
+            return None;
         }
+        self.timeline.suspended();
+        stuck
     }
 
     /// Everything as at the beginning, for a destination that has nothing.
@@ -383,16 +384,7 @@ impl Control {
     pub(super) fn join_stragglers(&mut self) {
         let began = Instant::now();
         for thread in std::mem::take(&mut self.stragglers) {
-            while !thread.is_finished() && began.elapsed() < STRAGGLERS_MAX {
-                if let Ok(Note::LaneUp { closer, .. }) =
-                    self.inbox.recv_timeout(Duration::from_millis(1))
-                {
-                    closer.shutdown();
-                }
-            }
-            if thread.is_finished() {
-                let _ = thread.join();
-            }
+            let _ = self.join(thread, began + STRAGGLERS_MAX);
         }
         tracing::trace!(took = ?began.elapsed(), "threads of lost channels have ended");
     }

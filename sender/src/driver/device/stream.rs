@@ -43,6 +43,8 @@ pub(super) struct StreamState {
     pub(super) repeats: bool,
     /// What the device is being asked for, and since when.
     pub(super) call: Option<(&'static str, Instant)>,
+    /// When the command that waits was given.
+    commanded: Option<Instant>,
     pub(super) stats: DeviceStats,
 }
 
@@ -68,6 +70,7 @@ impl DeviceStream {
                 epoch: 0,
                 repeats: false,
                 call: None,
+                commanded: None,
                 stats: DeviceStats {
                     stop_bytes: traits.state_bytes,
                     announced: u32::from(wants_ack),
@@ -93,6 +96,7 @@ impl DeviceStream {
     pub(super) fn command(&self, command: DeviceCommand) {
         let mut state = self.lock();
         (state.command, state.done) = (Some(command), None);
+        state.commanded = Some(Instant::now());
         drop(state);
         self.changed.notify_all();
     }
@@ -105,6 +109,7 @@ impl DeviceStream {
             .changed
             .wait_timeout_while(state, wait, idle)
             .unwrap_or_else(PoisonError::into_inner);
+        state.commanded = None;
         state.command.take()
     }
 
@@ -117,9 +122,12 @@ impl DeviceStream {
         self.changed.notify_all();
     }
 
-    /// What the device has been asked for since longer than `limit`, and since how long. Its own code does not return.
+    /// What the device has been asked for since longer than `limit`, and since how long. Its own code does not return, or its thread
+    /// does not even take the command.
     pub(super) fn stuck(&self, limit: Duration) -> Option<Stuck> {
-        let (step, since) = self.lock().call?;
+        let state = self.lock();
+        let waiting = || Some(("take a command", state.commanded?));
+        let (step, since) = state.call.or_else(waiting)?;
         let waited = since.elapsed();
         (waited >= limit).then_some(Stuck { step, waited })
     }

@@ -266,7 +266,7 @@ impl Guest {
             ..
         } = finished;
         let device_states = devices.iter().map(|device| device.state()).collect();
-        (self.machine, self.devices, self.sources) = (Some(vmm), devices, sources);
+        (self.machine, self.devices, self.sources) = (vmm, devices, sources);
         let arrived = std::mem::take(&mut *arrived.lock().unwrap_or_else(PoisonError::into_inner));
         Ok(Ended {
             sent: report,
