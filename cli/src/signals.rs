@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 /// Becomes true with the first signal.
@@ -35,6 +35,16 @@ pub fn catch(program: &'static str, meanwhile: &'static str) -> io::Result<Asked
                 }
             }
         })?;
+    Ok(asked)
+}
+
+/// Becomes true with each SIGUSR1, until whoever heeds it makes it false.
+///
+/// # Errors
+/// No handler could be had.
+pub fn catch_switch_over() -> io::Result<Asked> {
+    let asked = Asked::default();
+    signal_hook::flag::register(SIGUSR1, Arc::clone(&asked))?;
     Ok(asked)
 }
 

@@ -53,6 +53,7 @@ const FLAGS: &[&str] = &[
     "--restart-if-lost",
     "--seed",
     "--stall",
+    "--start-paused",
     "--state-file",
     "--tls-ca",
     "--tls-cert",
@@ -69,7 +70,7 @@ const FLAGS: &[&str] = &[
 
 #[test]
 fn help_explains_every_flag_and_every_exit_status() {
-    let help = help_of(PROGRAM, FLAGS, &[0, 1, 2, 3, 4, 5, 6]);
+    let help = help_of(PROGRAM, FLAGS, &[0, 1, 2, 3, 4, 5, 6, 7]);
     let (_, rest) = help.split_once("Examples:").expect("examples");
     assert!(rest.contains("Ctrl-C"), "{help}");
 }

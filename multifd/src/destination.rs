@@ -17,6 +17,8 @@ pub use multifd_receiver::{
     Overcommit, Ownership, Vmm,
 };
 
+pub use multifd_wire::frame::GuestState;
+
 use crate::source::ours;
 use crate::transport::{Listener, Spawner};
 

@@ -23,6 +23,7 @@ pub use multifd_sender::{
     Fault, Handle, Reclaimed, SpreadDialer, Vmm, WhenAckLate, WhenDestinationLost,
     WhenNotConverging, ask,
 };
+pub use multifd_wire::frame::GuestState;
 
 use crate::tracking::Source;
 use crate::transport::{Channel, GuestMemory, Spawner};

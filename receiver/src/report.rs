@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 pub use multifd_session::common::{DamageReport, ErrorReport};
 use multifd_session::destination::Outcome;
+use multifd_wire::frame::GuestState;
 use multifd_wire::{DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
 
@@ -28,6 +29,8 @@ pub enum OutcomeKind {
 pub struct Report {
     /// How it ended.
     pub outcome: OutcomeKind,
+    /// Whether the guest, which is this side's, is paused, because its user had paused it at the source.
+    pub guest_paused: bool,
     /// From the source's hello to the end.
     pub total_ms: f64,
     /// Building the machine.
@@ -124,6 +127,8 @@ pub(crate) struct Timeline {
     pub(crate) digest: Option<u64>,
     devices: Vec<(DeviceId, DeviceReport)>,
     pub(crate) devices_left: Vec<String>,
+    /// What the guest was to be when the source gave it away.
+    pub(crate) guest: Option<GuestState>,
 }
 
 impl Timeline {
@@ -196,6 +201,8 @@ impl Report {
                 .map(|(_, report)| report.clone())
                 .collect(),
             devices_left: timeline.devices_left.clone(),
+            guest_paused: kind == OutcomeKind::Running
+                && timeline.guest == Some(GuestState::Paused),
             refused: end.refused,
             wrong_tokens: end.wrong_tokens,
             cpu_receiver_s: end.cpu.as_secs_f64(),

@@ -56,6 +56,17 @@ pub trait Vmm: Any + Send {
     /// The source has given the guest away by now: an error here leaves a loaded, paused guest at this side, and says so.
     fn resume(&mut self, proof: Ownership) -> Result<(), VmmError>;
 
+    /// In the place of [`Vmm::resume`], for a guest that its user had paused at the source: it is this side's from here on, loaded and
+    /// paused, and so it stays until its user runs it. Its devices do not run either; they come back in [`Finished`](crate::Finished) as
+    /// they were loaded, to be run with the guest.
+    ///
+    /// # Errors
+    /// As for [`Vmm::resume`].
+    fn take_over(&mut self, proof: Ownership) -> Result<(), VmmError> {
+        let _ = proof;
+        Ok(())
+    }
+
     /// The migration ended before the commit: take the machine down. It must never run.
     fn discard(&mut self) {}
 }

@@ -31,6 +31,7 @@ pub use driver::{
     StartError, ask,
 };
 pub use error::{Error, Fault};
+pub use multifd_wire::frame::GuestState;
 pub use progress::{Snapshot, SourceProgress};
 pub use report::{DamageReport, OutcomeKind, Report};
 pub use vmm::{Blob, Reclaimed, Vmm, VmmError};

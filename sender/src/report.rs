@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 pub use multifd_session::common::{DamageReport, ErrorReport};
 use multifd_tracking::Source;
-use multifd_wire::frame::{Prepared, RoundClosed, Running};
+use multifd_wire::frame::{GuestState, Prepared, RoundClosed, Running};
 use multifd_wire::{PAGE_BYTES_U64, Round};
 use serde::Serialize;
 
@@ -29,6 +29,8 @@ pub enum OutcomeKind {
     Stranded,
     /// The commit was sent and nothing was heard since: the source stays paused.
     Unknown,
+    /// The guest shut down or crashed at the source: it runs nowhere.
+    Gone,
 }
 
 /// The final report. Times in milliseconds, sizes in octets.
@@ -37,6 +39,8 @@ pub enum OutcomeKind {
 pub struct Report {
     /// How it ended.
     pub outcome: OutcomeKind,
+    /// Whether the guest's user had paused it, so that it arrives paused.
+    pub guest_paused: bool,
     /// From the start of the migration to its end.
     pub total_ms: f64,
     /// From before the guest was told to pause until it was known to run again (here or there); null if it never paused.
@@ -383,6 +387,8 @@ pub(crate) struct Timeline {
     pub(crate) dirty_scan: Option<Duration>,
     pub(crate) resume_failed: Option<String>,
     pub(crate) threads_left: Vec<String>,
+    /// What the guest was when it was asked last.
+    pub(crate) guest: GuestState,
 }
 
 impl Timeline {
@@ -612,6 +618,7 @@ impl Report {
             Outcome::Cancelled(error) => (OutcomeKind::Cancelled, Some(error)),
             Outcome::Stranded(error) => (OutcomeKind::Stranded, Some(error)),
             Outcome::Unknown(error) => (OutcomeKind::Unknown, Some(error)),
+            Outcome::Gone(error) => (OutcomeKind::Gone, Some(error)),
         };
         let ended = timeline.ended.unwrap_or_else(Instant::now);
         let total = timeline.began.map_or(Duration::ZERO, |began| ended - began);
@@ -623,6 +630,7 @@ impl Report {
             .map_or(Duration::ZERO, |(b, a)| b.saturating_sub(a));
         Self {
             outcome: kind,
+            guest_paused: timeline.guest == GuestState::Paused,
             total_ms: ms(total),
             downtime_ms: timeline
                 .pausing

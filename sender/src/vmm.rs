@@ -6,6 +6,7 @@
 use std::any::Any;
 
 use multifd_tracking::Run;
+use multifd_wire::frame::GuestState;
 
 use crate::device::DeviceSource;
 use crate::driver::AskTicket;
@@ -23,6 +24,12 @@ pub trait Vmm: Any + Send {
     /// # Errors
     /// An error refuses the migration before anything was sent.
     fn config(&mut self) -> Result<Vec<Blob>, VmmError>;
+
+    /// Whether the guest runs, or its user has paused it. Called after [`Vmm::config`], and again directly before [`Vmm::pause`]: one that
+    /// is paused then arrives paused, if the destination can do that. One that is paused at the first call goes to no other destination.
+    fn guest(&mut self) -> GuestState {
+        GuestState::Running
+    }
 
     /// The devices whose state is to be moved, running. Called once, directly after [`Vmm::config`]. They come back in
     /// [`Finished`](crate::Finished): running, unless the guest was given away.
@@ -56,7 +63,7 @@ pub trait Vmm: Any + Send {
         Ok(())
     }
 
-    /// Stops all vCPUs and the VMM's own writers of guest memory. After it returns, guest memory changes only through
+    /// Stops all vCPUs and the VMM's own writers of guest memory, also if the guest's user has paused it already. After it returns, guest memory changes only through
     /// devices that are still running and through [`Vmm::save`].
     ///
     /// # Errors
@@ -69,7 +76,7 @@ pub trait Vmm: Any + Send {
     /// An error ends the migration; the guest is resumed.
     fn save(&mut self) -> Result<Vec<Blob>, VmmError>;
 
-    /// Runs the guest again at the source, after a migration that failed, was cancelled or lost its link while it was paused. In
+    /// Makes the guest again what it was before [`Vmm::pause`]: runs it, or leaves it paused if its user wants that. Called after a migration that failed, was cancelled or lost its link while it was paused. In
     /// the last case the migration may go on, and [`Vmm::pause`] and [`Vmm::save`] are called again. Its devices run already.
     ///
     /// # Errors

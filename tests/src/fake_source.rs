@@ -8,8 +8,8 @@ use multifd_transport::Channel;
 use multifd_wire::digest::page_value;
 use multifd_wire::frame::{
     Asks, Commit, Config, Device, DeviceChunk, DeviceFlags, DeviceMark, Devices, Final, Grant,
-    KeepAlive, LaneMark, Mark, Pages, RawDevice, RawRegion, RawRun, Regions, RoundEnd, SetupEnd,
-    Switchover, VmState, Zeros, blob_parts,
+    GuestState, KeepAlive, LaneMark, Mark, Pages, RawDevice, RawRegion, RawRun, Regions, RoundEnd,
+    SetupEnd, Switchover, VmState, Zeros, blob_parts,
 };
 use multifd_wire::{
     Body, DeviceId, Digest, Features, Frame, Generation, Hello, HelloReply, Incarnation, Kind,
@@ -515,6 +515,7 @@ impl<'d> FakeSource<'d> {
             states: 1,
             digest: self.digest,
             memory_pages: self.layout.pages_total().value(),
+            guest: GuestState::Running,
         }
     }
 

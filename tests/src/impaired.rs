@@ -218,6 +218,8 @@ pub fn migrate(seed: u64, rules: Vec<Rule>) -> Passage {
     let expected = match outcome {
         tx::OutcomeKind::Migrated => !here && there,
         tx::OutcomeKind::Failed | tx::OutcomeKind::Cancelled => here && !there,
+        // No guest of these says so.
+        tx::OutcomeKind::Gone => false,
         tx::OutcomeKind::Unknown | tx::OutcomeKind::Stranded => !here,
         // An outcome of which this check knows nothing.
         _ => false,

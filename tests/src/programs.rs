@@ -320,6 +320,15 @@ impl Process {
         let _ = kill_process(Pid::from_child(&self.child), Signal::STOP);
     }
 
+    /// Tells a multifd-send to switch over now.
+    ///
+    /// # Panics
+    /// If the process is gone.
+    pub fn switch_over(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::USR1)
+            .unwrap_or_else(|error| panic!("{} can't be told: {error}", self.name));
+    }
+
     /// Lets it go on.
     pub fn go_on(&self) {
         let _ = kill_process(Pid::from_child(&self.child), Signal::CONT);

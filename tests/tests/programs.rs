@@ -367,6 +367,39 @@ fn the_largest_numbers_that_are_taken_end_no_program() {
     assert_eq!(received.report()["guest_check"], "passed", "{received}");
 }
 
+#[test]
+fn a_guest_that_was_paused_arrives_paused_and_whole() {
+    let ended = moved(&["--start-paused"]);
+    let report = assert_migrated(&ended);
+    assert_eq!(report["guest_paused"], true, "{ended}");
+    assert_eq!(report["receiver"]["guest_paused"], true, "{ended}");
+    assert_eq!(
+        report["receiver"]["guest_beats"], 0,
+        "it never ran: {ended}"
+    );
+}
+
+#[test]
+fn a_user_may_switch_over_now_whatever_the_forecast_says() {
+    let sender = send(&[
+        "--loopback",
+        "--progress",
+        "json",
+        "--bandwidth",
+        "20MB/s",
+        "--dirty-rate",
+        "100MB/s",
+        "--downtime-limit",
+        "1ms",
+        "--max-rounds",
+        "1000",
+    ]);
+    let _ = sender.wait_for("\"event\":\"round\"");
+    sender.switch_over();
+    let ended = sender.end();
+    assert_eq!(ended.status, Some(0), "{ended}");
+}
+
 // ── migrations that do not happen ────────────────────────────────────────────────────────────────────────────────────────
 
 /// Round 0 alone takes many seconds.

@@ -287,9 +287,9 @@ def switchover(round_number):
     return Octets().u32(round_number, "final_round").zero(4).zero(8)
 
 
-def final(round_number, states, digest, memory_pages):
+def final(round_number, states, digest, memory_pages, guest=0):
     out = Octets().u32(round_number, "final_round").u32(states, "states").hex64(digest, "digest")
-    return out.u64(memory_pages, "memory_pages").zero(16)
+    return out.u64(memory_pages, "memory_pages").zero(8).u32(guest, "guest").zero(4)
 
 
 def prepared(digest, wait_us, load_us, verify_us):
@@ -431,6 +431,7 @@ def accepted():
     each("switchover", "SWITCHOVER", "SWITCH-1", switchover(6), 14)
     each("vm_state", "VM_STATE", "BLOB-1", blob(3, 1, 0, 0, 8), 15, b"cpu-zero")
     each("final", "FINAL", "FINAL-1", final(6, 1, 0xFEDCBA9876543210, 768), 16)
+    each("final-paused", "FINAL", "FINAL-6", final(6, 1, 0xFEDCBA9876543210, 768, 1), 16)
     each("prepared", "PREPARED", "PREP-1", prepared(0xFEDCBA9876543210, 10, 20, 30), 17)
     each("commit", "COMMIT", "COMMIT-1", commit(0xFEDCBA9876543210), 18)
     each("running", "RUNNING", "RUNNING-1", running(150, 7000, 3145728), 19)
@@ -591,6 +592,7 @@ def rejected():
     no("keep_alive-flags", "frame", bad + "reserved", "GEN-3", frame("KEEP_ALIVE", keep_alive(1, 0, 0, 3)))
     no("lane_down-reason", "frame", bad + "value", "REASON-1", frame("LANE_DOWN", lane_down(0, 0, 0)))
     no("final-no-memory", "frame", bad + "value", "FINAL-1", frame("FINAL", final(0, 0, 0, 0)))
+    no("final-guest", "frame", bad + "value", "FINAL-6", frame("FINAL", final(0, 0, 0, 1, 2)))
     no("stream_open-stream", "frame", bad + "value", "LIMIT-18", frame("STREAM_OPEN", stream_open(1024)))
     no("stream_data-empty", "frame", bad + "body-bytes", "CARRY-5", frame("STREAM_DATA", stream_data(0, 0)))
     no("stream_data-offset", "frame", bad + "value", "LIMIT-19",
@@ -1178,6 +1180,7 @@ def illegal(legal):
     bad("final-pages", "reason-3", "FINAL-5", "FINAL says one page more", lambda t: t.until("FINAL").set(memory_pages=9))
     bad("final-states", "reason-3", "FINAL-5", "FINAL says two blobs where there is one", lambda t: t.until("FINAL").set(states=2))
     bad("final-round", "reason-3", "FINAL-1", "FINAL names round 0", lambda t: t.until("FINAL").set(final_round=0))
+    bad("final-paused", "reason-3", "FINAL-6", "FINAL of a paused guest, and PAUSED was not agreed on", lambda t: t.until("FINAL").set(guest=1))
     bad("final-digest", "reason-7", "FINAL-4 FINAL-1", "one bit of the digest of FINAL", lambda t: t.until("FINAL").set(digest=base ^ 1))
 
     def damaged_to_the_end(t):

@@ -51,10 +51,7 @@ impl Ended {
     #[must_use]
     pub fn wait(&self, time: Duration) -> bool {
         let over = lock(&self.0.over);
-        let waited = self
-            .0
-            .changed
-            .wait_timeout_while(over, time, |over| !*over);
+        let waited = self.0.changed.wait_timeout_while(over, time, |over| !*over);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }

@@ -85,9 +85,9 @@ mod listener;
 pub mod memory;
 mod options;
 mod patience;
+mod pulse;
 #[cfg(feature = "rdma")]
 pub mod rdma;
-mod pulse;
 mod read_ahead;
 mod resolve;
 mod spawn;

@@ -17,8 +17,10 @@ impl Features {
     pub const RESUME: Self = Self(2);
     /// Bit 2: the session carries a machine monitor's own connections. SPEC: FEAT-6
     pub const BRIDGE: Self = Self(4);
+    /// Bit 3: a guest that is paused at the source arrives paused. SPEC: FEAT-7
+    pub const PAUSED: Self = Self(8);
     /// All bits that version 1 defines.
-    pub const KNOWN: Self = Self(7);
+    pub const KNOWN: Self = Self(15);
 
     /// Wraps the bits as they travel; unknown bits are kept, since refusing or dropping them is negotiation's work.
     #[must_use]
@@ -73,6 +75,7 @@ impl fmt::Display for Features {
             (Self::DEVICE_STATE, "device-state"),
             (Self::RESUME, "resume"),
             (Self::BRIDGE, "bridge"),
+            (Self::PAUSED, "paused"),
         ] {
             if self.contains(bit) {
                 write!(f, "{separator}{name}")?;

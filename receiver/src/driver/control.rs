@@ -300,6 +300,7 @@ impl Control {
                 self.devices.memory_landed();
             }
             Effect::Resume(proof) => {
+                self.timeline.guest = Some(proof.guest());
                 let sinks = self.take_devices_back();
                 self.ask_vmm(VmmTask::Resume(proof, sinks));
             }

@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use multifd_session::destination::Ownership;
 use multifd_transport::{GuestMemory, join_within, spawn_with};
 use multifd_wire::Layout;
-use multifd_wire::frame::Device;
+use multifd_wire::frame::{Device, GuestState};
 
 use super::device::{open, start, with_all};
 use super::{Note, Shared};
@@ -127,10 +127,16 @@ fn work(mut vmm: Box<dyn Vmm>, orders: &Receiver<VmmTask>, shared: &Shared) -> B
                 VmmDone::Loaded(loaded, began.elapsed())
             }
             VmmTask::Resume(proof, sinks) => {
-                let (started, sinks) = with_all(shared, sinks, start);
-                let done =
-                    started.and_then(|()| vmm.resume(proof).map_err(refused("run the guest")));
-                VmmDone::Resumed(done, began.elapsed(), sinks)
+                // SPEC: COMMIT-7
+                if proof.guest() == GuestState::Paused {
+                    let done = vmm.take_over(proof).map_err(refused("take the guest over"));
+                    VmmDone::Resumed(done, began.elapsed(), sinks)
+                } else {
+                    let (started, sinks) = with_all(shared, sinks, start);
+                    let done =
+                        started.and_then(|()| vmm.resume(proof).map_err(refused("run the guest")));
+                    VmmDone::Resumed(done, began.elapsed(), sinks)
+                }
             }
             VmmTask::Discard => {
                 vmm.discard();

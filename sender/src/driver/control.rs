@@ -14,14 +14,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_tracking::{CollectPhase, Source};
 use multifd_transport::{Closer, LOOK_MAX, Pulse, Silence, Spawner, join_within};
 use multifd_wire::frame::{
-    Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, RawRegion, RawRun, Regions,
-    SetupEnd, Switchover, VmState, blob_parts,
+    Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, GuestState, RawRegion, RawRun,
+    Regions, SetupEnd, Switchover, VmState, blob_parts,
 };
 use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
 use multifd_wire::negotiate::Agreement;
 use multifd_wire::{
-    ChannelRef, Frame, Hello, Incarnation, LaneId, Misbehaved, Phase, Reason, Round, Sequence,
-    SessionId, Text, Token,
+    ChannelRef, Features, Frame, Hello, Incarnation, LaneId, Misbehaved, Phase, Reason, Round,
+    Sequence, SessionId, Text, Token,
 };
 
 use super::ask::AskTicket;
@@ -156,7 +156,9 @@ impl Control {
         if let Err(error) = self.connect() {
             // What failed because the user did not want to wait any longer is a cancellation.
             let cancelled = self.shared.cancelled.load(Relaxed);
-            self.drive(if cancelled {
+            self.drive(if self.shared.wishes.guest_gone.load(Relaxed) {
+                Event::GuestGone
+            } else if cancelled {
                 Event::Cancel
             } else {
                 Event::Failed(error)
@@ -166,6 +168,7 @@ impl Control {
             if self.shared.cancelled.load(Relaxed) {
                 self.drive(Event::Cancel);
             }
+            self.heed_wishes();
             // Once there is an outcome, what is still under way (a dial, say) belongs to the last word.
             if self.outcome.is_none() {
                 self.step();
@@ -187,7 +190,11 @@ impl Control {
                 },
             )
         })?;
-        let features = self.take_devices()?;
+        self.shared
+            .watch
+            .at("have the VMM say whether the guest runs");
+        self.timeline.guest = self.vmm.guest();
+        self.take_devices()?;
         let mut id = [0u8; 16];
         getrandom::fill(&mut id).map_err(|e| {
             hello_error(Fault::System {
@@ -196,8 +203,8 @@ impl Control {
             })
         })?;
         self.id = SessionId::new(id);
-        let hello =
-            Hello::start(self.id, features, self.wanted()).with_pass(self.shared.config.pass());
+        let hello = Hello::start(self.id, self.needed(), self.wanted())
+            .with_pass(self.shared.config.pass());
         let opened = first_contact(&self.shared, &self.dial, &*self.spawner, &self.inbox, hello)
             .inspect_err(|fault| self.shared.counters.note_fault(ChannelRef::Control, fault))
             .map_err(hello_error)?;
@@ -211,6 +218,16 @@ impl Control {
             self.session.expect_devices();
         }
         self.take_control(opened)
+    }
+
+    /// What the embedder has said of its guest meanwhile.
+    fn heed_wishes(&mut self) {
+        if self.outcome.is_none() && self.shared.wishes.guest_gone.load(Relaxed) {
+            self.drive(Event::GuestGone);
+        }
+        if self.outcome.is_none() && self.shared.wishes.switch_over.swap(false, Relaxed) {
+            self.drive(Event::SwitchOverNow);
+        }
     }
 
     /// Waits for the next note or timer, and handles it.
@@ -589,6 +606,7 @@ impl Control {
         }
         self.timeline.pausing(self.session.predicted_downtime());
         self.shared.watch.at("have the VMM pause the guest");
+        self.timeline.guest = self.vmm.guest();
         self.vmm.pause().map_err(|source| {
             Error::new(
                 Phase::Switchover,
@@ -629,11 +647,25 @@ impl Control {
             states: self.states,
             digest,
             memory_pages,
+            guest: self.guest_there(),
         })?;
         self.timeline.final_sent();
         Ok(Event::FinalSent {
             digest: digest.value(),
         })
+    }
+
+    /// What the guest is to be at the destination.
+    fn guest_there(&self) -> GuestState {
+        // SPEC: FINAL-6
+        let agreed = self
+            .agreement
+            .is_some_and(|agreement| agreement.features.contains(Features::PAUSED));
+        if agreed {
+            self.timeline.guest
+        } else {
+            GuestState::Running
+        }
     }
 
     /// Compares all of memory with what was sent, on a thread of its own: this one goes on saying that it lives.
@@ -719,6 +751,7 @@ impl Control {
             }),
             Note::Device(note) => self.device(note),
             Note::Cancel => self.drive(Event::Cancel),
+            Note::Wish => self.heed_wishes(),
         }
     }
 

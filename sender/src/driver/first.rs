@@ -4,6 +4,7 @@
 //! itself at the deadline of the hello at the latest, and what it opened is closed with it, after the destination was told.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, SendError, bounded, select};
@@ -50,7 +51,11 @@ pub(super) fn first_contact(
         shared.watch.at("reach the destination");
         select! {
             recv(result) -> opened => return opened.unwrap_or(Err(Fault::Cancelled)),
-            recv(inbox) -> _cancel => return Err(Fault::Cancelled),
+            recv(inbox) -> note => match note {
+                // To switch over is for later.
+                Ok(Note::Wish) if !shared.wishes.guest_gone.load(Relaxed) => {}
+                _ => return Err(Fault::Cancelled),
+            },
             default(LOOK_MAX) => {}
         }
         let waited = silence.look(&never, Instant::now());

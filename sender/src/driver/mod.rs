@@ -142,6 +142,14 @@ pub struct Handle {
     counters: Arc<Counters>,
     notes: Sender<Note>,
     cancelled: Arc<AtomicBool>,
+    wishes: Arc<Wishes>,
+}
+
+/// What the embedder has said of its guest, until it was heeded.
+#[derive(Debug, Default)]
+struct Wishes {
+    switch_over: AtomicBool,
+    guest_gone: AtomicBool,
 }
 
 impl Handle {
@@ -157,6 +165,23 @@ impl Handle {
         self.cancelled.store(true, Ordering::Relaxed);
         // If the queue is full the control thread is awake and sees the flag.
         let _ = self.notes.try_send(Note::Cancel);
+    }
+
+    /// Nobody would notice if the guest paused now: it is rebooting, or has said that it is quiet. Pre-copy ends with the round under
+    /// way, whatever the forecast says, and the downtime limit does not hold for this switchover: the pause is as long as what is left
+    /// takes. Initial bytes of devices are waited for as before, and a pause that gets much longer than was forecast ends as
+    /// `commit_deadline` says. Counts for the next switchover; without channels, and before the first round, it is remembered.
+    pub fn switch_over_now(&self) {
+        self.wishes.switch_over.store(true, Ordering::Relaxed);
+        let _ = self.notes.try_send(Note::Wish);
+    }
+
+    /// The guest has shut down or crashed: the migration ends as [`OutcomeKind::Gone`](crate::OutcomeKind::Gone), and the destination
+    /// discards what it has. [`Vmm::resume`] is called all the same if it was paused for the switchover. After the commit this has no
+    /// effect: the guest is the destination's.
+    pub fn guest_gone(&self) {
+        self.wishes.guest_gone.store(true, Ordering::Relaxed);
+        let _ = self.notes.try_send(Note::Wish);
     }
 }
 
@@ -188,6 +213,7 @@ impl Migration {
             counters: Arc::clone(&counters),
             notes: notes.clone(),
             cancelled: Arc::new(AtomicBool::new(false)),
+            wishes: Arc::default(),
         };
         let shared = Arc::new(Shared {
             dirty: DirtySet::new(&region_pages),
@@ -204,6 +230,7 @@ impl Migration {
             watch: Watch::new(),
             devices: Arc::new(device::DeviceTable::new()),
             cancelled: Arc::clone(&handle.cancelled),
+            wishes: Arc::clone(&handle.wishes),
             config: parts.config.clone(),
         });
         let theirs: Option<Arc<dyn Spawner>> = parts.spawner.map(Arc::from);
@@ -333,6 +360,7 @@ struct Shared {
     watch: Watch,
     devices: Arc<device::DeviceTable>,
     cancelled: Arc<AtomicBool>,
+    wishes: Arc<Wishes>,
 }
 
 impl Shared {
@@ -437,6 +465,8 @@ enum Note {
     },
     Device(device::DeviceNote),
     Cancel,
+    /// The embedder has said something of its guest ([`Wishes`]).
+    Wish,
 }
 
 /// A poisoned lock means that another thread panicked; what it guards here is always left whole.

@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use multifd_wire::Digest;
+use multifd_wire::frame::GuestState;
 
 use super::error::Fault;
 use super::rounds::Verified;
@@ -18,13 +19,22 @@ use super::rounds::Verified;
 #[must_use = "without it the guest can't be taken over"]
 pub struct ReadyToCommit {
     digest: Digest,
+    guest: GuestState,
 }
 
 /// Proof that the guest belongs to this side: everything is here, verified and loaded, and the source has committed.
 #[derive(Debug)]
 #[must_use = "the guest runs nowhere until the VMM is shown this"]
 pub struct Ownership {
-    _ready: ReadyToCommit,
+    ready: ReadyToCommit,
+}
+
+impl Ownership {
+    /// Whether the guest runs now, or stays paused as it was at the source.
+    #[must_use]
+    pub fn guest(&self) -> GuestState {
+        self.ready.guest
+    }
 }
 
 /// The VM state is being loaded over verified memory.
@@ -62,6 +72,7 @@ impl Loading {
     pub(super) fn ready(&self, devices_loaded: bool) -> Option<ReadyToCommit> {
         (self.loaded && devices_loaded).then(|| ReadyToCommit {
             digest: self.verified.digest(),
+            guest: self.verified.guest(),
         })
     }
 }
@@ -74,7 +85,7 @@ impl ReadyToCommit {
     /// The source commits to this digest.
     pub(super) fn commit(self, theirs: Digest) -> Result<Ownership, (Self, Fault)> {
         if theirs == self.digest {
-            return Ok(Ownership { _ready: self });
+            return Ok(Ownership { ready: self });
         }
         let fault = Fault::DigestMismatch {
             ours: self.digest.value(),

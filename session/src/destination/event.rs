@@ -240,7 +240,7 @@ pub enum Effect {
         /// The VM state.
         states: Vec<Blob>,
     },
-    /// Let the VMM run the guest.
+    /// Let the VMM run the guest, or take it over paused: the proof says which.
     Resume(Ownership),
     /// Close every channel; memory and what is known of it stay.
     Suspend,

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use multifd_wire::frame::Final;
+use multifd_wire::frame::{Final, GuestState};
 use multifd_wire::{Digest, Round};
 
 use super::error::Fault;
@@ -16,11 +16,17 @@ use super::event::{Closed, Counts, Incomplete};
 #[derive(Debug)]
 pub(super) struct Verified {
     digest: Digest,
+    guest: GuestState,
 }
 
 impl Verified {
     pub(super) fn digest(&self) -> Digest {
         self.digest
+    }
+
+    /// Whether the guest runs once it has arrived.
+    pub(super) fn guest(&self) -> GuestState {
+        self.guest
     }
 }
 
@@ -189,8 +195,11 @@ impl Rounds {
         };
         let whole = last.digest == fence.digest && fence.damaged == 0;
         if whole && fence.incomplete.is_none() {
-            let digest = fence.digest;
-            return Next::Load(Verified { digest }, last.states);
+            let verified = Verified {
+                digest: fence.digest,
+                guest: last.guest,
+            };
+            return Next::Load(verified, last.states);
         }
         if fence.damaged > 0 || self.lane_lost {
             // The source knows from ROUND_CLOSED, or from our LANE_DOWN, and begins a further round (SPEC: FINAL-4).

@@ -24,7 +24,7 @@ pub use resume::DAMAGES_MAX;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use multifd_wire::frame::{Asks, Final, KeepAlive};
+use multifd_wire::frame::{Asks, Final, GuestState, KeepAlive};
 use multifd_wire::{
     ChannelKind, ChannelRef, Digest, Features, Frame, Incarnation, Kind, LaneId, Layout,
     Misbehaved, PageRun, Phase, Pulse, Role, Round,
@@ -68,6 +68,8 @@ pub struct Session {
     state: State,
     /// Whether it outlives its channels.
     kept: bool,
+    /// A guest that is paused at the source stays paused here.
+    leaves_paused: bool,
     /// READY was sent once: on the way back one lane is enough (SPEC: RESUME-14).
     begun: bool,
     /// The set-up is made again, over new channels.
@@ -103,6 +105,8 @@ impl Session {
             state: State::Setup,
             // SPEC: FEAT-5
             kept: features.contains(Features::RESUME) && !config.suspend().is_zero(),
+            // SPEC: FEAT-7
+            leaves_paused: features.contains(Features::PAUSED),
             begun: false,
             resumed: false,
             set_up: SetUp::new(&config),
@@ -307,6 +311,10 @@ impl Session {
                 found: last.memory_pages,
             }
             .into());
+        }
+        // SPEC: FINAL-6
+        if last.guest == GuestState::Paused && !self.leaves_paused {
+            return Err(out_of_turn("a paused guest without the feature PAUSED"));
         }
         let in_rounds = matches!(self.state, State::Rounds | State::Fenced(_));
         if !in_rounds || !self.rounds.may_be_final(&last) {

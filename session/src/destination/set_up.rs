@@ -20,11 +20,12 @@ use crate::common::Blob;
 /// The features that this side offers to a session that is begun.
 #[must_use]
 pub fn offered(config: &Config) -> Features {
+    let always = Features::DEVICE_STATE.union(Features::PAUSED);
     // SPEC: FEAT-5
     if config.suspend().is_zero() {
-        Features::DEVICE_STATE
+        always
     } else {
-        Features::DEVICE_STATE.union(Features::RESUME)
+        always.union(Features::RESUME)
     }
 }
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use multifd_wire::frame::{
     Abort, Asks, BlobPart, Commit, Config as ConfigFrame, Credit, Device, DeviceFlags,
-    DeviceLoaded, Devices, Final, KeepAlive, LaneDown, LaneMark, OutcomeState, RawDevice,
-    RawRegion, Regions, SetupEnd, Switchover, SwitchoverAck, VmState, blob_parts,
+    DeviceLoaded, Devices, Final, GuestState, KeepAlive, LaneDown, LaneMark, OutcomeState,
+    RawDevice, RawRegion, Regions, SetupEnd, Switchover, SwitchoverAck, VmState, blob_parts,
 };
 use multifd_wire::{
     Body, ChannelKind, ChannelRef, DeviceId, Digest, Features, Frame, Generation, HEADER_BYTES,
@@ -241,6 +241,7 @@ impl Driver {
                     states: u32::from(wrong != 2),
                     digest: Digest::new(DIGEST + u64::from(wrong == 3)),
                     memory_pages: PAGES,
+                    guest: GuestState::Running,
                 };
                 self.say(last.into(), &[]);
             }

@@ -168,6 +168,9 @@ pub enum Fault {
         /// For what.
         what: &'static str,
     },
+    /// The guest shut down or crashed at the source: there is nothing to move any more.
+    #[error("the guest has shut down or crashed at the source")]
+    GuestGone,
     /// The user stopped it.
     #[error("cancelled")]
     Cancelled,
@@ -338,6 +341,7 @@ impl Failure for Fault {
             Self::PeerAborted { .. } => "sender.peer.aborted",
             Self::Timeout { .. } => "sender.timeout",
             Self::Cancelled => "sender.cancelled",
+            Self::GuestGone => "sender.guest-gone",
             Self::NotConverging { .. } => "sender.not-converging",
             Self::DigestMismatch { .. } => "sender.digest-mismatch",
             Self::Unrepairable { .. } => "sender.unrepairable",
@@ -374,7 +378,7 @@ impl Failure for Fault {
                 Reason::DeviceRefused
             }
             Self::Timeout { .. } | Self::AckDeadline { .. } => Reason::Timeout,
-            Self::Cancelled => Reason::Cancelled,
+            Self::Cancelled | Self::GuestGone => Reason::Cancelled,
             Self::NotConverging { .. } => Reason::CannotConverge,
             Self::DigestMismatch { .. } => Reason::DigestMismatch,
             Self::Unrepairable { .. } => Reason::Corruption,

@@ -132,6 +132,10 @@ pub enum Event {
     RoundTrip(Duration),
     /// The user wants it to stop.
     Cancel,
+    /// Nobody would notice a pause now: the switchover is wanted when the round under way is over, whatever the forecast says.
+    SwitchOverNow,
+    /// The guest has shut down or crashed.
+    GuestGone,
     /// Something failed: a channel, the VMM, the tracking, the peer said no.
     Failed(Error),
     /// Only the time has gone on.
@@ -327,6 +331,8 @@ pub enum Outcome {
     Stranded(Error),
     /// The commit was sent, but whether the guest runs at the destination is not known; the source stays paused.
     Unknown(Error),
+    /// The guest shut down or crashed at the source meanwhile: it runs nowhere.
+    Gone(Error),
 }
 
 impl Outcome {
@@ -338,7 +344,8 @@ impl Outcome {
             Self::Failed(error)
             | Self::Cancelled(error)
             | Self::Stranded(error)
-            | Self::Unknown(error) => Some(error),
+            | Self::Unknown(error)
+            | Self::Gone(error) => Some(error),
         }
     }
 }

@@ -174,6 +174,8 @@ pub struct Session {
     /// The newest round that the destination closed: nothing of it is on its way any more.
     closed: Option<Round>,
     polished: u32,
+    /// The embedder wants the switchover at the end of the round under way, whatever the forecast says.
+    at_once: bool,
     repairs: u32,
     predicted: Option<Duration>,
     /// How long the destination keeps the session without channels, and this side tries to come back.
@@ -226,6 +228,7 @@ impl Session {
             round_waited_at: Duration::ZERO,
             closed: None,
             polished: 0,
+            at_once: false,
             repairs: 0,
             predicted: None,
             kept: None,
@@ -367,7 +370,11 @@ impl Session {
         if !looked
             && !matches!(
                 event,
-                Event::Tick | Event::RoundTrip(_) | Event::Devices(_) | Event::Counted { .. }
+                Event::Tick
+                    | Event::RoundTrip(_)
+                    | Event::Devices(_)
+                    | Event::Counted { .. }
+                    | Event::SwitchOverNow
             )
         {
             self.progress = now;
@@ -394,6 +401,10 @@ impl Session {
             // Too late to stop: the guest is the destination's (SPEC: COMMIT-3).
             (State::Committed { .. }, Event::Cancel) => Vec::new(),
             (_, Event::Cancel) => self.fail(Error::new(self.phase(), Fault::Cancelled)),
+            // A guest that was given away is the destination's, whatever became of it here.
+            (State::Committed { .. } | State::Asking { .. }, Event::GuestGone) => Vec::new(),
+            (_, Event::GuestGone) => self.fail(Error::new(self.phase(), Fault::GuestGone)),
+            (_, Event::SwitchOverNow) => self.wants_switchover(now),
             (_, Event::Tick) => self.deadlines(now),
             (_, Event::Counted { round, lanes }) => {
                 self.counted(round, &lanes, now);
@@ -593,10 +604,10 @@ impl Session {
             channel: error.channel(),
             text: error.fault().to_string(),
         });
-        let outcome = if matches!(error.fault(), Fault::Cancelled) {
-            Outcome::Cancelled(error)
-        } else {
-            Outcome::Failed(error)
+        let outcome = match error.fault() {
+            Fault::Cancelled => Outcome::Cancelled(error),
+            Fault::GuestGone => Outcome::Gone(error),
+            _ => Outcome::Failed(error),
         };
         // The guest first: telling the peer may take as long as a dead link takes.
         let mut effects = vec![reclaim];

@@ -109,6 +109,8 @@ fn source(world: &World, summary: &Summary, attempt: &Attempt) {
             }
             world.devices_stand_still();
         }
+        // No guest of the simulator's says so.
+        tx::OutcomeKind::Gone => world.violation("gone, says the source, and nobody told it"),
         tx::OutcomeKind::Unknown => {
             if ledger.source_runs || !(ledger.commit_left || ledger.disowned) {
                 world.violation(format!("unknown, says the source, but {ledger:?}"));

@@ -5,7 +5,7 @@ use std::time::Instant;
 use multifd_tests::bounded::{Destination, GRACE, STALL};
 use multifd_tests::fake_source::{Connect, FakeSource};
 use multifd_tests::peer::encode;
-use multifd_wire::frame::{BlobPart, Commit, Final, LaneDown, Switchover, VmState};
+use multifd_wire::frame::{BlobPart, Commit, Final, GuestState, LaneDown, Switchover, VmState};
 use multifd_wire::{Body, Digest, Incarnation, Kind, LaneId, Phase, Reason, Round};
 
 const OUT_OF_TURN: &str = "receiver.misbehaved.out-of-turn";
@@ -139,6 +139,18 @@ fn frames_at_the_wrong_moment_are_refused_while_the_guest_is_paused() {
                     s.control.send(last);
                 },
                 "wire.misbehaved.amount",
+            ),
+            // SPEC: FINAL-6
+            (
+                "FINAL of a paused guest in a session without PAUSED",
+                |s| {
+                    let last = Final {
+                        guest: GuestState::Paused,
+                        ..s.final_of(1)
+                    };
+                    s.control.send(last);
+                },
+                OUT_OF_TURN,
             ),
             (
                 "FINAL with more blobs than came",

@@ -197,31 +197,40 @@ fn a_cancel_does_not_wait_for_a_lanes_thread_that_is_lost() {
 
 #[test]
 fn threads_that_are_lost_before_they_do_anything_are_missed() {
-    for loss in LOSSES {
-        for (thread, expected) in [
-            ("mfd-dial", &["sender.thread-stuck"][..]),
-            ("mfd-scan", &["sender.thread-stuck"]),
-            ("mfd-control", &["sender.thread-stuck"]),
-            // Both sides wait for what these do, and one of them says so first.
-            ("mfd-lane0", &["sender.timeout", "sender.peer.aborted"]),
-            ("mfd-reader", &["sender.timeout", "sender.peer.aborted"]),
-        ] {
+    // Both sides wait for what a lane's thread and the reader do, and one of them says so first.
+    let stuck = &["sender.thread-stuck"][..];
+    let late = &["sender.timeout", "sender.peer.aborted"][..];
+    let threads = [
+        ("mfd-dial", stuck),
+        ("mfd-scan", stuck),
+        ("mfd-control", stuck),
+        ("mfd-lane0", late),
+        ("mfd-reader", late),
+    ];
+    let cases = LOSSES
+        .into_iter()
+        .flat_map(|loss| threads.map(|(thread, expected)| (thread, loss, expected)));
+    let running: Vec<_> = cases
+        .map(|(thread, loss, expected)| {
             let destination = Destination::start();
             let spawner: Box<dyn Spawner> = Box::new(Without { thread, loss });
             let migration = start(dialer(&destination), Some(spawner), |machine| machine);
-            let end = end(migration, MISSED);
             let case = format!("{thread} {loss:?}");
-            assert!(expected.contains(&code(&end)), "{case}: {:?}", end.error);
-            assert_eq!(end.report.outcome, tx::OutcomeKind::Failed, "{case}");
-            destination.handle().cancel();
-            let there = destination.end(GRACE);
-            assert_ne!(
-                there.finished.report.outcome,
-                rx::OutcomeKind::Running,
-                "{case}"
-            );
-            assert!(!there.running, "{case}");
-        }
+            (case, expected, destination, migration)
+        })
+        .collect();
+    for (case, expected, destination, migration) in running {
+        let end = end(migration, MISSED);
+        assert!(expected.contains(&code(&end)), "{case}: {:?}", end.error);
+        assert_eq!(end.report.outcome, tx::OutcomeKind::Failed, "{case}");
+        destination.handle().cancel();
+        let there = destination.end(GRACE);
+        assert_ne!(
+            there.finished.report.outcome,
+            rx::OutcomeKind::Running,
+            "{case}"
+        );
+        assert!(!there.running, "{case}");
     }
 }
 

@@ -57,7 +57,7 @@ fn map(kind: Kind) -> Map {
         Kind::KeepAlive => (vec![flags(24, 1), all(25, 3), all(28, 4)], 32, vec![], 0),
         Kind::LaneDown => (vec![all(12, 4)], 16, vec![], 0),
         Kind::Switchover => (vec![all(4, 12)], 16, vec![], 0),
-        Kind::Final => (vec![all(24, 16)], 40, vec![], 0),
+        Kind::Final => (vec![all(24, 8), all(36, 4)], 40, vec![], 0),
         Kind::Prepared => (vec![all(32, 8)], 40, vec![], 0),
         Kind::Commit => (vec![], 8, vec![], 0),
         Kind::Running => (vec![all(24, 8)], 32, vec![], 0),

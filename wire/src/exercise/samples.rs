@@ -8,10 +8,10 @@ use crate::digest::Digest;
 use crate::frame::{
     Abort, Acks, Asks, BlobPart, Body, Commit, Config, Credit, Credits, Device, DeviceChunk,
     DeviceFlags, DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant,
-    KeepAlive, Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress,
-    RawRun, Ready, Regions, RoundClosed, RoundEnd, Running, Section, SetupEnd, StreamCredit,
-    StreamCredits, StreamData, StreamEnd, StreamEndKind, StreamOpen, StreamOutcome, Switchover,
-    SwitchoverAck, VmState, Zeros,
+    GuestState, KeepAlive, Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages,
+    Prepared, Progress, RawRun, Ready, Regions, RoundClosed, RoundEnd, Running, Section, SetupEnd,
+    StreamCredit, StreamCredits, StreamData, StreamEnd, StreamEndKind, StreamOpen, StreamOutcome,
+    Switchover, SwitchoverAck, VmState, Zeros,
 };
 use crate::id::{
     ChannelRef, DeviceId, Generation, Incarnation, LaneId, PageIndex, RegionId, Round, Sequence,
@@ -401,6 +401,11 @@ fn ending() -> Vec<Sample> {
         states: 1,
         digest,
         memory_pages: 768,
+        guest: GuestState::Running,
+    };
+    let paused = Final {
+        guest: GuestState::Paused,
+        ..last
     };
     let prepared = Prepared {
         digest,
@@ -437,6 +442,7 @@ fn ending() -> Vec<Sample> {
             b"cpu-zero",
         ),
         sample("final", 16, last, b""),
+        sample("final-paused", 16, paused, b""),
         sample("prepared", 17, prepared, b""),
         sample("commit", 18, Commit { digest }, b""),
         sample("running", 19, running, b""),

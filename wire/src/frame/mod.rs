@@ -57,7 +57,7 @@ pub use device_chunk::{DeviceChunk, Section};
 pub use device_loaded::DeviceLoaded;
 pub use device_mark::{DeviceMark, Mark};
 pub use devices::{Device, DeviceFlags, Devices, RawDevice};
-pub use final_::Final;
+pub use final_::{Final, GuestState};
 pub use give_back::{GiveBack, GiveBackReason};
 pub use grant::Grant;
 pub use keep_alive::{Asks, KeepAlive};

@@ -3,11 +3,11 @@
 use multifd_wire::exercise::check;
 use multifd_wire::frame::{
     Abort, Acks, Asks, BlobPart, Commit, Config, Credit, Credits, Device, DeviceChunk, DeviceFlags,
-    DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant, KeepAlive,
-    Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress, RawCredit,
-    RawDevice, RawLaneMark, RawRegion, RawRun, RawStreamCredit, Ready, Regions, RoundClosed,
-    RoundEnd, Running, Section, SetupEnd, StreamCredit, StreamCredits, StreamData, StreamEnd,
-    StreamEndKind, StreamOpen, Switchover, SwitchoverAck, VmState, Zeros,
+    DeviceLoaded, DeviceMark, Devices, Final, Frame, GiveBack, GiveBackReason, Grant, GuestState,
+    KeepAlive, Landed, LaneDown, LaneMark, Mark, Outcome, OutcomeState, Pages, Prepared, Progress,
+    RawCredit, RawDevice, RawLaneMark, RawRegion, RawRun, RawStreamCredit, Ready, Regions,
+    RoundClosed, RoundEnd, Running, Section, SetupEnd, StreamCredit, StreamCredits, StreamData,
+    StreamEnd, StreamEndKind, StreamOpen, Switchover, SwitchoverAck, VmState, Zeros,
 };
 use multifd_wire::limits::{
     BODY_BYTES_MAX_U64, DEVICE_STREAM_BYTES_MAX, MEMORY_PAGES_MAX, ROUND_MAX, STREAM_BYTES_MAX,
@@ -246,17 +246,24 @@ fn about_devices() -> impl Strategy<Value = Frame<'static>> {
 
 fn ending() -> impl Strategy<Value = Frame<'static>> {
     let switchover = round().prop_map(|final_round| Switchover { final_round }.into());
-    let last = (round(), 0_u32..=64, any::<u64>(), 1..=MEMORY_PAGES_MAX).prop_map(
-        |(final_round, states, digest, memory_pages)| {
+    let guest = prop_oneof![Just(GuestState::Running), Just(GuestState::Paused)];
+    let last = (
+        round(),
+        0_u32..=64,
+        any::<u64>(),
+        1..=MEMORY_PAGES_MAX,
+        guest,
+    )
+        .prop_map(|(final_round, states, digest, memory_pages, guest)| {
             Final {
                 final_round,
                 states,
                 digest: Digest::new(digest),
                 memory_pages,
+                guest,
             }
             .into()
-        },
-    );
+        });
     let prepared = (any::<u64>(), any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
         |(digest, wait_us, load_us, verify_us)| {
             Prepared {

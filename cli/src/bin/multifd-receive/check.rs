@@ -1,4 +1,4 @@
-//! What becomes of the guest after it arrived: it runs for a while, then all of its memory is checked.
+//! What becomes of the guest after it arrived: it runs for a while, unless it arrived paused, then all of its memory is checked.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -29,9 +29,10 @@ pub(crate) fn observe(
         return None;
     }
     let guest = guest.get()?;
+    let runs = !finished.report.guest_paused;
     let began = Instant::now();
     let beats = || -> u64 { guest.heartbeats().iter().map(|beat| beat.beats).sum() };
-    let hurried = || run_for.is_zero() || asked.load(Ordering::Relaxed);
+    let hurried = || !runs || run_for.is_zero() || asked.load(Ordering::Relaxed);
     let enough = || {
         let longer = began.elapsed().checked_sub(run_for);
         longer.is_some_and(|longer| beats() > 0 || longer >= HEARTBEAT_MAX)

@@ -140,6 +140,13 @@ impl Vmm for Machine {
         Ok(())
     }
 
+    fn take_over(&mut self, _: Ownership) -> Result<(), VmmError> {
+        self.reached(Moment::Resume);
+        tracing::info!("the guest is here, paused as it was at the source");
+        self.reached(Moment::Running);
+        Ok(())
+    }
+
     fn discard(&mut self) {
         self.guest.set(None);
     }

@@ -75,12 +75,16 @@ fn text(finished: &Finished, check: Option<&Check>) {
         );
         return;
     }
+    let guest = match r.guest_paused {
+        true => "the guest is here, paused as it was at the source",
+        false => "the guest runs here",
+    };
     let Some(check) = check else {
-        out!("the guest runs here");
+        out!("{guest}");
         return;
     };
     out!(
-        "the guest runs here: {} of memory in {} rounds, digest {}",
+        "{guest}: {} of memory in {} rounds, digest {}",
         Size(r.memory_bytes),
         r.rounds,
         r.digest.as_deref().unwrap_or("?")

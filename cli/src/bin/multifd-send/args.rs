@@ -223,6 +223,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = units::time, hide_short_help = true, help_heading = "Built-in guest")]
     pub(crate) warm_up: Duration,
 
+    /// Pause the guest before the migration begins: it arrives paused
+    ///
+    /// A multifd-receive that can't leave it paused refuses it.
+    #[arg(long, hide_short_help = true, help_heading = "Built-in guest")]
+    pub(crate) start_paused: bool,
+
     /// A device that writes guest memory from the host, where no dirty log sees it
     #[arg(long, value_name = "KIND", value_enum, default_value_t = GuestDevice::None, hide_short_help = true, help_heading = "Built-in guest")]
     pub(crate) guest_device: GuestDevice,

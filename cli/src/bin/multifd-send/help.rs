@@ -42,6 +42,8 @@ Examples:
     multifd-send --ask /run/vm7.state
   over a link that comes and goes:
     multifd-send --connect dest:4444 --reconnect-deadline 10min
+  a guest that is paused, and arrives paused:
+    multifd-send --loopback --start-paused
   is there a writer of guest memory that tells nobody? (here there is one)
     multifd-send --loopback --debug-dirty-scan --guest-device dma-unreported
   an unmodified QEMU (QMP; capability return-path on both sides), over encrypted channels:
@@ -80,7 +82,8 @@ Units: sizes as 64M or 64MiB (powers of 1024) or 64MB (powers of 1000); rates as
   10Gbit/s; times as 300ms, 1.5s, 2min or 1h 30m, at most 24h.
 
 Signals: Ctrl-C (SIGINT), SIGTERM and SIGHUP cancel the migration; the guest goes on running here. More of
-  them change nothing: SIGQUIT (Ctrl-\\) ends the program at once, and the guest with it.
+  them change nothing: SIGQUIT (Ctrl-\\) ends the program at once, and the guest with it. SIGUSR1 switches over
+  when the round under way is over, whatever the forecast says and however long the pause gets.
 
 Exit status:
   0  migrated
@@ -91,6 +94,7 @@ Exit status:
      what came of it; the guest stays paused at the source
   5  migrated, but the guest's own check found an error
   6  the destination has the guest and could not run it: it is paused on both sides
+  7  the guest shut down or crashed at the source meanwhile: it runs nowhere
 With --ask: 0 the guest runs at the destination; 1 it was not committed and never will be;
   4 still unknown; 6 the destination has the guest and could not run it; 2 no such file
 

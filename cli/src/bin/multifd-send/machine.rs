@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use multifd_guest::{DEVICES_BLOB_KIND, DeviceConfig, Guest, ModelDevice};
-use multifd_sender::{AskTicket, Blob, DeviceSource, Reclaimed, Vmm, VmmError};
+use multifd_sender::{AskTicket, Blob, DeviceSource, GuestState, Reclaimed, Vmm, VmmError};
 
 use crate::state_file::StateFile;
 
@@ -16,6 +16,8 @@ pub(crate) struct Machine {
     pub(crate) guest: Arc<Guest>,
     pub(crate) devices: Vec<DeviceConfig>,
     pub(crate) state_file: Option<StateFile>,
+    /// Whether its user has paused it.
+    pub(crate) state: GuestState,
 }
 
 impl Vmm for Machine {
@@ -38,6 +40,10 @@ impl Vmm for Machine {
             });
         }
         Ok(blobs)
+    }
+
+    fn guest(&mut self) -> GuestState {
+        self.state
     }
 
     fn devices(&mut self) -> Result<Vec<Box<dyn DeviceSource>>, VmmError> {
@@ -72,6 +78,10 @@ impl Vmm for Machine {
     }
 
     fn resume(&mut self, _: Reclaimed) -> Result<(), VmmError> {
+        if self.state == GuestState::Paused {
+            tracing::info!("the guest stays paused here");
+            return Ok(());
+        }
         tracing::info!("the guest runs on here");
         self.guest.run().map_err(VmmError::new)
     }

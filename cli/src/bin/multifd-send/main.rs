@@ -27,7 +27,7 @@ use multifd_cli::units::{Rate, Size};
 use multifd_cli::{signals, start};
 use multifd_confine::{Exec, Side};
 use multifd_guest::{Guest, Tracking};
-use multifd_sender::{Config, Finished, Migration, OutcomeKind, Parts, SpreadDialer};
+use multifd_sender::{Config, Finished, GuestState, Migration, OutcomeKind, Parts, SpreadDialer};
 use multifd_transport::{Address, rdma::RdmaOptions};
 use serde_json::Value;
 use state_file::StateFile;
@@ -102,6 +102,7 @@ fn run(
         "multifd-send",
         "cancelling; SIGQUIT (Ctrl-\\) ends this program at once, and the guest with it",
     )?;
+    let switch_over = signals::catch_switch_over()?;
     let receiver = if args.loopback {
         Some(loopback::Receiver::start(args)?)
     } else {
@@ -127,6 +128,12 @@ fn run(
     while began.elapsed() < args.warm_up && !asked.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_millis(5).min(args.warm_up));
     }
+    let state = if args.start_paused {
+        guest.pause()?;
+        GuestState::Paused
+    } else {
+        GuestState::Running
+    };
     let channels = args.channels;
     match &receiver {
         Some(receiver) => tell(
@@ -153,6 +160,7 @@ fn run(
             guest: Arc::clone(&guest),
             devices: args.device.clone(),
             state_file: state_file.clone(),
+            state,
         }),
         memory: guest.memory().to_channels(),
         sources,
@@ -168,6 +176,7 @@ fn run(
         &args.output,
         Migration::start(parts).map_err(|failed| failed.error)?,
         asked,
+        switch_over,
     );
     if let Some(file) = state_file.filter(|_| finished.report.outcome != OutcomeKind::Unknown) {
         file.remove();
@@ -250,10 +259,11 @@ fn how_found(tracking: Tracking) -> &'static str {
 
 /// After a migration that did not happen: whether the guest really goes on here, which its heart-beats show.
 fn still_runs(finished: &Finished, guest: &Guest) -> Option<bool> {
-    if !matches!(
+    let ended_here = matches!(
         finished.report.outcome,
         OutcomeKind::Failed | OutcomeKind::Cancelled
-    ) {
+    );
+    if !ended_here || finished.report.guest_paused {
         return None;
     }
     let counters = || {

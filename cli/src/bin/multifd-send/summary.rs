@@ -62,6 +62,7 @@ impl Summary {
             OutcomeKind::Failed => 1,
             OutcomeKind::Cancelled => 3,
             OutcomeKind::Stranded => 6,
+            OutcomeKind::Gone => 7,
             // Unknown. Whatever else there may be one day has to be looked at as well before the guest is run anywhere.
             _ => 4,
         }
@@ -101,11 +102,16 @@ impl Summary {
 
     fn headline(&self) -> String {
         let here = match self.source_runs {
+            None if self.report.guest_paused => "the guest stays paused here",
             Some(false) => "the guest does NOT run here: see the log",
             _ => "the guest runs on here",
         };
         match self.report.outcome {
+            OutcomeKind::Migrated if self.report.guest_paused => {
+                "migrated: the guest is at the destination, paused as it was here".into()
+            }
             OutcomeKind::Migrated => "migrated: the guest runs at the destination".into(),
+            OutcomeKind::Gone => "ended: the guest shut down or crashed here; it runs nowhere".into(),
             OutcomeKind::Failed => format!("failed: {here}"),
             OutcomeKind::Cancelled => format!("cancelled: {here}"),
             OutcomeKind::Stranded => {

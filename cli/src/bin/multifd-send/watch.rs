@@ -1,4 +1,4 @@
-//! Shows the progress while a migration runs, and cancels it when the user wants that.
+//! Shows the progress while a migration runs, and cancels it or has it switch over when the user wants that.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,12 @@ use crate::events::Events;
 const PERIOD: Duration = Duration::from_millis(20);
 
 /// Waits for the end.
-pub(crate) fn watch(output: &Output, migration: Migration, asked: Asked) -> Finished {
+pub(crate) fn watch(
+    output: &Output,
+    migration: Migration,
+    asked: Asked,
+    switch_over: Asked,
+) -> Finished {
     let handle = migration.handle();
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
@@ -30,6 +35,9 @@ pub(crate) fn watch(output: &Output, migration: Migration, asked: Asked) -> Fini
                 if let Some(events) = &mut events {
                     events.cancelling(&handle.progress());
                 }
+            }
+            if switch_over.swap(false, Ordering::Relaxed) {
+                handle.switch_over_now();
             }
             let now = handle.progress();
             if let Some(events) = &mut events {

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use multifd_wire::frame::{DeviceLoaded, SwitchoverAck};
-use multifd_wire::{Features, Misbehaved, Phase};
+use multifd_wire::{Misbehaved, Phase};
 
 use super::Control;
 use crate::driver::device::{DeviceNote, DeviceStream};
@@ -18,8 +18,8 @@ use crate::session::Event;
 use crate::vmm::Reclaimed;
 
 impl Control {
-    /// The VMM's devices, and the feature that they need.
-    pub(super) fn take_devices(&mut self) -> Result<Features, Error> {
+    /// The VMM's devices.
+    pub(super) fn take_devices(&mut self) -> Result<(), Error> {
         let fail = |fault| Error::new(Phase::Hello, fault);
         let step = "give its devices";
         self.shared.watch.at("have the VMM give its devices");
@@ -28,12 +28,7 @@ impl Control {
             .devices()
             .map_err(|source| fail(Fault::Vmm { step, source }))?;
         let chunk = self.shared.config.device_chunk();
-        self.device_set.take(sources, chunk).map_err(fail)?;
-        Ok(if self.device_set.is_empty() {
-            Features::NONE
-        } else {
-            Features::DEVICE_STATE
-        })
+        self.device_set.take(sources, chunk).map_err(fail)
     }
 
     /// The destination is ready: readers start, and devices that can begin pre-copy.

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use multifd_session::source::redial::{Next, Redial};
-use multifd_wire::frame::Abort;
+use multifd_wire::frame::{Abort, GuestState};
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{ChannelRef, Features, Frame, Hello, PageIndex, Phase, Reason, SessionId, Text};
 
@@ -114,21 +114,27 @@ impl Control {
     }
 
     /// The features that this side can't do without.
-    fn needed(&self) -> Features {
-        if self.device_set.is_empty() {
+    pub(super) fn needed(&self) -> Features {
+        let devices = if self.device_set.is_empty() {
             Features::NONE
         } else {
             Features::DEVICE_STATE
+        };
+        // SPEC: FEAT-7
+        match self.timeline.guest {
+            GuestState::Running => devices,
+            GuestState::Paused => devices.union(Features::PAUSED),
         }
     }
 
     /// The features that this side would like.
     pub(super) fn wanted(&self) -> Features {
-        if self.shared.config.reconnect().is_zero() {
+        let comes_back = if self.shared.config.reconnect().is_zero() {
             Features::NONE
         } else {
             Features::RESUME
-        }
+        };
+        comes_back.union(Features::PAUSED).without(self.needed())
     }
 
     /// Begins to dial.

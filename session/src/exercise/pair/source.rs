@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use multifd_wire::frame::{
-    Abort, Commit, Config, Devices, Final, OutcomeState, RawRegion, Regions, SetupEnd, Switchover,
-    VmState, blob_parts,
+    Abort, Commit, Config, Devices, Final, GuestState, OutcomeState, RawRegion, Regions, SetupEnd,
+    Switchover, VmState, blob_parts,
 };
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{
@@ -329,6 +329,7 @@ impl Pair {
                     states: 1,
                     digest,
                     memory_pages: self.source.guest.memory.pages.len() as u64,
+                    guest: GuestState::Running,
                 };
                 self.say(last, &[]);
                 let digest = digest.value();
@@ -433,7 +434,10 @@ impl Pair {
     fn source_ends(&mut self, outcome: Outcome) {
         self.source.outcome = Some(match outcome {
             Outcome::Migrated => End::new(Says::Migrated, self.now),
-            Outcome::Failed(error) => End::of_source(Says::Failed, &error, self.now),
+            // No guest of these is gone: it would be the first to say so.
+            Outcome::Failed(error) | Outcome::Gone(error) => {
+                End::of_source(Says::Failed, &error, self.now)
+            }
             Outcome::Cancelled(error) => End::of_source(Says::Cancelled, &error, self.now),
             Outcome::Stranded(error) => End::of_source(Says::Stranded, &error, self.now),
             Outcome::Unknown(error) => End::of_source(Says::Unknown, &error, self.now),

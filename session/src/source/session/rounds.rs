@@ -206,7 +206,7 @@ impl Session {
         let predicted = conditions.downtime(pages as f64);
         let counted = (round.value() + 1).saturating_sub(self.rounds_waited);
         let used_up = counted >= self.config.rounds_max || self.diverges(outlook, pages, now);
-        let fits = predicted <= conditions.limit;
+        let fits = predicted <= conditions.limit || self.at_once;
         if !fits && conditions.drained().downtime(pages as f64) <= conditions.limit {
             let on_its_way = conditions.downtime(0.0);
             self.state = State::Draining {
@@ -216,7 +216,11 @@ impl Session {
             };
             return effects;
         }
-        if fits && !used_up && self.worth_polishing(writer.as_ref(), pages, &conditions) {
+        if fits
+            && !used_up
+            && !self.at_once
+            && self.worth_polishing(writer.as_ref(), pages, &conditions)
+        {
             self.polished += 1;
         } else if fits || (used_up && self.config.when_not_converging == WhenNotConverging::Switch)
         {
@@ -266,6 +270,24 @@ impl Session {
             ))),
         }
         effects
+    }
+
+    /// The embedder knows that nobody would notice a pause now. The round under way is finished; where only time is waited for, the
+    /// decision is made again at once. Acknowledgements of devices are still waited for.
+    pub(super) fn wants_switchover(&mut self, now: Duration) -> Vec<Effect> {
+        self.at_once = true;
+        match self.state {
+            State::Draining { round, since, .. } => {
+                self.state = State::Deciding {
+                    round,
+                    since,
+                    encoded: now,
+                };
+                vec![Effect::Collect { last: false }]
+            }
+            State::Waiting { .. } => self.look_again(now),
+            _ => Vec::new(),
+        }
     }
 
     /// Whether it has been clear for long enough that no number of rounds will do.
@@ -376,6 +398,8 @@ impl Session {
             return effects;
         };
         self.predicted = Some(predicted);
+        // It was wanted of this one.
+        self.at_once = false;
         self.state = State::Pausing { round: next };
         self.paused_at = Some(now);
         effects.push(Effect::Pause);

@@ -238,7 +238,7 @@ const STATES: [(&str, usize); 24] = [
 /// Those in which the newest FINAL was sent and nothing has gone missing since.
 const FINAL_SENT: [&str; 2] = ["last, final sent", "last, no lane needed"];
 
-const EVENTS: [&str; 37] = [
+const EVENTS: [&str; 39] = [
     "granted",
     "ready",
     "encoded",
@@ -272,6 +272,8 @@ const EVENTS: [&str; 37] = [
     "answered: failed",
     "round trip",
     "cancel",
+    "switch over now",
+    "guest gone",
     "failed",
     "tick",
     "tick, late",
@@ -336,6 +338,8 @@ fn event(name: &str) -> (Event, Duration) {
         "answered: failed" => Event::Answered(OutcomeState::FailedAfterCommit),
         "round trip" => Event::RoundTrip(MS),
         "cancel" => Event::Cancel,
+        "switch over now" => Event::SwitchOverNow,
+        "guest gone" => Event::GuestGone,
         "failed" => failure(),
         "tick" => Event::Tick,
         "tick, late" => return (Event::Tick, STALL + NOW),
@@ -424,6 +428,7 @@ fn word(effect: &Effect) -> String {
             Outcome::Cancelled(_) => "finish: cancelled".into(),
             Outcome::Stranded(error) => format!("finish: stranded, {}", error.code()),
             Outcome::Unknown(error) => format!("finish: unknown, {}", error.code()),
+            Outcome::Gone(error) => format!("finish: gone, {}", error.code()),
         },
     }
 }
@@ -1430,7 +1435,7 @@ proptest! {
                         ended += 1;
                         let fits = match outcome {
                             Outcome::Migrated | Outcome::Unknown(_) | Outcome::Stranded(_) => committed,
-                            Outcome::Failed(_) | Outcome::Cancelled(_) => !committed,
+                            Outcome::Failed(_) | Outcome::Cancelled(_) | Outcome::Gone(_) => !committed,
                         };
                         prop_assert!(fits);
                     }

@@ -2,8 +2,8 @@
 
 use multifd_wire::frame::{
     Abort, Asks, BlobPart, Commit, Config as ConfigFrame, Device, DeviceFlags, DeviceLoaded,
-    Devices, LaneDown, LaneMark, RawDevice, RawRegion, Regions, SetupEnd, Switchover, VmState,
-    blob_parts,
+    Devices, GuestState, LaneDown, LaneMark, RawDevice, RawRegion, Regions, SetupEnd, Switchover,
+    VmState, blob_parts,
 };
 use multifd_wire::{
     Body, DeviceId, HEADER_BYTES, Header, PAGE_BYTES_U64, PageIndex, PageRun, Reason, Region,
@@ -147,6 +147,7 @@ impl Say {
                     states: 1,
                     digest,
                     memory_pages: PAGES,
+                    guest: GuestState::Running,
                 };
                 sent(session, last.into(), &[], now)
             }
