@@ -177,7 +177,7 @@ impl<V: Vmm> Migration<V> {
         Finished {
             report: finished.report,
             error: finished.error,
-            vmm: finished.vmm.map(ours),
+            vmm: finished.vmm.map(|vmm| ours(vmm)),
             sources: finished.sources,
             devices: finished.devices,
         }
