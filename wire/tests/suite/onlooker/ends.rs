@@ -1,7 +1,7 @@
 //! The switchover, the commit, and how a session ends.
 
-use multifd_wire::frame::{Final, OutcomeState};
-use multifd_wire::{Digest, Phase, Role};
+use multifd_wire::frame::{Final, GuestState, OutcomeState};
+use multifd_wire::{Digest, Features, Phase, Role};
 
 use super::{Kept, Onlooker, keep};
 
@@ -38,6 +38,8 @@ impl Onlooker {
         let pages = self.layout.as_ref().unwrap().pages_total().value();
         let counted = (last.states, last.memory_pages) == (self.states.count, pages);
         keep(counted && self.states.is_whole(), "FINAL-5")?;
+        let runs = last.guest == GuestState::Running;
+        keep(runs || self.features.contains(Features::PAUSED), "FINAL-6")?;
         // SPEC: FINAL-2, DEVSTREAM-8
         let whole = self.devices.iter().all(|stream| stream.is_complete());
         keep(whole, "FINAL-2")?;
