@@ -662,12 +662,13 @@ impl Driver {
             Outcome::Cancelled(error) => ("cancelled", Some(error)),
             Outcome::Stranded(error) => ("stranded", Some(error)),
             Outcome::Unknown(error) => ("unknown", Some(error)),
+            Outcome::Gone(error) => ("gone", Some(error)),
         };
         if let Some(error) = error {
             assert_ne!(error.code(), "sender.internal", "{error}");
             assert!(!error.to_string().is_empty());
         }
-        let ours = matches!(word, "failed" | "cancelled");
+        let ours = matches!(word, "failed" | "cancelled" | "gone");
         assert_eq!(self.paused, !ours, "{word}");
         assert!(ours || self.committed, "{word} without COMMIT");
         self.ended = Some(word);
