@@ -26,7 +26,7 @@ pub struct Flags {
     /// So that a peer that finds a fault in it finds little to do with it: no capabilities, no programs, no files but those that
     /// the flags name, no TCP ports but those of the addresses, few system calls where its bytes are read. A call that is
     /// refused fails with "Operation not permitted". Files that only the capabilities of root could open, such as a key that another
-    /// user owns, can't be read then.
+    /// user owns, can't be read then. A bridge (--bridge) is not confined.
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = Confine::On, hide_short_help = true, help_heading = "Protection")]
     pub confine: Confine,
 }

@@ -36,15 +36,15 @@ fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(error) => return not_begun(&args, start::USAGE, 2, &error),
     };
-    let kinds = places.0.iter().map(Address::kind);
-    if let Err(error) = args.confinement.give_up_capabilities(kinds, &places.0) {
-        return not_begun(&args, start::NOT_BEGUN, 1, &error);
-    }
     if args.bridge.bridge.is_some() {
         return match bridge(&args, &places) {
             Ok(status) => ExitCode::from(status),
             Err(error) => not_begun(&args, start::NOT_BEGUN, 1, &error),
         };
+    }
+    let kinds = places.0.iter().map(Address::kind);
+    if let Err(error) = args.confinement.give_up_capabilities(kinds, &places.0) {
+        return not_begun(&args, start::NOT_BEGUN, 1, &error);
     }
     match run(&args, config, &places) {
         Ok(code) => ExitCode::from(code),
