@@ -7,7 +7,8 @@ use clap::ValueEnum;
 use multifd_confine::{Capabilities, Capability, Confined, Exec, Files, Policy, Ports, Side};
 use multifd_transport::{Address, AddressKind, Spawner, StdSpawner};
 
-use crate::flags::TlsFiles;
+use crate::folder_of;
+use crate::tls::TlsFlags;
 
 /// See `--confine`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -20,7 +21,7 @@ pub enum Confine {
 
 /// The flag.
 #[derive(Debug, clap::Args)]
-pub struct Flags {
+pub struct ConfineFlags {
     /// Whether the program gives up what it does not need, before it speaks with a peer
     ///
     /// So that a peer that finds a fault in it finds little to do with it: no capabilities, no programs, no files but those that
@@ -40,7 +41,7 @@ pub enum Places<'a> {
     Dialling(&'a [Address]),
 }
 
-impl Flags {
+impl ConfineFlags {
     fn is_on(&self) -> bool {
         self.confine == Confine::On
     }
@@ -79,7 +80,7 @@ impl Flags {
     pub fn confine(
         &self,
         places: Places<'_>,
-        tls: &TlsFiles,
+        tls: &TlsFlags,
         written: &[&Path],
         exec: Exec,
     ) -> anyhow::Result<()> {
@@ -92,12 +93,8 @@ impl Flags {
             .and_write("/dev/userfaultfd")
             .and_write("/dev/pts")
             .and_write("/dev/tty");
-        for path in [&tls.tls_ca, &tls.tls_cert, &tls.tls_key]
-            .into_iter()
-            .flatten()
-        {
-            // The folder: a certificate that is renewed is another file there.
-            files = files.and_read(folder_of(path));
+        for folder in tls.folders() {
+            files = files.and_read(folder);
         }
         for path in written {
             files = files.and_write(path);
@@ -144,15 +141,5 @@ fn tcp_port(address: &Address) -> Option<u16> {
     match address {
         Address::Tcp(place) | Address::Tls(place) => Some(place.port()),
         _ => None,
-    }
-}
-
-/// The folder that a file is in.
-#[must_use]
-pub fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
-        Some(folder) => folder,
-        None => path,
     }
 }

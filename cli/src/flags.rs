@@ -1,12 +1,10 @@
 //! The flags that both programs have. Flattened into each program's own.
 #![allow(rustdoc::broken_intra_doc_links)] // comments on flags are the text of --help, as it is, and no links
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use multifd_transport::AddressKind;
-use multifd_transport::tls::TlsPem;
 
 use crate::units;
 
@@ -33,41 +31,6 @@ impl Transport {
             Self::Rdma => AddressKind::Rdma,
             Self::Unix => AddressKind::Unix,
         }
-    }
-}
-
-/// Certificates and key for TLS.
-#[derive(Debug, clap::Args)]
-pub struct TlsFiles {
-    /// Certificate of the authority (CA) that must have signed the other side's
-    ///
-    /// In PEM form. multifd-send needs it for tls: addresses; multifd-receive without it lets any source in, and TLS then protects
-    /// only against those on the way.
-    #[arg(long, value_name = "FILE", help_heading = "TLS")]
-    pub tls_ca: Option<PathBuf>,
-
-    /// This side's own certificate, with the chain to the authority if there is one
-    ///
-    /// multifd-receive needs it for tls: addresses; multifd-send shows it to a destination that asks for one.
-    #[arg(long, value_name = "FILE", requires = "tls_key", help_heading = "TLS")]
-    pub tls_cert: Option<PathBuf>,
-
-    /// The private key of --tls-cert
-    #[arg(long, value_name = "FILE", requires = "tls_cert", help_heading = "TLS")]
-    pub tls_key: Option<PathBuf>,
-}
-
-impl TlsFiles {
-    /// Reads the files that were given.
-    ///
-    /// # Errors
-    /// One can't be read.
-    pub fn read(&self) -> anyhow::Result<TlsPem> {
-        Ok(TlsPem::read(
-            self.tls_ca.as_deref(),
-            self.tls_cert.as_deref(),
-            self.tls_key.as_deref(),
-        )?)
     }
 }
 

@@ -3,7 +3,8 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`flags`] | flags that both programs have: kinds of channel, TLS, stall, output |
+//! | [`flags`] | flags that both programs have: kinds of channel, stall, output |
+//! | [`tls`] | certificates, who the peer may be, what may go in clear text |
 //! | [`confinement`] | `--confine`: what a program takes from itself |
 //! | [`units`] | sizes, rates and times: read as people write them, printed in the same spelling |
 //! | [`say`] | lines on standard output and standard error that can't end the program |
@@ -22,4 +23,17 @@ pub mod round_end;
 pub mod say;
 pub mod signals;
 pub mod start;
+pub mod tls;
 pub mod units;
+
+use std::path::Path;
+
+/// The folder that a file is in.
+#[must_use]
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
+        Some(folder) => folder,
+        None => path,
+    }
+}

@@ -4,10 +4,12 @@
 use std::time::Duration;
 
 use clap::Parser;
-use multifd_cli::flags::{Output, Silence, TlsFiles, Transport};
-use multifd_cli::{confinement, units};
+use multifd_cli::confinement::ConfineFlags;
+use multifd_cli::flags::{Output, Silence, Transport};
+use multifd_cli::tls::TlsFlags;
+use multifd_cli::units;
 use multifd_receiver::{AfterFailedSetup, Config, Overcommit};
-use multifd_transport::tls::{Clients, TlsServer};
+use multifd_transport::tls::{Clients, TlsServer, TlsSide};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 use multifd_wire::Token;
 
@@ -37,10 +39,16 @@ pub(crate) struct Args {
     pub(crate) bridge: multifd_bridge::cli::ReceiveArgs,
 
     #[command(flatten)]
-    pub(crate) tls: TlsFiles,
+    pub(crate) tls: TlsFlags,
+
+    /// Let in by TLS whoever connects, not only those whose certificate the authority signed
+    ///
+    /// TLS then keeps out those on the way, and nobody else.
+    #[arg(long, conflicts_with_all = ["tls_ca", "tls_dir", "tls_peer"], hide_short_help = true, help_heading = "TLS")]
+    pub(crate) tls_any_source: bool,
 
     #[command(flatten)]
-    pub(crate) confinement: confinement::Flags,
+    pub(crate) confinement: ConfineFlags,
 
     #[command(flatten)]
     pub(crate) silence: Silence,
@@ -162,18 +170,25 @@ impl Args {
             .map(|text| Address::parse_with(text, kind))
             .collect::<Result<_, _>>()?;
         let mut options = ChannelOptions::default();
-        if self.tls.tls_cert.is_some() {
-            let clients = match self.tls.tls_ca {
-                Some(_) => Clients::OfAuthority,
-                None => Clients::Anybody,
-            };
-            options.tls_server = Some(TlsServer::new(&self.tls.read()?, clients)?);
-        }
         let by_tls = |address: &Address| address.kind() == AddressKind::Tls;
+        let files = self.tls.files(TlsSide::Server)?;
+        if let Some(files) = files.filter(|files| files.certificate.is_some()) {
+            anyhow::ensure!(
+                files.authorities.is_some() || self.tls_any_source,
+                "TLS needs --tls-ca, the certificate of the authority (CA) that signed the sources'; --tls-any-source lets anybody in"
+            );
+            let clients = match (self.tls_any_source, &self.tls.tls_peer[..]) {
+                (true, _) => Clients::Anybody,
+                (false, []) => Clients::OfAuthority,
+                (false, names) => Clients::Named(names.to_vec()),
+            };
+            options.tls_server = Some(TlsServer::from_files(files, clients)?);
+        }
         anyhow::ensure!(
             options.tls_server.is_some() || !places.iter().any(by_tls),
-            "TLS needs --tls-cert and --tls-key"
+            "TLS needs --tls-cert and --tls-key, or --tls-dir"
         );
+        self.tls.check_clear_text(&places)?;
         Ok((places, options))
     }
 

@@ -18,6 +18,7 @@ use args::Args;
 use machine::{GuestHandle, Machine};
 use multifd_cli::confinement::Places;
 use multifd_cli::flags::ReportKind;
+use multifd_cli::tls::clear_text_warning;
 use multifd_cli::{signals, start};
 use multifd_confine::{Exec, Side};
 use multifd_receiver::{Config, Parts, Reception};
@@ -123,6 +124,10 @@ fn run(
         spawner: args.confinement.spawner(Side::Destination)?,
     })
     .map_err(|failed| failed.error)?;
+    let warning = clear_text_warning(&addresses);
+    if !warning.is_empty() {
+        err!("{warning}");
+    }
     announce(args, &addresses);
     let finished = watch::watch(&args.output, reception, Arc::clone(&asked));
     let check = check::observe(args.run_for, &finished, &guest, &asked);

@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
-use multifd_cli::flags::{Output, Silence, TlsFiles, Transport};
-use multifd_cli::{confinement, units};
+use multifd_cli::confinement::ConfineFlags;
+use multifd_cli::flags::{Output, Silence, Transport};
+use multifd_cli::tls::TlsFlags;
+use multifd_cli::units;
 use multifd_guest::{Device, DeviceConfig, Fill, Pattern, Tracking};
 use multifd_sender::config::WhenDestinationLost;
 use multifd_sender::{Config, DirtyScan, WhenAckLate, WhenNotConverging};
 use multifd_transport::rdma::{self, Registration};
-use multifd_transport::tls::TlsClient;
+use multifd_transport::tls::{TlsClient, TlsSide};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 use multifd_wire::Token;
 
@@ -111,13 +113,18 @@ pub(crate) struct Args {
     pub(crate) bridge: multifd_bridge::cli::SendArgs,
 
     #[command(flatten)]
-    pub(crate) tls: TlsFiles,
+    pub(crate) tls: TlsFlags,
 
     #[command(flatten)]
-    pub(crate) confinement: confinement::Flags,
+    pub(crate) confinement: ConfineFlags,
 
     /// The name that the destination's certificate must be for. Default: the host that is dialled
-    #[arg(long, value_name = "NAME", help_heading = "TLS")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "tls_peer",
+        help_heading = "TLS"
+    )]
     pub(crate) tls_server_name: Option<String>,
 
     /// Longest downtime: how long the guest may be paused (such as 300ms, 2s)
@@ -364,8 +371,10 @@ impl Args {
             || (self.loopback && self.transport.contains(&Transport::Tls));
         anyhow::ensure!(
             way.options.tls_client.is_some() || !uses_tls,
-            "TLS needs --tls-ca, the certificate of the authority (CA) that signed the destination's"
+            "TLS needs --tls-ca, the certificate of the authority (CA) that signed the destination's, or --tls-dir"
         );
+        self.tls
+            .check_clear_text(way.control.iter().chain(&way.data))?;
         let by_rdma = |address: &Address| address.kind() == AddressKind::Rdma;
         if way.control.iter().chain(&way.data).any(by_rdma)
             || (self.loopback && self.transport.contains(&Transport::Rdma))
@@ -373,7 +382,10 @@ impl Args {
             rdma::available()?;
         }
         anyhow::ensure!(
-            !self.loopback || !uses_tls || self.tls.tls_cert.is_some(),
+            !self.loopback
+                || !uses_tls
+                || self.tls.tls_cert.is_some()
+                || self.tls.tls_dir.is_some(),
             "--loopback with TLS needs --tls-cert and --tls-key too: the receiver that it starts shows the same certificate, which must \
              be for {}",
             self.tls_server_name
@@ -385,14 +397,18 @@ impl Args {
 
     /// What TLS needs to dial; nothing if no authority was given.
     fn tls_client(&self) -> anyhow::Result<Option<TlsClient>> {
-        if self.tls.tls_ca.is_none() {
+        let files = self.tls.files(TlsSide::Client)?;
+        let Some(files) = files.filter(|files| files.authorities.is_some()) else {
             return Ok(None);
+        };
+        let mut client = TlsClient::from_files(files)?;
+        if let Some(name) = &self.tls_server_name {
+            client = client.with_server_name(name)?;
         }
-        let client = TlsClient::new(&self.tls.read()?)?;
-        Ok(Some(match &self.tls_server_name {
-            Some(name) => client.with_server_name(name)?,
-            None => client,
-        }))
+        if !self.tls.tls_peer.is_empty() {
+            client = client.with_peers(self.tls.tls_peer.clone())?;
+        }
+        Ok(Some(client))
     }
 
     /// The migration's settings.

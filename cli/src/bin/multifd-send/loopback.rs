@@ -48,6 +48,7 @@ impl Receiver {
             ("--tls-ca", &args.tls.tls_ca),
             ("--tls-cert", &args.tls.tls_cert),
             ("--tls-key", &args.tls.tls_key),
+            ("--tls-dir", &args.tls.tls_dir),
         ];
         for (flag, path) in tls {
             if let Some(path) = path {
@@ -57,7 +58,7 @@ impl Receiver {
         let mut child = command
             .args(["--report", "json"])
             // It ends with us, however we end: nobody else knows where it listens.
-            .args(["--until-stdin-closes", "--one-attempt"])
+            .args(["--until-stdin-closes", "--one-attempt", "--clear-text"])
             .stdin(Stdio::piped())
             // Ctrl-C is for us, who cancel and tell it; a terminal would send it to the whole group.
             .process_group(0)

@@ -21,10 +21,11 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use args::{Args, Way};
 use machine::Machine;
-use multifd_cli::confinement::{Places, folder_of};
+use multifd_cli::confinement::Places;
 use multifd_cli::flags::ReportKind;
+use multifd_cli::tls::clear_text_warning;
 use multifd_cli::units::{Rate, Size};
-use multifd_cli::{signals, start};
+use multifd_cli::{folder_of, signals, start};
 use multifd_confine::{Exec, Side};
 use multifd_guest::{Guest, Tracking};
 use multifd_sender::{Config, Finished, GuestState, Migration, OutcomeKind, Parts, SpreadDialer};
@@ -115,6 +116,10 @@ fn run(
     };
     let to = destinations(&control, &data);
     let dialled: Vec<_> = data.iter().chain([&control]).cloned().collect();
+    let warning = clear_text_warning(&dialled);
+    if !warning.is_empty() {
+        err!("{warning}");
+    }
     let written: Vec<_> = args.state_file.iter().map(|file| folder_of(file)).collect();
     let dialling = Places::Dialling(&dialled);
     let confined = args
