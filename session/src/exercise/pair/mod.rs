@@ -117,24 +117,8 @@ enum What {
     LiarSpeaks,
 }
 
-struct Timed(Duration, u64, What);
-
-impl PartialEq for Timed {
-    fn eq(&self, other: &Self) -> bool {
-        (self.0, self.1) == (other.0, other.1)
-    }
-}
-impl Eq for Timed {}
-impl PartialOrd for Timed {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Timed {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.0, self.1).cmp(&(other.0, other.1))
-    }
-}
+/// When something happens, its number among those at that time, and its place in the list of what will.
+type Timed = (Duration, u64, usize);
 
 struct Pair {
     dice: Dice,
@@ -142,6 +126,8 @@ struct Pair {
     now: Duration,
     number: u64,
     queue: BinaryHeap<Reverse<Timed>>,
+    to_come: Vec<Option<What>>,
+    free: Vec<usize>,
     network: Network,
     layout: Layout,
     /// The source's, and the destination's.
@@ -181,6 +167,8 @@ impl Pair {
             now: Duration::ZERO,
             number: 0,
             queue: BinaryHeap::new(),
+            to_come: Vec::new(),
+            free: Vec::new(),
             network: Network::default(),
             layout,
             hosts: [Host::default(); 2],
@@ -199,8 +187,13 @@ impl Pair {
 
     fn later(&mut self, wait: Duration, what: What) {
         self.number += 1;
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.to_come.push(None);
+            self.to_come.len() - 1
+        });
+        self.to_come[place] = Some(what);
         self.queue
-            .push(Reverse(Timed(self.now + wait, self.number, what)));
+            .push(Reverse((self.now + wait, self.number, place)));
     }
 
     fn violation(&mut self, text: impl Into<String>) {
@@ -279,18 +272,21 @@ impl Pair {
             }
             return;
         }
-        let Some(Reverse(Timed(at, number, what))) = self.queue.pop() else {
+        let Some(Reverse((at, number, place))) = self.queue.pop() else {
             return;
         };
         // A program that stands still finds everything afterwards, in the order in which it came.
-        if let Some(role) = Self::host_of(&what) {
+        if let Some(role) = self.to_come[place].as_ref().and_then(Self::host_of) {
             let until = self.hosts[usize::from(role == Role::Destination)].frozen_until;
             if at < until {
-                return self.queue.push(Reverse(Timed(until, number, what)));
+                return self.queue.push(Reverse((until, number, place)));
             }
         }
         self.now = self.now.max(at);
-        self.happen(what);
+        self.free.push(place);
+        if let Some(what) = self.to_come[place].take() {
+            self.happen(what);
+        }
     }
 
     fn happen(&mut self, what: What) {

@@ -96,7 +96,12 @@ fn source(gentle: bool, dice: &mut Dice) -> tx::Config {
     let mut builder = tx::Config::builder()
         .channels(1 + dice.below(3) as u32)
         .downtime_limit(Duration::from_secs(30))
-        .ack_deadline(Some(Duration::from_secs(20)))
+        .stall(Duration::from_secs(6))
+        .progress_deadline(Duration::from_secs(12))
+        .setup_deadline(Duration::from_secs(12))
+        .commit_deadline(Duration::from_secs(10))
+        .reconnect_deadline(Duration::from_secs(12))
+        .ack_deadline(Some(Duration::from_secs(8)))
         .when_destination_lost(lost);
     if !gentle {
         let stall = between(300, 3000, dice);
@@ -137,7 +142,12 @@ fn source(gentle: bool, dice: &mut Dice) -> tx::Config {
 }
 
 fn destination(gentle: bool, dice: &mut Dice) -> rx::Config {
-    let mut builder = rx::Config::builder().device_window_bytes(64 << 10);
+    let mut builder = rx::Config::builder()
+        .device_window_bytes(64 << 10)
+        .stall(Duration::from_secs(6))
+        .progress_deadline(Duration::from_secs(12))
+        .setup_deadline(Duration::from_secs(12))
+        .suspend(Duration::from_secs(12));
     if !gentle {
         let stall = between(300, 3000, dice);
         let suspend = if dice.one_in(4) {
