@@ -95,6 +95,11 @@ impl DeviceStream {
         result
     }
 
+    /// The channels were lost, and nothing of them can come any more: a stream that is complete begins anew.
+    pub(crate) fn break_off(&self) {
+        self.lock().assembler.break_off();
+    }
+
     /// A lane was lost.
     pub(crate) fn lane_lost(&self) {
         self.lock().assembler.lane_lost();

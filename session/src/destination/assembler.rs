@@ -93,6 +93,8 @@ pub struct Assembler {
     next: u64,
     offset: u64,
     stage: Stage,
+    /// It is complete, and was read for a switchover that is void: it begins anew.
+    void: bool,
     generation: Generation,
     held: BTreeMap<u64, Held>,
     ready: VecDeque<Item>,
@@ -118,6 +120,7 @@ impl Assembler {
             next: 0,
             offset: 0,
             stage: Stage::Data,
+            void: false,
             generation: Generation::new(0),
             held: BTreeMap::new(),
             ready: VecDeque::new(),
@@ -253,10 +256,16 @@ impl Assembler {
         early + (self.offset - self.loaded)
     }
 
-    /// Whether the stream is complete: everything up to its end came.
+    /// Whether the stream is complete: everything up to its end came, and it does not begin anew.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.stage == Stage::Over
+        self.stage == Stage::Over && !self.void
+    }
+
+    /// The channels were lost, and a switchover with them: a stream that is complete begins anew, and what is here of it is not the device's
+    /// state any more (SPEC: RESUME-8).
+    pub fn break_off(&mut self) {
+        self.void = self.stage == Stage::Over;
     }
 
     /// Whether an item has a place here; false if it is here already.
@@ -379,6 +388,7 @@ impl Assembler {
             }
             (_, Content::Mark(Mark::Restart, generation)) if generation == newest => {
                 self.stage = Stage::Data;
+                self.void = false;
                 self.restarts += 1;
                 Item::Restart
             }

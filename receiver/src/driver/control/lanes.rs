@@ -200,6 +200,7 @@ impl Control {
                 frames: lane_thread.handled.load(Ordering::Acquire),
             });
         }
+        self.devices.break_off();
         let damaged = match &self.landing {
             Some(landing) => landing.damaged_runs(PAGES_PER_FRAME_MAX as u32),
             None => Vec::new(),

@@ -65,6 +65,12 @@ impl DeviceSet {
         }
     }
 
+    pub(in crate::driver) fn break_off(&self) {
+        if let Some(streams) = &self.streams {
+            streams.break_off();
+        }
+    }
+
     pub(in crate::driver) fn memory_moves_on(&self) {
         if let Some(streams) = &self.streams {
             streams.memory_moves_on();

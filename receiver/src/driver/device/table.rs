@@ -126,6 +126,11 @@ impl DeviceTable {
             .for_each(|stream| stream.memory_landed());
     }
 
+    /// Nothing of the old channels can come any more: streams that are complete begin anew.
+    pub(in crate::driver) fn break_off(&self) {
+        self.streams.iter().for_each(|stream| stream.break_off());
+    }
+
     /// The switchover was broken off.
     pub(in crate::driver) fn memory_moves_on(&self) {
         self.streams

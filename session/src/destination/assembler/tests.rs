@@ -224,6 +224,32 @@ fn refuses_what_is_no_stream() {
 }
 
 #[test]
+fn a_stream_that_is_complete_for_a_switchover_that_is_void_is_complete_only_after_it_began_anew() {
+    let mark = |index, mark| DeviceMark {
+        device: DeviceId::new(0),
+        mark,
+        generation: Generation::new(0),
+        index,
+        offset: 0,
+    };
+    let mut a = assembler();
+    a.mark(&mark(0, Mark::DataEnd)).unwrap();
+    // Not complete: nothing of it is void yet.
+    a.break_off();
+    assert_eq!(a.mark(&mark(1, Mark::ConfigEnd)).unwrap(), Came::All);
+    assert!(a.is_over());
+    a.break_off();
+    assert!(!a.is_over(), "SPEC: RESUME-8");
+    // The lane with the RESTART is slow, or lost.
+    a.mark(&mark(3, Mark::DataEnd)).unwrap();
+    a.mark(&mark(4, Mark::ConfigEnd)).unwrap();
+    assert!(!a.is_over());
+    assert_eq!(a.missing(), 2);
+    assert_eq!(a.mark(&mark(2, Mark::Restart)).unwrap(), Came::All);
+    assert!(a.is_over());
+}
+
+#[test]
 fn too_many_small_items_are_a_matter_of_limits() {
     let mut a = assembler();
     let most = WINDOW / 4096 + ITEMS_SPARE;

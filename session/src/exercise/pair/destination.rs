@@ -507,6 +507,7 @@ impl Pair {
         }
         let marks = self.marks();
         self.destination.slots.clear();
+        self.break_streams_off();
         let damaged = self.destination.damaged.iter().map(|page| {
             let (region, first) = (RegionId::new(0), PageIndex::new(*page));
             self.layout.run(region, first, 1).unwrap()

@@ -238,6 +238,11 @@ impl Pair {
         loaders.for_each(|loader| loader.assembler.lane_lost());
     }
 
+    pub(super) fn break_streams_off(&mut self) {
+        let loaders = self.destination.loaders.iter_mut();
+        loaders.for_each(|loader| loader.assembler.break_off());
+    }
+
     pub(super) fn memory_landed(&mut self) {
         for place in 0..self.destination.loaders.len() {
             self.destination.loaders[place].memory_landed = true;
