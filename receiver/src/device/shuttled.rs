@@ -176,6 +176,7 @@ fn the_end_wakes_the_loader() {
     assert_eq!(gate.join().unwrap(), Waited::Landed);
     // A switchover that is broken off waits anew, and a stream that begins anew behind it is heard.
     stream.memory_moves_on();
+    stream.break_off();
     let last = Arc::clone(&stream);
     let gate = thread::spawn(move || last.wait_for_memory());
     mark(&stream, Mark::Restart, 0, 0);
