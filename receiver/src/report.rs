@@ -59,7 +59,7 @@ pub struct Report {
     /// What came damaged from the source: each by phase, channel and frame.
     pub damaged: Vec<DamageReport>,
     /// Data channels that the source opened again after they were lost.
-    pub channels_rejoined: u32,
+    pub channels_reopened: u32,
     /// How often all channels were lost and the migration was kept for the source to come back.
     pub suspensions: u32,
     /// How often octets were changed on the way on the control channel, which was then lost with all others.
@@ -118,7 +118,7 @@ pub(crate) struct Timeline {
     pub(crate) load_ms: f64,
     pub(crate) resume_ms: f64,
     pub(crate) rounds: u32,
-    pub(crate) lanes_rejoined: u32,
+    pub(crate) lanes_reopened: u32,
     pub(crate) asked: u32,
     pub(crate) control_damaged: u32,
     suspensions: u32,
@@ -190,7 +190,7 @@ impl Report {
             mismatched: Vec::new(),
             pages_cleared: end.pages_cleared,
             damaged: Vec::new(),
-            channels_rejoined: timeline.lanes_rejoined,
+            channels_reopened: timeline.lanes_reopened,
             suspensions: timeline.suspensions,
             control_damaged: timeline.control_damaged,
             suspended_ms: timeline.suspended.as_secs_f64() * 1e3,

@@ -274,7 +274,7 @@ pub struct IntervalReport {
 #[non_exhaustive]
 pub struct AdviceReport {
     /// A link with this many bytes a second; null if none would.
-    pub bandwidth_bytes_per_s: Option<u64>,
+    pub bandwidth_needed_bytes_per_s: Option<u64>,
     /// A guest of whose writes this share, in percent, is held back; null if that would not do.
     pub throttle_percent: Option<u8>,
     /// A downtime limit of so many milliseconds.
@@ -298,7 +298,7 @@ impl From<&Outlook> for ForecastReport {
                     bandwidth_needed,
                     throttle_percent,
                 } => Some(AdviceReport {
-                    bandwidth_bytes_per_s: bandwidth_needed,
+                    bandwidth_needed_bytes_per_s: bandwidth_needed,
                     throttle_percent,
                     downtime_limit_ms: ms(downtime).ceil(),
                 }),

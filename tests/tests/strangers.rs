@@ -353,7 +353,10 @@ fn a_set_up_that_lost_its_channel_gives_way_at_once() {
 #[test]
 fn a_lane_that_joins_again_and_again_before_the_end_of_set_up_holds_one_channel() {
     let _alone = alone();
-    let destination = Destination::start();
+    // 1,500 joins take seconds on a host that has other things to do, and the set-up is to be under way all the time.
+    let config = rx_builder().setup_deadline(Duration::from_secs(120));
+    let config = config.build().expect("within the limits");
+    let destination = Destination::with(config, DestinationMachine::default());
     let connect = || destination.connect();
     let mut source = FakeSource::open(&connect);
     let joins = |incarnation| {

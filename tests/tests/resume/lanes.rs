@@ -24,7 +24,7 @@ fn a_lane_that_is_cut_is_opened_again_and_takes_part() {
     ends.source.stays_paused("one of four");
     let report = &ends.source.finished.report;
     assert_eq!((report.channels_lost, report.channels_reopened), (3, 3));
-    assert_eq!(ends.destination.report.channels_rejoined, 3);
+    assert_eq!(ends.destination.report.channels_reopened, 3);
 }
 
 #[test]

@@ -132,7 +132,7 @@ impl Control {
                 return self.events.push_back(unheard);
             }
             joined.tx.set_deadline(None);
-            self.timeline.lanes_rejoined += 1;
+            self.timeline.lanes_reopened += 1;
         }
         let lane_thread = match self.lanes.start(joined, begins, &self.shared) {
             Ok(lane_thread) => lane_thread,
