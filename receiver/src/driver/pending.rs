@@ -46,14 +46,14 @@ pub(super) struct Pending {
     pub(super) channel: Box<dyn Channel>,
     origin: Origin,
     since: Instant,
-    state: State,
+    state: Stage,
     /// The descriptor at which events of it are waited for.
     pub(super) watched: Option<RawFd>,
 }
 
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum Stage {
     /// Its hello.
     Silent,
     /// A greeter: its hello is here.
@@ -95,7 +95,7 @@ impl PendingHellos {
             channel,
             origin,
             since: now,
-            state: State::Silent,
+            state: Stage::Silent,
             watched: None,
         };
         self.pending.insert(id, one);
@@ -111,7 +111,7 @@ impl PendingHellos {
         }
         let (most, _) = crowds.into_iter().max_by_key(|(_, count)| *count)?;
         let theirs = |ready: bool| {
-            let is_ready = |one: &Pending| one.state == State::Ready;
+            let is_ready = |one: &Pending| one.state == Stage::Ready;
             let mut pending = self.pending.iter();
             pending.find(|(_, one)| one.origin == most && is_ready(one) == ready)
         };
@@ -125,8 +125,8 @@ impl PendingHellos {
             return Seen::Gone;
         };
         match one.channel.approach(HELLO_BYTES) {
-            Approach::Here => one.state = State::Ready,
-            Approach::Unknown => one.state = State::Unknown,
+            Approach::Here => one.state = Stage::Ready,
+            Approach::Unknown => one.state = Stage::Unknown,
             Approach::Waiting(socket) => {
                 let socket = socket.as_raw_fd();
                 one.watched = Some(socket);
@@ -143,9 +143,9 @@ impl PendingHellos {
     /// Takes the youngest out that can be greeted; only one that has said hello, unless `unknown` ones may go as well.
     pub(super) fn take_ready(&mut self, unknown: bool) -> Option<(usize, Pending)> {
         let may_go = |one: &Pending| match one.state {
-            State::Silent => false,
-            State::Ready => true,
-            State::Unknown => unknown,
+            Stage::Silent => false,
+            Stage::Ready => true,
+            Stage::Unknown => unknown,
         };
         let mut pending = self.pending.iter().rev();
         let (&id, _) = pending.find(|(_, one)| may_go(one))?;
@@ -160,7 +160,7 @@ impl PendingHellos {
     /// Whether anybody waits for a greeter.
     pub(super) fn is_anybody_ready(&self) -> bool {
         let mut pending = self.pending.values();
-        pending.any(|one| one.state != State::Silent)
+        pending.any(|one| one.state != Stage::Silent)
     }
 
     /// Lets one go.
@@ -225,7 +225,7 @@ mod tests {
         for _ in 0..PENDING_MAX {
             hellos.admit(connection(), Origin(None), now);
         }
-        hellos.pending.get_mut(&0).unwrap().state = State::Ready;
+        hellos.pending.get_mut(&0).unwrap().state = Stage::Ready;
         let (last, evicted) = hellos.admit(connection(), Origin(None), now);
         assert!(evicted.is_some());
         assert!(hellos.pending.contains_key(&0) && hellos.pending.contains_key(&last));

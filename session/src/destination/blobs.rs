@@ -8,7 +8,7 @@ use crate::destination::error::Fault;
 
 /// Blobs of one kind of frame (CONFIG or VM_STATE), in order, none skipped (SPEC: BLOB-2).
 #[derive(Debug)]
-pub struct Assembler {
+pub struct BlobAssembler {
     kind: Kind,
     octets_max: u64,
     octets: u64,
@@ -16,7 +16,7 @@ pub struct Assembler {
     open: Option<(BlobPart, Vec<u8>)>,
 }
 
-impl Assembler {
+impl BlobAssembler {
     /// Collects blobs of this kind of frame, at most so many bytes in all.
     pub fn new(kind: Kind, octets_max: u64) -> Self {
         Self {
@@ -98,8 +98,8 @@ mod tests {
 
     use super::*;
 
-    fn assembler() -> Assembler {
-        Assembler::new(Kind::Config, 4 << 20)
+    fn assembler() -> BlobAssembler {
+        BlobAssembler::new(Kind::Config, 4 << 20)
     }
 
     #[test]
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn refuses_what_is_announced_and_can_t_be_kept_before_it_comes() {
-        let mut a = Assembler::new(Kind::Config, 10);
+        let mut a = BlobAssembler::new(Kind::Config, 10);
         let whole = vec![0; 11];
         let (part, body) = blob_parts(1, 1, 0, &whole).unwrap().next().unwrap();
         let refused = a.part(part, &body[..1]);
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn refuses_one_octet_more_than_the_bound() {
-        let mut a = Assembler::new(Kind::Config, 10);
+        let mut a = BlobAssembler::new(Kind::Config, 10);
         let part =
             |blob: &'static [u8], index| blob_parts(1, 1, index, blob).unwrap().next().unwrap();
         let (p, b) = part(b"0123456789", 0);

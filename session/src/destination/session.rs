@@ -30,7 +30,7 @@ use multifd_wire::{
     Misbehaved, PageRun, Phase, Pulse, Role, Round,
 };
 
-use super::blobs::Assembler;
+use super::blobs::BlobAssembler;
 use super::commit::{Loading, Loads, ReadyToCommit};
 use super::config::Config;
 use super::deadlines::Deadlines;
@@ -80,7 +80,7 @@ pub struct Session {
     early: BTreeMap<LaneId, Incarnation>,
     rounds: Rounds,
     devices: Devices,
-    states: Assembler,
+    states: BlobAssembler,
     loads: Loads,
     deadlines: Deadlines,
     /// The sending direction of the control channel.
@@ -114,7 +114,7 @@ impl Session {
             early: BTreeMap::new(),
             rounds: Rounds::new(),
             devices: Devices::new(features, config.device_window_bytes()),
-            states: Assembler::new(Kind::VmState, config.blob_bytes_max()),
+            states: BlobAssembler::new(Kind::VmState, config.blob_bytes_max()),
             loads: Loads::default(),
             deadlines: Deadlines::new(now),
             control: Encoder::default(),

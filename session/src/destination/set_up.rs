@@ -11,7 +11,7 @@ use std::time::Duration;
 use multifd_wire::frame::{BlobPart, Device, Devices as DevicesFrame, Regions, SetupEnd};
 use multifd_wire::{Features, Kind, Layout, Malformed, Misbehaved, PAGE_BYTES_U64};
 
-use super::blobs::Assembler;
+use super::blobs::BlobAssembler;
 use super::config::Config;
 use super::devices::Devices;
 use super::error::Fault;
@@ -45,7 +45,7 @@ pub(super) struct SetUp {
     devices: bool,
     /// When SETUP_END came on it.
     end: Option<Duration>,
-    configs: Assembler,
+    configs: BlobAssembler,
     /// The memory, once it was described.
     layout: Option<Layout>,
     /// The configuration as it came first.
@@ -60,7 +60,7 @@ impl SetUp {
             regions: false,
             devices: false,
             end: None,
-            configs: Assembler::new(Kind::Config, config.blob_bytes_max()),
+            configs: BlobAssembler::new(Kind::Config, config.blob_bytes_max()),
             layout: None,
             first_configs: None,
             machine: false,
@@ -70,7 +70,7 @@ impl SetUp {
     /// A new control channel: everything comes again.
     pub(super) fn again(&mut self, config: &Config) {
         (self.regions, self.devices, self.end) = (false, false, None);
-        self.configs = Assembler::new(Kind::Config, config.blob_bytes_max());
+        self.configs = BlobAssembler::new(Kind::Config, config.blob_bytes_max());
     }
 
     pub(super) fn layout(&self) -> Option<&Layout> {

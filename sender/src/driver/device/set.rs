@@ -15,7 +15,7 @@ use multifd_wire::{DeviceId, Text};
 
 use super::stream::{DeviceStream, Stuck};
 use super::table::DeviceTable;
-use super::thread::{Mode, Reader};
+use super::thread::{DeviceReader, Mode};
 use super::{DeviceCommand, DeviceNote};
 use crate::device::{DeviceError, DeviceSource, DeviceTraits};
 use crate::driver::Note;
@@ -133,7 +133,7 @@ impl DeviceSet {
         let _ = table.streams.set(streams.clone());
         for (stream, source) in streams.into_iter().zip(std::mem::take(&mut self.sources)) {
             let (give, back) = crossbeam_channel::bounded(1);
-            let reader = Reader {
+            let reader = DeviceReader {
                 stream: Arc::clone(&stream),
                 source,
                 table: Arc::clone(table),

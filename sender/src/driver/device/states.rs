@@ -4,11 +4,11 @@ use multifd_wire::DeviceState;
 use multifd_wire::frame::DeviceFlags;
 
 use super::DeviceCommand;
-use super::thread::{Mode, Reader};
+use super::thread::{DeviceReader, Mode};
 use crate::device::DeviceError;
 use crate::error::Fault;
 
-impl Reader {
+impl DeviceReader {
     /// Does what it was told.
     pub(super) fn carry_out(&mut self, command: DeviceCommand) -> Result<(), Fault> {
         use DeviceState::{PreCopy, PreCopyP2p, Running, RunningP2p, Stop, StopCopy};

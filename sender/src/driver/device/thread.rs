@@ -39,7 +39,7 @@ pub(super) enum Mode {
 }
 
 /// The reader of one device.
-pub(super) struct Reader {
+pub(super) struct DeviceReader {
     pub(super) stream: Arc<DeviceStream>,
     pub(super) source: Box<dyn DeviceSource>,
     pub(super) table: Arc<DeviceTable>,
@@ -57,7 +57,7 @@ pub(super) struct Reader {
     pub(super) config: Option<(Bytes, usize)>,
 }
 
-impl Reader {
+impl DeviceReader {
     /// Until it is told to end; gives the device back.
     pub(super) fn run(mut self) -> Box<dyn DeviceSource> {
         let mut wait = Duration::ZERO;

@@ -20,7 +20,7 @@ use multifd_wire::{ChannelRef, Kind, PageRun, Reason, Sequence};
 
 use super::{Done, Session, State};
 use crate::common::Encoder;
-use crate::destination::blobs::Assembler;
+use crate::destination::blobs::BlobAssembler;
 use crate::destination::config::AfterFailedSetup;
 use crate::destination::error::{Error, Fault};
 use crate::destination::event::{Effect, Secrets};
@@ -168,7 +168,7 @@ impl Session {
         self.state = State::Setup;
         self.resumed = true;
         self.set_up.again(&self.config);
-        self.states = Assembler::new(Kind::VmState, self.config.blob_bytes_max());
+        self.states = BlobAssembler::new(Kind::VmState, self.config.blob_bytes_max());
         out.push(Effect::AcceptResume);
         self.opened(secrets, now, out)
     }
