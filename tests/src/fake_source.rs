@@ -1,6 +1,6 @@
 //! A source that is driven by hand: it can make a whole migration by the rules, and break any of them at any step.
 //!
-//! Its guest has two regions of [`REGION_PAGES`] pages. A page's content is one octet repeated; the test says which.
+//! Its guest has two regions of [`REGION_PAGES`] pages. A page's content is one byte repeated; the test says which.
 
 use std::time::{Duration, Instant};
 
@@ -169,7 +169,7 @@ impl<'d> FakeSource<'d> {
         source
     }
 
-    /// The same with devices of these names, which send chunks of at most `chunk_bytes_max` octets.
+    /// The same with devices of these names, which send chunks of at most `chunk_bytes_max` bytes.
     ///
     /// # Panics
     /// If the destination does not do its part.
@@ -397,7 +397,7 @@ impl<'d> FakeSource<'d> {
         Token::new(octets)
     }
 
-    /// The octets of a page with this content.
+    /// The bytes of a page with this content.
     #[must_use]
     pub fn content(octet: u8) -> Vec<u8> {
         vec![octet; PAGE_BYTES]

@@ -280,7 +280,7 @@ pub fn migrate(seed: u64, rules: Vec<Rule>) -> Passage {
     }
 }
 
-/// Which octets of a page differ: a lost write shows as one word, a page that landed by half as a long piece.
+/// Which bytes of a page differ: a lost write shows as one word, a page that landed by half as a long piece.
 fn difference(
     source: &GuestMemory,
     destination: &Option<GuestMemory>,
@@ -301,7 +301,7 @@ fn difference(
     let differs: Vec<usize> = (0..4096).filter(|at| ours[*at] != theirs[*at]).collect();
     let zero = |octets: &[u8]| octets.iter().all(|octet| *octet == 0);
     format!(
-        "{} octets from {:?} to {:?}, zero at the source {}, at the destination {}",
+        "{} bytes from {:?} to {:?}, zero at the source {}, at the destination {}",
         differs.len(),
         differs.first(),
         differs.last(),

@@ -1,7 +1,7 @@
 //! How bytes move: channels that send frames out of guest memory and receive them into it.
 //!
 //! A [`Channel`] is one connection. It splits into a [`SendHalf`], a [`ReceiveHalf`] and a [`Closer`], so that one thread sends,
-//! another receives, and any thread can end it. This crate knows no frame format: a frame is a *head* (private octets) and a
+//! another receives, and any thread can end it. This crate knows no frame format: a frame is a *head* (private bytes) and a
 //! *body* (pieces of private or guest memory). Guest memory is reached through [`GuestMemory`] and its [`Span`]s only, by pointer
 //! and length, never by reference.
 //!
@@ -22,9 +22,9 @@
 //! let mut head = [0; 4];
 //! receive.receive(&mut head)?;
 //! receive.receive_into(&[target.span(0, 8192, 4096)?])?;
-//! let mut octets = [0; 5];
-//! target.span(0, 8192, 5)?.copy_to(&mut octets);
-//! assert_eq!((&head, &octets), (b"head", b"hello"));
+//! let mut bytes = [0; 5];
+//! target.span(0, 8192, 5)?.copy_to(&mut bytes);
+//! assert_eq!((&head, &bytes), (b"head", b"hello"));
 //! # Ok(())
 //! # }
 //! ```
@@ -35,7 +35,7 @@
 //! |---|---|---|---|---|---|
 //! | made by | [`memory::pair`] | [`unix::pair`], [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] | [`connect_with`], [`Listener`] |
 //! | reaches | this process | this host; its virtual machines | any host | any host, over networks that are not trusted | hosts with RDMA devices |
-//! | descriptor to poll | none | yes | yes | yes; [`buffered`](ReceiveHalf::buffered) octets do not show there | none |
+//! | descriptor to poll | none | yes | yes | yes; [`buffered`](ReceiveHalf::buffered) bytes do not show there | none |
 //! | copies of a body, both sides together, in this process | 2 (into and out of the buffer) | 0 (the kernel makes 2) | 0 (the kernel makes 2, the network card none) | 6, and the ciphers | 1 (out of the landing) |
 //! | holds on the way | `capacity` | the socket's send buffer | both sockets' buffers | both sockets' buffers, and 144 KiB | the landing, 4 MiB, and 64 messages |
 //! | peer's death is found out | at once | at once | by its kernel's reset; by keep-alive and user timeout if its host is gone | as TCP | by its kernel's farewell; by a send that is not acknowledged if its host is gone |
@@ -54,7 +54,7 @@
 //! - Reading ahead is bounded by [`READ_AHEAD_BYTES`]. It saves the system calls that reading heads would cost and is never
 //!   visible otherwise, but for [`ReceiveHalf::buffered`].
 //! - Every wait ends: by [`set_deadline`](ReceiveHalf::set_deadline), by [`set_stall`](ReceiveHalf::set_stall), by
-//!   [`Closer::shutdown`], or by the peer. Limits cost no system call while octets flow.
+//!   [`Closer::shutdown`], or by the peer. Limits cost no system call while bytes flow.
 //! - An error says how much was moved. A half that lost its place in the stream repeats its error for ever; one that only ran out
 //!   of time before anything moved goes on working ([`ChannelError::may_retry`]).
 //!

@@ -1,6 +1,6 @@
 //! The thread of one data channel at the source: takes pages, tests, sums and sends them.
 //!
-//! Per page: one look for "all zero" that ends at the first other octet, one pass for the checksum, and the kernel's copy
+//! Per page: one look for "all zero" that ends at the first other byte, one pass for the checksum, and the kernel's copy
 //! out of guest memory while the page is still in the cache. Nothing is allocated per page and no lock is taken per page.
 //! What it must never do: let go of a page that is neither in the ledger nor back in the dirty set ([`Unsent`]).
 
@@ -139,7 +139,7 @@ impl<'s> Feeder<'s> {
     ) -> Result<(), Fault> {
         self.with_lane(|lane| lane.begin_round(round, last))?;
         // The end mark follows whatever is sent below, and is sent without delay. Not so while devices are read with the guest
-        // paused: what follows may take them a while, and the destination waits for the last octets of each chunk.
+        // paused: what follows may take them a while, and the destination waits for the last bytes of each chunk.
         self.tx
             .set_more(!(last && self.shared.devices.queue.is_used()));
         let mut unsent = Unsent::new(self.shared.dirty.clone());

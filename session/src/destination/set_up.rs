@@ -125,7 +125,7 @@ impl SetUp {
         }
         let wanted = layout.pages_total().value().saturating_mul(PAGE_BYTES_U64);
         if let Some(most) = config.memory_bytes_max().filter(|most| wanted > *most) {
-            let what = "octets of guest memory";
+            let what = "bytes of guest memory";
             return Err(Fault::Limit { what, wanted, most });
         }
         self.layout = Some(layout);

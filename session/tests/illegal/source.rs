@@ -32,7 +32,7 @@ pub(super) fn play(steps: &[Step<'_>]) -> Option<Reason> {
     player.refused
 }
 
-/// The octets of the frames in a vector, as they are read.
+/// The bytes of the frames in a vector, as they are read.
 fn frames<'b>(steps: &'b [Step<'_>]) -> impl Iterator<Item = Frame<'b>> {
     steps.iter().filter_map(|step| match step {
         Step::Said(said) if matches!(said.is, Is::Frame(_)) => {

@@ -298,7 +298,7 @@ fn a_frame_cut_off_at_any_place_ends_it_while_the_guest_is_paused() {
             let error = end.finished.error.unwrap();
             assert!(
                 error.code().starts_with("channel-closed"),
-                "{name}, {bytes} octets: {error}"
+                "{name}, {bytes} bytes: {error}"
             );
             assert!(!end.running && end.discarded);
         }

@@ -86,7 +86,7 @@ impl Vmm for Machine {
         let said = layout.pages_total().value().saturating_mul(PAGE_BYTES_U64);
         if config.memory_bytes != said {
             return Err(VmmError::new(format!(
-                "the configuration is of a guest with {} octets of memory, and the table of regions of one with {said}",
+                "the configuration is of a guest with {} bytes of memory, and the table of regions of one with {said}",
                 config.memory_bytes
             )));
         }
@@ -94,7 +94,7 @@ impl Vmm for Machine {
         let wanted = sizes.fold(said, u64::saturating_add);
         if wanted > self.ceiling {
             return Err(VmmError::new(format!(
-                "the guest and the state of its {} devices need {wanted} octets of memory here, and {} are to be had",
+                "the guest and the state of its {} devices need {wanted} bytes of memory here, and {} are to be had",
                 self.devices.len(),
                 self.ceiling
             )));

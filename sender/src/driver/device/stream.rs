@@ -177,7 +177,7 @@ impl DeviceStream {
         }
     }
 
-    /// A place for octets that were read, as soon as the credit reaches so far; the octets back if a command comes first.
+    /// A place for bytes that were read, as soon as the credit reaches so far; the bytes back if a command comes first.
     pub(super) fn place(
         self: &Arc<Self>,
         section: Section,

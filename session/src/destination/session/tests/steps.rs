@@ -51,7 +51,7 @@ pub(super) enum Step {
     Frame(Say),
 }
 
-/// Does one step, by way of the octets that a frame has on the channel.
+/// Does one step, by way of the bytes that a frame has on the channel.
 pub(super) fn feed(session: &mut Session, step: Step, now: Duration) -> Vec<Effect> {
     match step {
         Step::Event(event) => session.handle(event, now),
