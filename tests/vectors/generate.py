@@ -1085,7 +1085,7 @@ def illegal(legal):
     bad("round-end-twice", "reason-3", "ROUND-8", "lane 0 ends round 0 twice", lambda t: (t.until("ROUND_CLOSED"), t.then(mark("lane-0-0", 0, 0, 0, 0))))
     bad("page-of-a-closed-round", "reason-3", "ROUND-8", "PAGES of round 0 when round 0 is closed",
         lambda t: (t.until("ROUND_CLOSED"), t.then(again(0, 3))))
-    bad("page-of-a-later-round", "reason-3", "ROUND-8", "PAGES of round 1 in round 0", lambda t: t.until("PAGES").set(round=1))
+    bad("page-of-a-later-round", "reason-3", "ROUND-8 ROUND-1", "PAGES of round 1 in round 0", lambda t: t.until("PAGES").set(round=1))
     bad("read-behind-the-fence", "kept", "ROUND-3", "a frame of round 1 is read before round 0 is closed",
         lambda t: (t.until("ROUND_END"), t.then(again(1, 3))))
     bad("flags-differ", "reason-3", "ROUND-4", "lane 1 ends the last round without bit 0", lambda t: t.until("ROUND_END", 3).set(flags=0))
@@ -1167,7 +1167,7 @@ def illegal(legal):
         lambda t: (t.until("CREDIT"), t.then(theirs("DEVICE_LOADED", device_loaded(0, 4, 5, 6)))), "devices")
     bad("switchover-without-ack", "kept", "SWACK-2", "SWITCHOVER although generation 2 is not acknowledged",
         lambda t: (t.drop("SWITCHOVER_ACK", 1), t.until("SWITCHOVER")), "devices")
-    bad("final-before-config-end", "kept", "FINAL-2 DEVSTREAM-8", "FINAL without the device's CONFIG_END",
+    bad("final-before-config-end", "reason-3", "DEVSTREAM-7 DEVSTREAM-8 FINAL-2", "FINAL without the device's CONFIG_END",
         lambda t: (t.drop("DEVICE_MARK", 4), t.until("FINAL")), "devices")
 
     # --- switchover and commit

@@ -8,14 +8,14 @@ use multifd_session::common::Encoded;
 use multifd_session::destination::assembler::{Admit, Assembler};
 use multifd_session::destination::lane::{Lane, Mark};
 use multifd_session::destination::{
-    Closed, Config, Counts, Effect, Event, Fault, Outcome, Secrets, Session,
+    Closed, Config, Counts, Effect, Event, Fault, Incomplete, Outcome, Secrets, Session,
 };
 use multifd_wire::digest::page_value;
 use multifd_wire::exercise::check;
 use multifd_wire::frame::{Grant, LaneMark};
 use multifd_wire::{
-    Digest, Features, Frame, Header, HelloReply, Intent, Kind, LaneId, Layout, PAGE_BYTES,
-    PageIndex, Reason, RegionId, Role,
+    DeviceId, Digest, Features, Frame, Header, HelloReply, Intent, Kind, LaneId, Layout,
+    PAGE_BYTES, PageIndex, Reason, RegionId, Role,
 };
 
 use super::{Is, Said, Step, closed_channel};
@@ -163,11 +163,19 @@ impl Player {
         for ((region, page), value) in &self.values {
             digest.replace(RegionId::new(*region), PageIndex::new(*page), 0, *value);
         }
+        let incomplete = self.devices.iter().zip(0..).find_map(|(device, number)| {
+            let index = device.missing();
+            (!device.is_over()).then(|| Incomplete {
+                device: DeviceId::new(number),
+                name: "net0".into(),
+                index,
+            })
+        });
         let closed = Closed {
             handled: self.marks(),
             digest,
             damaged: 0,
-            incomplete: None,
+            incomplete,
             restarts: vec![0; self.devices.len()],
             counts: self.counts,
         };

@@ -449,6 +449,28 @@ fn marks_of(rule: &str) -> BTreeSet<char> {
     paragraph.chars().take(1).chain(inside).collect()
 }
 
+/// What a reader has to find out can be shown to whoever writes one: a session that breaks it.
+#[test]
+fn each_rule_of_session_has_a_vector_that_breaks_it() {
+    let elsewhere = [
+        "RESUME-12", // nobody can see that what is said once more was lost
+        "SEC-7",     // a pass is not on the wire but where it is shown
+    ];
+    let broken: BTreeSet<String> = vectors()
+        .into_iter()
+        .filter(|vector| vector.expect != "accept" || vector.name == "session-refusals")
+        .flat_map(|vector| vector.spec)
+        .collect();
+    let missing: Vec<String> = defined()
+        .into_iter()
+        // No vector is below this protocol, and none is of section 22 as a whole.
+        .filter(|rule| !["LIMIT", "BELOW", "CARRY"].contains(&rule.split_once('-').unwrap().0))
+        .filter(|rule| marks_of(rule).contains(&'S') && !broken.contains(rule))
+        .filter(|rule| !elsewhere.contains(&rule.as_str()))
+        .collect();
+    assert!(missing.is_empty(), "no vector breaks {missing:?}");
+}
+
 /// A stranger judges a reader by the illegal sessions: what the text leaves to the writer is not asked of a reader, and the other way round.
 #[test]
 fn each_illegal_session_is_for_the_reader_if_the_mark_of_its_rule_says_so() {
