@@ -289,15 +289,17 @@ impl Control {
                 let counter = &self.shared.counters.bandwidth;
                 counter.store(bandwidth as u64, Relaxed);
             }
+            let mut failed = None;
+            // Also those behind one that could not be carried out: that the guest comes back, or the end, may be among them.
             for effect in effects {
                 match self.apply(effect) {
                     Ok(next) => events.extend(next),
-                    Err(error) => {
-                        events.clear();
-                        events.push_back(failure(error));
-                        break;
-                    }
+                    Err(error) => failed = failed.or(Some(error)),
                 }
+            }
+            if let Some(error) = failed {
+                events.clear();
+                events.push_back(failure(error));
             }
             let Some(event) = events.pop_front() else {
                 return;

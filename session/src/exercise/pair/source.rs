@@ -103,13 +103,16 @@ impl Pair {
     /// Carries effects out, and passes on what comes of them, until the session wants nothing more.
     pub(super) fn source_does(&mut self, mut effects: Vec<Effect>) {
         loop {
+            let mut failed = None;
             for effect in effects {
                 self.note(|| format!("source: {effect:?}"));
                 if let Err(error) = self.source_effect(effect) {
-                    self.source.events.clear();
-                    self.source.events.push_back(failure(error));
-                    break;
+                    failed = failed.or(Some(error));
                 }
+            }
+            if let Some(error) = failed {
+                self.source.events.clear();
+                self.source.events.push_back(failure(error));
             }
             let next = self.source.events.pop_front();
             let Some(event) = next.filter(|_| self.source.outcome.is_none()) else {
