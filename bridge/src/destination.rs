@@ -4,12 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use multifd_transport::{Channel, ChannelError, Listener};
+use multifd_transport::door::{Door, Host, LogLimit};
+use multifd_transport::{Channel, ChannelError, Listener, StdSpawner};
 use multifd_wire::frame::{Grant, Outcome, OutcomeState};
 use multifd_wire::limits::LANES_MAX;
 use multifd_wire::negotiate::{self, Offer};
@@ -61,12 +61,62 @@ struct Home {
     shared: Arc<Shared>,
     session: Mutex<Option<Session>>,
     greeters: AtomicUsize,
+    log_limit: LogLimit,
+}
+
+/// Those who greet who comes to the door.
+struct Greeters(Arc<Home>);
+
+impl Host for Greeters {
+    fn hello_bytes(&self) -> usize {
+        HELLO_BYTES
+    }
+
+    fn hello_deadline(&self) -> Duration {
+        self.0.shared.config.hello_deadline
+    }
+
+    fn may_greet_unknown(&self) -> bool {
+        self.0.greeters.load(Ordering::Acquire) < GREETERS_MAX / 2
+    }
+
+    fn greet(&self, channel: Box<dyn Channel>) -> Result<(), Box<dyn Channel>> {
+        if self.0.greeters.fetch_add(1, Ordering::AcqRel) >= GREETERS_MAX {
+            self.0.greeters.fetch_sub(1, Ordering::AcqRel);
+            return Err(channel);
+        }
+        let home = Arc::clone(&self.0);
+        spawn("brg-greet", move || greet(&home, channel));
+        Ok(())
+    }
+
+    fn turn_away(&self, channel: Box<dyn Channel>) {
+        let (mut tx, _rx, _) = channel.split();
+        tx.set_deadline(Some(Instant::now()));
+        let text = "too many connections are saying hello here";
+        let no = HelloReply::refused(Reason::Busy, text, SessionId::new([0; 16]));
+        // For the peer's sake only: if it does not get through, a closed connection says the same.
+        if tx.send(&no.encode(), &[]).is_ok() {
+            let _ = tx.finish();
+        }
+    }
+
+    fn too_late(&self, channel: Box<dyn Channel>) {
+        if let Some(unsaid) = self.0.log_limit.allow() {
+            let peer = channel.describe();
+            tracing::warn!(%peer, unsaid, "connection closed: it did not say hello in time");
+        }
+    }
+
+    fn log_limit(&self) -> &LogLimit {
+        &self.0.log_limit
+    }
 }
 
 /// Carries one migration. Returns when it has ended, however it did; `stop` ends it.
 ///
 /// # Errors
-/// None yet; it could not begin.
+/// No thread or no descriptor: it could not begin.
 pub fn run(destination: Destination, stop: &AtomicBool) -> io::Result<Report> {
     let Destination {
         monitor,
@@ -79,13 +129,11 @@ pub fn run(destination: Destination, stop: &AtomicBool) -> io::Result<Report> {
         shared: Shared::new(Role::Destination, config, core, None),
         session: Mutex::new(None),
         greeters: AtomicUsize::new(0),
+        log_limit: LogLimit::default(),
     });
     let shared = &home.shared;
-    let done = Arc::new(AtomicBool::new(false));
-    for listener in listeners {
-        let (home, done) = (Arc::clone(&home), Arc::clone(&done));
-        spawn("brg-accept", move || accept(&home, &listener, &done));
-    }
+    let greeters = Arc::new(Greeters(Arc::clone(&home)));
+    let door = Door::open(greeters, listeners, &StdSpawner, "brg-accept")?;
     {
         let shared = Arc::clone(shared);
         spawn("brg-dial", move || dial_all(&shared, &monitor));
@@ -93,7 +141,7 @@ pub fn run(destination: Destination, stop: &AtomicBool) -> io::Result<Report> {
     let (how, why) = watch(shared, stop);
     let end = wind_down(shared, how, why);
     remember(shared, stop);
-    done.store(true, Ordering::Relaxed);
+    drop(door);
     shared.wake_all();
     wind_up::break_all(shared);
     Ok(wind_up::report(shared, end.0, end.1))
@@ -239,37 +287,6 @@ fn first_octets(shared: &Shared, stream: u32) -> Vec<u8> {
     incoming.map_or_else(Vec::new, |incoming| incoming.first_octets().to_vec())
 }
 
-fn accept(home: &Arc<Home>, listener: &Listener, done: &AtomicBool) {
-    while !done.load(Ordering::Relaxed) {
-        match listener.try_accept() {
-            Ok(Some((channel, peer))) => {
-                if home.greeters.fetch_add(1, Ordering::AcqRel) >= GREETERS_MAX {
-                    home.greeters.fetch_sub(1, Ordering::AcqRel);
-                    tracing::warn!(%peer, "too many connections that say nothing: one more was closed");
-                    continue;
-                }
-                let home = Arc::clone(home);
-                spawn("brg-greet", move || greet(&home, channel));
-            }
-            Ok(None) => wait_readable(listener),
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        }
-    }
-}
-
-fn wait_readable(listener: &Listener) {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let mut descriptors = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
-    let timeout = Timespec {
-        tv_sec: 0,
-        tv_nsec: 100_000_000,
-    };
-    let _ = poll(&mut descriptors, Some(&timeout));
-}
-
 /// What an accepted hello leads to.
 enum Welcome {
     Control(Grant),
@@ -288,7 +305,9 @@ fn greet(home: &Arc<Home>, mut channel: Box<dyn Channel>) {
     let welcome = match established {
         Ok(()) => said_hello(home, &mut *tx, &mut *rx),
         Err(error) => {
-            tracing::warn!(%peer, %error, "a connection did not become a channel");
+            if let Some(unsaid) = home.log_limit.allow() {
+                tracing::warn!(%peer, %error, unsaid, "a connection did not become a channel");
+            }
             Ok(None)
         }
     };
@@ -297,7 +316,9 @@ fn greet(home: &Arc<Home>, mut channel: Box<dyn Channel>) {
         Ok(Some(welcome)) => welcome,
         Ok(None) => return,
         Err(error) => {
-            tracing::warn!(%peer, %error, "a connection was closed before it was accepted");
+            if let Some(unsaid) = home.log_limit.allow() {
+                tracing::warn!(%peer, %error, unsaid, "a connection was closed before it was accepted");
+            }
             return;
         }
     };
@@ -339,7 +360,9 @@ fn said_hello(
     let refuse = |tx: &mut dyn multifd_transport::SendHalf,
                   rx: &mut dyn multifd_transport::ReceiveHalf,
                   reply: &HelloReply| {
-        tracing::warn!(?reply, "a hello was refused");
+        if let Some(unsaid) = home.log_limit.allow() {
+            tracing::warn!(?reply, unsaid, "a hello was refused");
+        }
         tx.send(&reply.encode(), &[])?;
         tx.finish()?;
         let _ = rx.drain(4096);

@@ -214,7 +214,8 @@ fn watch(shared: &Arc<Shared>, stop: &AtomicBool) -> (Ended, Option<String>) {
             );
         } else if !core.asking && away > shared.config.outage {
             if core.is_safe() {
-                let why = format!("no link for {:.0} s", away.as_secs_f64());
+                let last = core.no_link.as_deref().unwrap_or("the channel was lost");
+                let why = format!("no link for {:.0} s: {last}", away.as_secs_f64());
                 core.end(Ended::Failed, Some(why));
             } else {
                 tracing::warn!("no link, and the guest may run at the destination: asking");
@@ -353,8 +354,12 @@ fn link(source: &Source, shared: &Arc<Shared>, session: &Session) {
         };
         match result {
             Ok(()) => pause = PAUSE_FIRST,
+            // Others are at the door, or another migration has not ended: that passes.
+            Err(NoLink::Lost(why) | NoLink::Refused(Reason::Busy, why)) => {
+                tracing::info!(%why, "no control channel");
+                shared.lock().no_link = Some(why);
+            }
             Err(NoLink::Refused(reason, why)) => refused(shared, reason, why, asking),
-            Err(NoLink::Lost(why)) => tracing::info!(%why, "no control channel"),
         }
         let core = shared.lock();
         if core.over.is_some() {

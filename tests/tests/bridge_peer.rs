@@ -164,6 +164,23 @@ fn a_session_that_is_no_bridge_or_cannot_be_resumed_is_refused_with_the_reason()
     drop(bridge.open());
 }
 
+/// SPEC: SEC-7
+#[test]
+fn silent_strangers_cost_no_thread_and_keep_nobody_out() {
+    let bridge = Bridge::start();
+    let strangers: Vec<_> = (0..600).map(|_| bridge.dial()).collect();
+    let began = Instant::now();
+    let (control, _, _) = bridge.open();
+    assert!(began.elapsed() < PATIENCE / 4, "{:?}", began.elapsed());
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().count();
+    assert!(
+        threads < 200,
+        "{threads} threads for {} strangers",
+        strangers.len()
+    );
+    drop(control);
+}
+
 /// SPEC: CARRY-1
 #[test]
 fn a_frame_of_a_migration_of_our_own_ends_a_bridged_one() {

@@ -78,6 +78,7 @@ mod calling;
 mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod door;
 mod ended;
 mod error;
 mod in_memory;

@@ -95,6 +95,8 @@ pub(crate) struct Core {
     /// The link is gone since.
     pub(crate) away_since: Option<Duration>,
     pub(crate) away_max: Duration,
+    /// Why the last attempt at a link came to nothing.
+    pub(crate) no_link: Option<String>,
     pub(crate) lanes_lost: u64,
     pub(crate) resumes: u64,
     pub(crate) damaged: u64,
@@ -123,6 +125,7 @@ impl Core {
             over: None,
             away_since: Some(Duration::ZERO),
             away_max: Duration::ZERO,
+            no_link: None,
             lanes_lost: 0,
             resumes: 0,
             damaged: 0,

@@ -21,12 +21,12 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_session::common::Encoded;
 use multifd_session::destination::{Closed, Counts, Effect, Event, Outcome, Session};
+use multifd_transport::door::Door;
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{Features, Kind, Phase, Round, Token};
 
 use self::channel::Link;
 use self::lanes::Lanes;
-use super::accept::Acceptor;
 use super::device::DeviceSet;
 use super::greet::{Opened, turn_away};
 use super::vmm::{VmmTask, VmmThread};
@@ -51,7 +51,7 @@ pub(super) struct Control {
     inbox: Receiver<Note>,
     /// Notes that came while threads were waited for.
     later: VecDeque<Note>,
-    acceptor: Option<Acceptor>,
+    door: Option<Door>,
     session: Option<Session>,
     /// What whoever comes back to the session, or asks for it, has shown.
     secret: Option<Token>,
@@ -82,14 +82,14 @@ impl Control {
         shared: Arc<Shared>,
         inbox: Receiver<Note>,
         vmm: Box<dyn Vmm>,
-        acceptor: Acceptor,
+        door: Door,
     ) -> Result<Self, (std::io::Error, Box<dyn Vmm>)> {
         let vmm = VmmThread::start(&shared, vmm)?;
         Ok(Self {
             shared,
             inbox,
             later: VecDeque::new(),
-            acceptor: Some(acceptor),
+            door: Some(door),
             session: None,
             secret: None,
             features: Features::NONE,

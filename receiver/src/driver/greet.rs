@@ -1,7 +1,7 @@
 //! Greeters: read the hello of a new connection, answer it, and pass the channel on or close it.
 //!
 //! Each has a thread of its own for as long as its deadline allows. Connections that can be looked at get one only when their
-//! whole hello is here (see `pending`), so that silent and slow ones keep nobody else from being served. Nothing is allocated for a
+//! whole hello is here (see `multifd_transport::door`), so that silent and slow ones keep nobody else from being served. Nothing is allocated for a
 //! connection before its hello was accepted but that thread.
 
 use std::sync::atomic::Ordering;
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 pub(super) use multifd_session::destination::registry::Refusal;
 use multifd_session::destination::registry::{Granted, Verdict};
+use multifd_transport::door::{Host, LogLimit};
 use multifd_transport::{Channel, ChannelError, Closer, ReceiveHalf, SendHalf};
 use multifd_wire::frame::Outcome;
 use multifd_wire::{
@@ -17,7 +18,7 @@ use multifd_wire::{
     Sequence, SessionId, Token,
 };
 
-use super::{GREETERS_MAX, Note, OfferError, Shared, lock};
+use super::{GREETERS_MAX, GREETERS_UNKNOWN_MAX, Note, OfferError, Shared, lock};
 
 /// How often it is looked whether a session that gives way is gone.
 const PLACE_POLL: Duration = Duration::from_millis(1);
@@ -49,6 +50,55 @@ pub(super) struct Joined {
     /// The acceptance, when the control thread has to send it: only it knows into which round a lane comes that is dialled
     /// again, and the source may not send before that is settled.
     pub(super) reply: Option<HelloReply>,
+}
+
+/// Those who greet who comes to the door.
+pub(super) struct Greeters(pub(super) Arc<Shared>);
+
+impl Host for Greeters {
+    fn hello_bytes(&self) -> usize {
+        HELLO_BYTES
+    }
+
+    fn hello_deadline(&self) -> Duration {
+        self.0.config.hello_deadline()
+    }
+
+    fn may_greet_unknown(&self) -> bool {
+        self.0.greeters.load(Ordering::Acquire) < GREETERS_UNKNOWN_MAX
+    }
+
+    fn greet(&self, channel: Box<dyn Channel>) -> Result<(), Box<dyn Channel>> {
+        offer(&self.0, channel, GREETERS_MAX).map_err(|refused| refused.channel)
+    }
+
+    /// A peer that has not said hello yet will read it as its answer.
+    fn turn_away(&self, channel: Box<dyn Channel>) {
+        self.0.counters.refused.fetch_add(1, Ordering::Relaxed);
+        let (mut tx, _rx, _) = channel.split();
+        tx.set_deadline(Some(Instant::now()));
+        let no = HelloReply::refused(
+            Reason::Busy,
+            "too many connections are saying hello here",
+            SessionId::new([0; 16]),
+        );
+        // For the peer's sake only: if it does not get through, a closed connection says the same.
+        if tx.send(&no.encode(), &[]).is_ok() {
+            let _ = tx.finish();
+        }
+    }
+
+    fn too_late(&self, channel: Box<dyn Channel>) {
+        self.0.counters.refused.fetch_add(1, Ordering::Relaxed);
+        if let Some(unsaid) = self.0.log_limit.allow() {
+            let peer = channel.describe();
+            tracing::warn!(channel = %peer, unsaid, "connection closed: it did not say hello in time");
+        }
+    }
+
+    fn log_limit(&self) -> &LogLimit {
+        &self.0.log_limit
+    }
 }
 
 /// Why a connection got no greeter; with the connection, which is not lost by that.
@@ -106,23 +156,6 @@ fn receive(shared: &Shared, mut channel: Box<dyn Channel>) {
         );
     } else if let Err(error) = greet(shared, channel) {
         refused("connection closed before it was accepted", &error);
-    }
-}
-
-/// Says no to a connection of which nothing was read, without waiting: a peer that has not said hello yet will read it as its
-/// answer.
-pub(super) fn turn_away_busy(shared: &Shared, channel: Box<dyn Channel>) {
-    shared.counters.refused.fetch_add(1, Ordering::Relaxed);
-    let (mut tx, _rx, _) = channel.split();
-    tx.set_deadline(Some(Instant::now()));
-    let no = HelloReply::refused(
-        Reason::Busy,
-        "too many connections are saying hello here",
-        SessionId::new([0; 16]),
-    );
-    // For the peer's sake only: if it does not get through, a closed connection says the same.
-    if tx.send(&no.encode(), &[]).is_ok() {
-        let _ = tx.finish();
     }
 }
 

@@ -7,18 +7,15 @@
 //!                                                                                ▼  │
 //!   loader of each device ◄── lanes (streams)                    ── notes ──┘  VMM thread
 //! ```
-//! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`pending::PENDING_MAX`]), and greeters
+//! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`multifd_transport::door::PENDING_MAX`]), and greeters
 //! ([`GREETERS_MAX`]).
 
-mod accept;
 mod control;
 mod device;
 mod gate;
 mod greet;
 mod lane;
 mod link;
-mod log_limit;
-mod pending;
 mod vmm;
 
 use std::io;
@@ -29,6 +26,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use multifd_session::destination::registry::Registry;
+use multifd_transport::door::{Door, LogLimit};
 use multifd_transport::{Channel, Listener, Running, Spawner, StdSpawner, ended, thread_cpu};
 use multifd_wire::Phase;
 
@@ -157,18 +155,19 @@ impl Reception {
             notes,
             spawner: Arc::clone(&spawner),
             registry: Mutex::new(registry),
-            log_limit: log_limit::LogLimit::default(),
+            log_limit: LogLimit::default(),
             greeters: AtomicUsize::new(0),
             cancelled: AtomicBool::new(false),
         });
-        let acceptor = match accept::Acceptor::start(&shared, parts.listeners) {
-            Ok(acceptor) => acceptor,
+        let greeters = Arc::new(greet::Greeters(Arc::clone(&shared)));
+        let door = match Door::open(greeters, parts.listeners, &*spawner, "mfd-accept") {
+            Ok(door) => door,
             Err(source) => {
                 return Err(start_error("wait on the listeners", source, parts.vmm));
             }
         };
         let no_thread = |(source, vmm)| start_error("start a thread", source, vmm);
-        let control = control::Control::new(Arc::clone(&shared), inbox, parts.vmm, acceptor)
+        let control = control::Control::new(Arc::clone(&shared), inbox, parts.vmm, door)
             .map_err(no_thread)?;
         let running = Running::start(
             &*spawner,
@@ -219,7 +218,7 @@ struct Shared {
     notes: Sender<Note>,
     spawner: Arc<dyn Spawner>,
     registry: Mutex<Registry>,
-    log_limit: log_limit::LogLimit,
+    log_limit: LogLimit,
     greeters: AtomicUsize,
     cancelled: AtomicBool,
 }

@@ -32,18 +32,18 @@ impl Control {
         let ended = self.join_all();
         let mut devices = self.take_devices_back();
         // Dropping it stops the accept thread and closes the listeners.
-        let acceptor = self.acceptor.take().filter(|_| waits_on && ended);
+        let door = self.door.take().filter(|_| waits_on && ended);
         let limit = self.shared.config.device_deadline();
         let mut vmm = self.vmm.take().and_then(|vmm| {
             vmm.give_back(limit, || {
                 let _ = self.inbox.try_recv();
             })
         });
-        if let Some(acceptor) = acceptor.filter(|_| self.devices.left.is_empty())
+        if let Some(door) = door.filter(|_| self.devices.left.is_empty())
             && let Some(machine) = vmm.take()
         {
             drop(devices);
-            match self.for_next_source(machine, acceptor) {
+            match self.for_next_source(machine, door) {
                 Ok(next) => return ControlFlow::Continue(next),
                 Err((error, machine)) => {
                     tracing::error!(%error, "there is no thread for the next source's machine");

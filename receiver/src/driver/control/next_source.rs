@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use multifd_session::destination::{Event, Outcome};
+use multifd_transport::door::Door;
 
 use super::{Control, thread_cpu};
-use crate::driver::accept::Acceptor;
 use crate::driver::lock;
 use crate::error::Fault;
 use crate::vmm::Vmm;
@@ -49,12 +49,12 @@ impl Control {
     pub(super) fn for_next_source(
         &self,
         vmm: Box<dyn Vmm>,
-        acceptor: Acceptor,
+        door: Door,
     ) -> Result<Box<Self>, (std::io::Error, Box<dyn Vmm>)> {
         self.inbox.try_iter().for_each(drop);
         self.shared.counters.reset();
         let (shared, inbox) = (Arc::clone(&self.shared), self.inbox.clone());
-        let mut next = Self::new(shared, inbox, vmm, acceptor)?;
+        let mut next = Self::new(shared, inbox, vmm, door)?;
         // What this thread used until now was for others.
         thread_cpu(&mut next.cpu);
         lock(&self.shared.registry).clear();

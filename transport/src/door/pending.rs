@@ -10,11 +10,10 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use multifd_transport::{Approach, Channel};
-use multifd_wire::HELLO_BYTES;
+use crate::{Approach, Channel};
 
 /// Connections that may wait here. Each may hold 64 KiB of a TLS handshake at most.
-pub(super) const PENDING_MAX: usize = 512;
+pub const PENDING_MAX: usize = 512;
 
 /// With more than this many, nobody is waited for longer than [`UNDER_PRESSURE`].
 const CROWDED: usize = PENDING_MAX / 2;
@@ -120,11 +119,11 @@ impl PendingHellos {
     }
 
     /// Looks how far a connection has come.
-    pub(super) fn look(&mut self, id: usize) -> Seen {
+    pub(super) fn look(&mut self, id: usize, hello_bytes: usize) -> Seen {
         let Some(one) = self.pending.get_mut(&id) else {
             return Seen::Gone;
         };
-        match one.channel.approach(HELLO_BYTES) {
+        match one.channel.approach(hello_bytes) {
             Approach::Here => one.state = Stage::Ready,
             Approach::Unknown => one.state = Stage::Unknown,
             Approach::Waiting(socket) => {
@@ -196,9 +195,10 @@ impl PendingHellos {
 
 #[cfg(test)]
 mod tests {
-    use multifd_transport::{Channel, unix};
-
     use super::*;
+    use crate::unix;
+
+    const HELLO_BYTES: usize = 128;
 
     fn connection() -> Box<dyn Channel> {
         unix::pair().unwrap().0
@@ -265,15 +265,15 @@ mod tests {
         let (mut tx, rx, _) = theirs.split();
         let mut hellos = PendingHellos::default();
         let (id, _) = hellos.admit(ours, Origin(None), Instant::now());
-        assert!(matches!(hellos.look(id), Seen::Waits(_)));
+        assert!(matches!(hellos.look(id, HELLO_BYTES), Seen::Waits(_)));
         tx.send(&[0; HELLO_BYTES - 1], &[]).unwrap();
-        assert!(matches!(hellos.look(id), Seen::Waits(_)));
+        assert!(matches!(hellos.look(id, HELLO_BYTES), Seen::Waits(_)));
         tx.send(&[0], &[]).unwrap();
-        assert_eq!(hellos.look(id), Seen::Ready);
+        assert_eq!(hellos.look(id, HELLO_BYTES), Seen::Ready);
         let (other, theirs) = unix::pair().unwrap();
         drop(theirs);
         let (id, _) = hellos.admit(other, Origin(None), Instant::now());
-        assert_eq!(hellos.look(id), Seen::Gone);
+        assert_eq!(hellos.look(id, HELLO_BYTES), Seen::Gone);
         drop((tx, rx));
     }
 }

@@ -1,23 +1,53 @@
-//! The accept thread: waits on all listeners and on all connections that have not said hello yet, and hands each connection
-//! whose hello is here to a greeter.
+//! A door: waits on all listeners and on all connections that have not said hello yet, and hands each connection whose hello is
+//! here to a greeter.
 //!
-//! Rule: it never waits for one peer, and takes only so many new connections before it looks at those that it has.
+//! Rule: it never waits for one peer, and takes only so many new connections before it looks at those that it has. A connection that
+//! says nothing costs a descriptor and no thread; who comes in a crowd gives way to who comes alone.
+
+mod log_limit;
+mod pending;
 
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+pub use log_limit::LogLimit;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
-use multifd_transport::{Channel, ListenError, Listener};
+pub use pending::PENDING_MAX;
+use pending::{Origin, Pending, PendingHellos, Seen};
 
-use super::greet::{self, NoGreeter};
-use super::pending::{Origin, Pending, PendingHellos, Seen};
-use super::{GREETERS_MAX, GREETERS_UNKNOWN_MAX, Shared};
+use crate::{Channel, ListenError, Listener, Spawner};
+
+/// Who is behind a door.
+pub trait Host: Send + Sync + 'static {
+    /// So many bytes are a hello.
+    fn hello_bytes(&self) -> usize;
+
+    /// How long a connection may take to say it.
+    fn hello_deadline(&self) -> Duration;
+
+    /// Whether a greeter is free for a connection of a kind that can't be looked at: it may be silent for as long as it is given.
+    fn may_greet_unknown(&self) -> bool;
+
+    /// Gives a connection to a greeter.
+    ///
+    /// # Errors
+    /// The connection, if none is free now.
+    fn greet(&self, channel: Box<dyn Channel>) -> Result<(), Box<dyn Channel>>;
+
+    /// Says no to a connection of which nothing was read, without waiting: others need its place.
+    fn turn_away(&self, channel: Box<dyn Channel>);
+
+    /// Lets a connection go that did not say hello in time.
+    fn too_late(&self, channel: Box<dyn Channel>);
+
+    /// Bounds what strangers may write into the log.
+    fn log_limit(&self) -> &LogLimit;
+}
 
 /// The waker's token.
 const WAKE: Token = Token(usize::MAX);
@@ -36,13 +66,28 @@ const GREETER_AGAIN: Duration = Duration::from_millis(5);
 const ACCEPTED_AT_ONCE: usize = 64;
 
 /// Accepts until it is dropped.
-pub(super) struct Acceptor {
+#[must_use = "a door that is dropped is shut"]
+pub struct Door {
     running: Option<(Waker, JoinHandle<()>)>,
 }
 
-impl Acceptor {
-    /// Starts the thread; without listeners there is none.
-    pub(super) fn start(shared: &Arc<Shared>, listeners: Vec<Listener>) -> io::Result<Self> {
+impl std::fmt::Debug for Door {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Door").finish_non_exhaustive()
+    }
+}
+
+impl Door {
+    /// Starts a thread called `name`; without listeners there is none.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn open<H: Host>(
+        host: Arc<H>,
+        listeners: Vec<Listener>,
+        spawner: &dyn Spawner,
+        name: &str,
+    ) -> io::Result<Self> {
         if listeners.is_empty() {
             return Ok(Self { running: None });
         }
@@ -56,7 +101,7 @@ impl Acceptor {
             )?;
         }
         let accepting = AcceptLoop {
-            shared: Arc::clone(shared),
+            host,
             poll,
             listeners,
             hellos: PendingHellos::default(),
@@ -64,16 +109,14 @@ impl Acceptor {
             short: BTreeSet::new(),
             crowded: false,
         };
-        let thread = shared
-            .spawner
-            .spawn("mfd-accept", Box::new(move || accepting.run()))?;
+        let thread = spawner.spawn(name, Box::new(move || accepting.run()))?;
         Ok(Self {
             running: Some((waker, thread)),
         })
     }
 }
 
-impl Drop for Acceptor {
+impl Drop for Door {
     fn drop(&mut self) {
         if let Some((waker, thread)) = self.running.take()
             && waker.wake().is_ok()
@@ -83,8 +126,8 @@ impl Drop for Acceptor {
     }
 }
 
-struct AcceptLoop {
-    shared: Arc<Shared>,
+struct AcceptLoop<H> {
+    host: Arc<H>,
     poll: Poll,
     listeners: Vec<Listener>,
     hellos: PendingHellos,
@@ -96,7 +139,7 @@ struct AcceptLoop {
     crowded: bool,
 }
 
-impl AcceptLoop {
+impl<H: Host> AcceptLoop<H> {
     fn run(mut self) {
         let mut events = Events::with_capacity(256);
         loop {
@@ -113,7 +156,7 @@ impl AcceptLoop {
                     Token(listener) if listener >= LISTENERS => {
                         self.due.insert(listener - LISTENERS);
                     }
-                    Token(id) => drop(self.hellos.look(id)),
+                    Token(id) => drop(self.hellos.look(id, self.host.hello_bytes())),
                 }
             }
             for index in std::mem::take(&mut self.due) {
@@ -130,7 +173,7 @@ impl AcceptLoop {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();
-        let ends = self.hellos.next_end(self.shared.config.hello_deadline());
+        let ends = self.hellos.next_end(self.host.hello_deadline());
         [
             ends.map(|end| end.saturating_duration_since(now)),
             self.crowded.then_some(GREETER_AGAIN),
@@ -151,13 +194,13 @@ impl AcceptLoop {
             Ok(false) | Err(ListenError::ShutDown) => {}
             Err(error) => {
                 // Once, and not each time that it is tried again.
-                if !was_short && let Some(unsaid) = self.shared.log_limit.allow() {
+                if !was_short && let Some(unsaid) = self.host.log_limit().allow() {
                     tracing::warn!(%error, unsaid, "a connection could not be accepted");
                 }
                 // Who stands about has to make room for who comes.
                 let exhausted = matches!(error, ListenError::Exhausted(_));
                 if exhausted && let Some(channel) = self.hellos.evict() {
-                    greet::turn_away_busy(&self.shared, channel);
+                    self.host.turn_away(channel);
                 } else {
                     self.short.insert(index);
                 }
@@ -183,10 +226,10 @@ impl AcceptLoop {
     fn enter(&mut self, channel: Box<dyn Channel>, origin: Origin) {
         let (id, evicted) = self.hellos.admit(channel, origin, Instant::now());
         if let Some(evicted) = evicted {
-            greet::turn_away_busy(&self.shared, evicted);
+            self.host.turn_away(evicted);
         }
         // Closing its descriptor takes it out of the poll again.
-        if let Seen::Waits(socket) = self.hellos.look(id)
+        if let Seen::Waits(socket) = self.hellos.look(id, self.host.hello_bytes())
             && let Err(error) = self.poll.registry().register(
                 &mut SourceFd(&socket),
                 Token(id),
@@ -201,8 +244,7 @@ impl AcceptLoop {
     /// Gives greeters to those whose hello is here, as long as there are any.
     fn greet_ready(&mut self) {
         loop {
-            // Kinds that can't be looked at may be silent for as long as they are given: some greeters are kept from them.
-            let unknown = self.shared.greeters.load(Ordering::Acquire) < GREETERS_UNKNOWN_MAX;
+            let unknown = self.host.may_greet_unknown();
             let Some((id, mut pending)) = self.hellos.take_ready(unknown) else {
                 break;
             };
@@ -211,9 +253,7 @@ impl AcceptLoop {
                 let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
             }
             let Pending { channel, .. } = pending;
-            if let Err(NoGreeter { channel, .. }) =
-                greet::offer(&self.shared, channel, GREETERS_MAX)
-            {
+            if let Err(channel) = self.host.greet(channel) {
                 pending.channel = channel;
                 self.hellos.put_back(id, pending);
                 break;
@@ -224,13 +264,9 @@ impl AcceptLoop {
 
     /// Closes those whose time is over.
     fn let_go(&mut self) {
-        let (limit, now) = (self.shared.config.hello_deadline(), Instant::now());
+        let (limit, now) = (self.host.hello_deadline(), Instant::now());
         while let Some(channel) = self.hellos.expired(limit, now) {
-            self.shared.counters.refused.fetch_add(1, Ordering::Relaxed);
-            if let Some(unsaid) = self.shared.log_limit.allow() {
-                let peer = channel.describe();
-                tracing::warn!(channel = %peer, unsaid, "connection closed: it did not say hello in time");
-            }
+            self.host.too_late(channel);
         }
     }
 }

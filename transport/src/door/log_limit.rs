@@ -3,10 +3,8 @@
 //! Rule: whoever can open a connection can't fill a disk. Some lines in a while say what happens, and the next one how many
 //! were left out.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-use super::lock;
 
 /// So many lines are written...
 const LINES_MAX: u32 = 10;
@@ -14,9 +12,9 @@ const LINES_MAX: u32 = 10;
 /// ... in each time of this length.
 const WHILE: Duration = Duration::from_secs(10);
 
-/// Counts the lines.
+/// Counts the lines of a log that strangers can cause.
 #[derive(Debug, Default)]
-pub(super) struct LogLimit(Mutex<Said>);
+pub struct LogLimit(Mutex<Said>);
 
 #[derive(Debug, Default)]
 struct Said {
@@ -27,12 +25,13 @@ struct Said {
 
 impl LogLimit {
     /// Whether a line may be written now, and how many were left out since the last one.
-    pub(super) fn allow(&self) -> Option<u64> {
+    #[must_use]
+    pub fn allow(&self) -> Option<u64> {
         self.allow_at(Instant::now())
     }
 
     fn allow_at(&self, now: Instant) -> Option<u64> {
-        let mut said = lock(&self.0);
+        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if said
             .began
             .is_none_or(|began| now.duration_since(began) >= WHILE)
