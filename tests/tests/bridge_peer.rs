@@ -164,7 +164,6 @@ fn a_session_that_is_no_bridge_or_cannot_be_resumed_is_refused_with_the_reason()
     drop(bridge.open());
 }
 
-/// SPEC: SEC-7
 #[test]
 fn silent_strangers_cost_no_thread_and_keep_nobody_out() {
     let bridge = Bridge::start();
