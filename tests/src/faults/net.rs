@@ -20,6 +20,12 @@ const PREFIX: &str = "mfdfaults-";
 /// Bytes a second that a slow link carries, for `tc`.
 const SLOW: &str = "24mbit";
 
+/// Octets of the largest packet that arrives where large ones are lost.
+const SMALL_MTU: &str = "1400";
+
+/// The usual size.
+const MTU: &str = "1500";
+
 /// Which end of the links.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -192,22 +198,90 @@ impl Network {
     /// # Errors
     /// What `ip` says.
     pub fn blackhole(&self, end: End) -> anyhow::Result<()> {
+        (0..self.paths).try_for_each(|path| self.blackhole_path(end, path))
+    }
+
+    /// The same on one path.
+    ///
+    /// # Errors
+    /// What `ip` says.
+    pub fn blackhole_path(&self, end: End, path: usize) -> anyhow::Result<()> {
         let other = match end {
             End::Source => End::Destination,
             End::Destination => End::Source,
         };
-        (0..self.paths).try_for_each(|path| {
-            let host = format!("{}/32", host(other, path));
-            run(&[
-                "ip",
-                "-n",
-                self.namespace(end),
-                "route",
-                "replace",
-                "blackhole",
-                &host,
-            ])
-        })
+        let host = format!("{}/32", host(other, path));
+        run(&[
+            "ip",
+            "-n",
+            self.namespace(end),
+            "route",
+            "replace",
+            "blackhole",
+            &host,
+        ])
+    }
+
+    /// Packets to the destination that are larger than [`SMALL_MTU`] vanish on a path; nobody is told, and new connections agree on the
+    /// usual size all the same.
+    ///
+    /// # Errors
+    /// What `ip` or `tc` says.
+    pub fn lose_large(&self, path: usize) -> anyhow::Result<()> {
+        let (near, far) = (link(End::Source, path), link(End::Destination, path));
+        let destination = self.namespace(End::Destination);
+        run(&[
+            "ip",
+            "-n",
+            destination,
+            "link",
+            "set",
+            &far,
+            "mtu",
+            SMALL_MTU,
+        ])?;
+        self.route(End::Destination, path, &["advmss", "1460"])?;
+        // A packet that stands for many goes through uncut; this queue cuts it.
+        run(&[
+            "tc",
+            "-n",
+            &self.source,
+            "qdisc",
+            "replace",
+            "dev",
+            &near,
+            "root",
+            "tbf",
+            "rate",
+            "1gbit",
+            "burst",
+            "2kb",
+            "latency",
+            "50ms",
+        ])
+    }
+
+    /// The route to the other end of a path, with more about it.
+    fn route(&self, end: End, path: usize, more: &[&str]) -> anyhow::Result<()> {
+        let (net, own) = (format!("10.77.{path}.0/24"), host(end, path));
+        let name = link(end, path);
+        let fixed = [
+            "ip",
+            "-n",
+            self.namespace(end),
+            "route",
+            "replace",
+            &net,
+            "dev",
+            &name,
+            "proto",
+            "kernel",
+            "scope",
+            "link",
+            "src",
+            &own,
+        ];
+        run(&[&fixed, more].concat())
     }
 
     /// All paths carry little from now on.
@@ -263,6 +337,7 @@ impl Network {
                 let address = format!("{}/24", host(end, path));
                 // What is not there can't be taken away.
                 let _ = run(&["tc", "-n", namespace, "qdisc", "del", "dev", &name, "root"]);
+                run(&["ip", "-n", namespace, "link", "set", &name, "mtu", MTU])?;
                 run(&[
                     "ip", "-n", namespace, "addr", "replace", &address, "dev", &name,
                 ])?;
@@ -279,6 +354,7 @@ impl Network {
         }
         self.bring_up()?;
         for end in [End::Source, End::Destination] {
+            (0..self.paths).try_for_each(|path| self.route(end, path, &[]))?;
             // Who was not answered while the links were down is not asked again for seconds.
             run(&["ip", "-n", self.namespace(end), "neigh", "flush", "all"])?;
         }

@@ -47,6 +47,9 @@ const SOON: Duration = Duration::from_secs(20);
 /// Longest time from the end of the fault to the end of a program: its deadlines and some seconds on a busy host.
 const END_MAX: Duration = Duration::from_secs(45);
 
+/// What a busy host may add to that.
+const BUSY: Duration = Duration::from_secs(6);
+
 /// Links between the namespaces.
 const PATHS: usize = 2;
 
@@ -195,6 +198,8 @@ struct Play<'s> {
     destinations: Vec<(Process, bool)>,
     disk: Option<Disk>,
     proxy: Option<Proxy>,
+    /// When the links were made bad for good.
+    struck: Option<Instant>,
     hit: bool,
     trouble: Vec<String>,
 }
@@ -216,6 +221,7 @@ impl<'s> Play<'s> {
             destinations: Vec::new(),
             disk: None,
             proxy: None,
+            struck: None,
             hit: true,
             trouble: Vec::new(),
         }
@@ -326,6 +332,22 @@ impl<'s> Play<'s> {
                 network()?.reset_connections(end)?;
                 Duration::ZERO
             }
+            OneWay => {
+                network()?.blackhole(end)?;
+                Duration::ZERO
+            }
+            OneWayPath => {
+                network()?.blackhole_path(end, 1)?;
+                Duration::ZERO
+            }
+            LargeLost => {
+                (0..PATHS).try_for_each(|path| network()?.lose_large(path))?;
+                Duration::ZERO
+            }
+            LargeLostPath => {
+                network()?.lose_large(1)?;
+                Duration::ZERO
+            }
             NoDescriptorsSource => return self.without_descriptors(End::Source),
             NoDescriptorsDestination => return self.without_descriptors(End::Destination),
             KillSource => {
@@ -352,6 +374,7 @@ impl<'s> Play<'s> {
             }
             _ => bail!("this fault is there from the beginning"),
         };
+        self.struck = Some(Instant::now());
         self.note_hit();
         if early || lasts.is_zero() {
             self.release();
@@ -366,7 +389,8 @@ impl<'s> Play<'s> {
         use Fault::*;
         match self.scenario.fault {
             // Until the end, which the source finds by itself.
-            LastingCut | PathCut | PathGone | SlowLink | Reset | KillSource | KillDestination => {}
+            LastingCut | PathCut | PathGone | SlowLink | Reset | KillSource | KillDestination
+            | OneWay | OneWayPath | LargeLost | LargeLostPath => {}
             StopSource => self.source()?.go_on(),
             StopDestination => self.destination()?.go_on(),
             CutKillSource | CutKillDestination => {
@@ -468,6 +492,8 @@ impl<'s> Play<'s> {
         let in_vain = matches!(
             self.scenario.fault,
             LastingCut
+                | OneWay
+                | LargeLost
                 | KillDestination
                 | KillSource
                 | ReplaceDestination
@@ -488,6 +514,13 @@ impl<'s> Play<'s> {
             (false, _) => IN_HOPE,
         };
         format!("{}ms", time.as_millis())
+    }
+
+    /// How long the source may take to end when the links are bad for good: both notice it within a stall, and wait for one another as long
+    /// as they were told. Twice, since the last thing that arrived may have come in between.
+    fn ends_within(&self) -> Option<Duration> {
+        let lasting = matches!(self.scenario.fault, Fault::OneWay | Fault::LargeLost);
+        lasting.then_some(2 * (STALL + IN_VAIN) + BUSY)
     }
 
     fn limits(&mut self, whose: End) -> Vec<String> {
@@ -693,6 +726,16 @@ impl<'s> Play<'s> {
             let mute = fault == Fault::DiskFullSource;
             witness(process.end_within(END_MAX), killed, mute, &mut violations)
         });
+        let took = self
+            .struck
+            .map_or(Duration::ZERO, |struck| struck.elapsed());
+        if let Some(longest) = self.ends_within()
+            && took > longest
+        {
+            violations.push(format!(
+                "LATE: over {took:?} after the fault, and not within {longest:?}"
+            ));
+        }
         // The way stays as it is while the source goes, and is free again for the destination's last words.
         drop(self.proxy.take());
         let mut destinations = Vec::new();

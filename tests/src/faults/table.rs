@@ -25,6 +25,14 @@ pub enum Fault {
     Reset,
     /// What one side sends vanishes for longer than a stall.
     Blackhole,
+    /// What one side sends vanishes until the end, and what the other sends goes on arriving.
+    OneWay,
+    /// The same on one of two links, which carries lanes only.
+    OneWayPath,
+    /// Large packets to the destination vanish until the end, and small ones arrive: a path whose MTU is smaller than the hosts believe.
+    LargeLost,
+    /// The same on one of two links, which carries lanes only.
+    LargeLostPath,
     /// Loopback: a connection is cut, stalled, throttled, damaged or ended at some byte.
     Proxied,
     /// `kill -9` of the destination.
@@ -64,7 +72,7 @@ pub enum Fault {
 }
 
 /// Each of them.
-pub const FAULTS: [Fault; 27] = [
+pub const FAULTS: [Fault; 31] = [
     Fault::ShortCut,
     Fault::LongCut,
     Fault::LastingCut,
@@ -74,6 +82,10 @@ pub const FAULTS: [Fault; 27] = [
     Fault::AddressGone,
     Fault::Reset,
     Fault::Blackhole,
+    Fault::OneWay,
+    Fault::OneWayPath,
+    Fault::LargeLost,
+    Fault::LargeLostPath,
     Fault::Proxied,
     Fault::KillDestination,
     Fault::KillSource,
@@ -181,6 +193,10 @@ impl Fault {
                 | AddressGone
                 | Reset
                 | Blackhole
+                | OneWay
+                | OneWayPath
+                | LargeLost
+                | LargeLostPath
                 | CutKillDestination
                 | CutKillSource
                 | BackKillDestination
@@ -235,6 +251,20 @@ impl Fault {
             // The control channel lives. What the lanes carried goes over the others.
             PathCut if moment == Moment::SetUp => &[Migrated, Resumed, Stays],
             PathCut => &[Migrated, Resumed],
+            // As a path that is cut: the control channel is not on it.
+            OneWayPath | LargeLostPath if moment == Moment::SetUp => &[Migrated, Resumed, Stays],
+            OneWayPath | LargeLostPath => &[Migrated, Resumed],
+            // RUNNING arrives, or it does not.
+            OneWay if committed => &[Migrated, Resumed, Unknown],
+            // PREPARED arrives, and the commit that answers it does not (COMMIT-5).
+            OneWay if matches!(moment, Moment::Switchover | Moment::Devices) => &[Stays, Unknown],
+            OneWay => &[Stays],
+            // Everything that is still to be said is small.
+            LargeLost if committed => &[Migrated, Resumed],
+            LargeLost if matches!(moment, Moment::Switchover | Moment::Devices) => {
+                &[Migrated, Resumed, Stays]
+            }
+            LargeLost => &[Stays],
             // RESUME-1 ff.: whatever is lost comes back; before there is a session to come back to, the migration ends.
             LongCut
             | PathGone
