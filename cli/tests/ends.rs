@@ -195,46 +195,6 @@ fn progress_for_programs_is_a_line_for_each_event_and_then_the_report() {
 }
 
 #[test]
-fn a_log_in_a_file_has_no_colours_and_local_paths_stay_here() {
-    let folder = std::env::temp_dir().join(format!("multifd-ends-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).expect("a folder");
-    let socket = format!("unix:{}/listen", folder.display());
-    let receiver = Command::new(env!("CARGO_BIN_EXE_multifd-receive"))
-        .args(["--listen", &socket, "--report", "json", "--one-attempt"])
-        .env("RUST_LOG", "debug")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("built");
-    while !folder.join("listen").exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    // A state file that can't be made: the sender says which, and its peer learns only that there is one.
-    let file = folder.join("secret-name/state");
-    let file = file.to_str().expect("UTF-8");
-    let output = end(start(
-        env!("CARGO_BIN_EXE_multifd-send"),
-        &[&["--connect", &socket, "--state-file", file], GUEST].concat(),
-    ));
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let ours = report(&output)["error"]["text"].to_string();
-    assert!(ours.contains("secret-name"), "{ours}");
-    let received = end(receiver);
-    let theirs = report(&received)["error"]["text"].to_string();
-    assert!(
-        theirs.contains("<path>") && !theirs.contains("secret-name"),
-        "{theirs}"
-    );
-    let log = String::from_utf8(received.stderr).expect("UTF-8");
-    assert!(log.contains("DEBUG") || log.contains("INFO"), "{log}");
-    assert!(
-        !log.contains('\x1b') && !log.contains("secret-name"),
-        "{log}"
-    );
-    std::fs::remove_dir_all(&folder).expect("ours");
-}
-
-#[test]
 fn a_cancelled_migration_claims_nothing_that_did_not_happen() {
     let (address, text) = {
         let sender = start(

@@ -9,6 +9,10 @@ mod machine;
 mod report;
 mod watch;
 
+#[cfg(test)]
+#[path = "../../../tests/common/readme.rs"]
+mod readme;
+
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

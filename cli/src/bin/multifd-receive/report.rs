@@ -95,3 +95,37 @@ fn text(finished: &Finished, check: Option<&Check>) {
         check.beats
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_table_of_exit_states_in_the_readme_is_that_of_this_program() {
+        let check = |passed| Check {
+            passed,
+            text: String::new(),
+            beats: 0,
+        };
+        let outcomes = [
+            OutcomeKind::Running,
+            OutcomeKind::Failed,
+            OutcomeKind::Stranded,
+        ];
+        let mut ours: BTreeSet<(u8, String)> = outcomes
+            .into_iter()
+            .flat_map(|outcome| [true, false].map(|passed| (outcome, passed)))
+            .map(|(outcome, passed)| {
+                let word = serde_json::to_value(outcome).unwrap();
+                let word = word.as_str().unwrap().to_owned();
+                (exit_status(outcome, Some(&check(passed))), word)
+            })
+            .collect();
+        // Nothing was begun: no reception has this one.
+        let usage = not_begun(Value::Null);
+        ours.insert((2, usage["outcome"].as_str().unwrap().to_owned()));
+        assert_eq!(crate::readme::exit_states("multifd-receive"), ours);
+    }
+}

@@ -13,6 +13,10 @@ mod state_file;
 mod summary;
 mod watch;
 
+#[cfg(test)]
+#[path = "../../../tests/common/readme.rs"]
+mod readme;
+
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -54,18 +54,8 @@ impl Summary {
 
     /// See `--help`.
     pub(crate) fn exit_status(&self) -> u8 {
-        match self.report.outcome {
-            OutcomeKind::Migrated if self.guest_check.is_null() || self.guest_check == "passed" => {
-                0
-            }
-            OutcomeKind::Migrated => 5,
-            OutcomeKind::Failed => 1,
-            OutcomeKind::Cancelled => 3,
-            OutcomeKind::Stranded => 6,
-            OutcomeKind::Gone => 7,
-            // Unknown. Whatever else there may be one day has to be looked at as well before the guest is run anywhere.
-            _ => 4,
-        }
+        let passed = self.guest_check.is_null() || self.guest_check == "passed";
+        exit_status(self.report.outcome, passed)
     }
 
     pub(crate) fn print(&self, kind: ReportKind) {
@@ -135,6 +125,19 @@ impl Summary {
             ),
             other => lines.add("guest check", format_args!("FAILED: {other}")),
         }
+    }
+}
+
+fn exit_status(outcome: OutcomeKind, check_passed: bool) -> u8 {
+    match outcome {
+        OutcomeKind::Migrated if check_passed => 0,
+        OutcomeKind::Migrated => 5,
+        OutcomeKind::Failed => 1,
+        OutcomeKind::Cancelled => 3,
+        OutcomeKind::Stranded => 6,
+        OutcomeKind::Gone => 7,
+        // Unknown. Whatever else there may be one day has to be looked at as well before the guest is run anywhere.
+        _ => 4,
     }
 }
 
@@ -418,4 +421,36 @@ fn proof(r: &Report, lines: &mut Lines) {
 /// The report has MiB a second.
 fn mib_s(speed: f64) -> Rate {
     Rate((speed * 1_048_576.0) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_table_of_exit_states_in_the_readme_is_that_of_this_program() {
+        let outcomes = [
+            OutcomeKind::Migrated,
+            OutcomeKind::Failed,
+            OutcomeKind::Cancelled,
+            OutcomeKind::Unknown,
+            OutcomeKind::Stranded,
+            OutcomeKind::Gone,
+        ];
+        let mut ours: BTreeSet<(u8, String)> = outcomes
+            .into_iter()
+            .flat_map(|outcome| [true, false].map(|passed| (outcome, passed)))
+            .map(|(outcome, passed)| {
+                let word = serde_json::to_value(outcome).unwrap();
+                let word = word.as_str().unwrap().to_owned();
+                (exit_status(outcome, passed), word)
+            })
+            .collect();
+        // Nothing was begun: no migration has this one.
+        let usage = Summary::not_begun(Value::Null);
+        ours.insert((2, usage["outcome"].as_str().unwrap().to_owned()));
+        assert_eq!(crate::readme::exit_states("multifd-send"), ours);
+    }
 }
