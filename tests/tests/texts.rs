@@ -257,10 +257,11 @@ fn a_key_with_a_password_is_called_so() {
 }
 
 #[test]
+#[allow(clippy::print_stdout)] // A skipped test says so.
 fn kvm_that_may_not_be_used_is_told_from_no_kvm() {
     let root = rustix::process::geteuid().is_root();
     if !root || !Path::new("/dev/kvm").exists() {
-        eprintln!(
+        println!(
             "SKIPPED: kvm_that_may_not_be_used_is_told_from_no_kvm (needs root, setpriv and /dev/kvm)"
         );
         return;
