@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 pub use multifd_session::common::{DamageReport, ErrorReport};
-use multifd_session::destination::Outcome;
+use multifd_session::destination::{Outcome, Session};
 use multifd_wire::frame::GuestState;
 use multifd_wire::{DeviceId, PAGE_BYTES_U64};
 use serde::Serialize;
@@ -120,11 +120,11 @@ pub(crate) struct Timeline {
     pub(crate) rounds: u32,
     pub(crate) lanes_reopened: u32,
     pub(crate) asked: u32,
-    pub(crate) control_damaged: u32,
+    control_damaged: u32,
     suspensions: u32,
     suspended_since: Option<Instant>,
     suspended: Duration,
-    pub(crate) digest: Option<u64>,
+    digest: Option<u64>,
     devices: Vec<(DeviceId, DeviceReport)>,
     pub(crate) devices_left: Vec<String>,
     /// What the guest was to be when the source gave it away.
@@ -158,6 +158,12 @@ impl Timeline {
             self.suspensions += 1;
             self.suspended_since = Some(Instant::now());
         }
+    }
+
+    /// What the session knows at the end.
+    pub(crate) fn ended(&mut self, session: &Session) {
+        self.control_damaged = session.damages();
+        self.digest = session.digest().map(|digest| digest.value());
     }
 
     /// The rounds go on, or it is over.

@@ -19,6 +19,7 @@ pub mod report;
 pub mod vfio;
 pub mod vmm;
 
+pub use multifd_session::source::ask::AskTicket;
 pub use multifd_session::source::{config, error, forecast, lane, pacer, session, speed};
 
 pub use config::{
@@ -27,8 +28,7 @@ pub use config::{
 };
 pub use device::{DeviceError, DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use driver::{
-    AskTicket, CalledDialer, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer,
-    StartError, ask,
+    CalledDialer, Dial, Dialer, Finished, Handle, Migration, Parts, SpreadDialer, StartError, ask,
 };
 pub use error::{Error, Fault};
 pub use multifd_wire::frame::GuestState;

@@ -573,7 +573,11 @@ impl Timeline {
         self.lanes_reopened += 1;
     }
 
+    /// It is known how it ends. What is said to the destination after that does not count.
     pub(crate) fn ended(&mut self, now: Duration) {
+        if self.ended.is_some() {
+            return;
+        }
         self.resumed();
         self.ended = Some(Instant::now());
         if let Some((report, since)) = self.rounds.last_mut()

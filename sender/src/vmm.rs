@@ -8,8 +8,8 @@ use std::any::Any;
 use multifd_tracking::Run;
 use multifd_wire::frame::GuestState;
 
+use crate::AskTicket;
 use crate::device::DeviceSource;
-use crate::driver::AskTicket;
 
 pub use multifd_session::common::{Blob, VmmError};
 pub use multifd_session::source::Reclaimed;

@@ -1,19 +1,16 @@
-//! Frame kinds: one table with number, name, direction, channel, phases and sizes of each.
+//! Frame kinds: number, name, direction, channel, phases and sizes of each. The table itself is in `frame/mod.rs`, beside the types.
 //!
 //! Everything that depends only on a frame's kind is looked up here, before anything else of the frame is used, and
 //! SPEC.md prints the same table; a test compares the two.
 
 use core::fmt;
 
+pub use crate::frame::Kind;
 pub use crate::role::{ChannelKind, Role};
 
 use crate::code::Phase;
 use crate::error::{Malformed, Misbehaved};
-use crate::limits::{
-    BODY_BYTES_MAX, DEVICES_MAX, LANES_MAX, PAGES_PER_FRAME_MAX, REGIONS_MAX,
-    RUNS_PER_GIVE_BACK_MAX, RUNS_PER_PAGES_MAX, RUNS_PER_ZEROS_MAX, STREAM_CREDITS_MAX,
-    TABLE_BYTES_MAX, TEXT_BYTES_MAX,
-};
+use crate::limits::{BODY_BYTES_MAX, PAGES_PER_FRAME_MAX, RUNS_PER_PAGES_MAX, TABLE_BYTES_MAX};
 
 /// Who sends frames of a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +75,7 @@ pub struct Shape {
 }
 
 /// A table of one structure.
-const fn fixed(bytes: usize) -> Shape {
+pub(crate) const fn fixed(bytes: usize) -> Shape {
     Shape {
         table_min: bytes,
         table_max: bytes,
@@ -88,7 +85,7 @@ const fn fixed(bytes: usize) -> Shape {
 }
 
 /// A table of a structure and `min..=max` entries.
-const fn list(bytes: usize, entry: usize, min: usize, max: usize) -> Shape {
+pub(crate) const fn list(bytes: usize, entry: usize, min: usize, max: usize) -> Shape {
     Shape {
         table_min: bytes.saturating_add(entry.saturating_mul(min)),
         table_max: bytes.saturating_add(entry.saturating_mul(max)),
@@ -98,7 +95,7 @@ const fn list(bytes: usize, entry: usize, min: usize, max: usize) -> Shape {
 }
 
 /// The same with a body of `min` octets to as many as a frame holds.
-const fn with_body(shape: Shape, min: usize) -> Shape {
+pub(crate) const fn with_body(shape: Shape, min: usize) -> Shape {
     Shape {
         body: BodyShape::Octets {
             min,
@@ -109,7 +106,7 @@ const fn with_body(shape: Shape, min: usize) -> Shape {
 }
 
 /// PAGES: 16 octets, 16 per run, 4 per page.
-const PAGES_SHAPE: Shape = Shape {
+pub(crate) const PAGES_SHAPE: Shape = Shape {
     table_min: 36,
     table_max: 16_usize
         .saturating_add(RUNS_PER_PAGES_MAX.saturating_mul(16))
@@ -120,7 +117,7 @@ const PAGES_SHAPE: Shape = Shape {
 
 /// What a reader allows for a kind that it does not know and may skip.
 // SPEC: EXT-2
-const UNKNOWN_SHAPE: Shape = Shape {
+pub(crate) const UNKNOWN_SHAPE: Shape = Shape {
     table_min: 0,
     table_max: TABLE_BYTES_MAX,
     table_step: 1,
@@ -216,44 +213,9 @@ macro_rules! kinds {
 }
 
 /// The bit of a kind's code that says: who does not know this kind may skip it. SPEC: EXT-2
-const OPTIONAL: u16 = 0x8000;
+pub(crate) const OPTIONAL: u16 = 0x8000;
 
-kinds! {
-    Grant         = 0x0001, "GRANT",          Destination, Control, [Setup], fixed(64);
-    Config        = 0x0002, "CONFIG",         Source,      Control, [Setup], with_body(fixed(32), 0);
-    Regions       = 0x0003, "REGIONS",        Source,      Control, [Setup], list(8, 32, 1, REGIONS_MAX);
-    Devices       = 0x0004, "DEVICES",        Source,      Control, [Setup], list(8, 112, 0, DEVICES_MAX);
-    SetupEnd      = 0x0005, "SETUP_END",      Source,      Control, [Setup], fixed(32);
-    Ready         = 0x0006, "READY",          Destination, Control, [Setup], fixed(16);
-    Pages         = 0x0010, "PAGES",          Source,      Data,    [Rounds, Switchover], PAGES_SHAPE;
-    Zeros         = 0x0011, "ZEROS",          Source,      Data,    [Rounds, Switchover], list(16, 16, 1, RUNS_PER_ZEROS_MAX);
-    RoundEnd      = 0x0012, "ROUND_END",      Source,      Data,    [Rounds, Switchover], fixed(32);
-    DeviceChunk   = 0x0013, "DEVICE_CHUNK",   Source,      Data,    [Rounds, Switchover], with_body(fixed(32), 1);
-    DeviceMark    = 0x0014, "DEVICE_MARK",    Source,      Data,    [Rounds, Switchover], fixed(32);
-    Ack           = 0x0020, "ACK",            Destination, Control, [Rounds, Switchover], list(8, 16, 1, LANES_MAX);
-    GiveBack      = 0x0021, "GIVE_BACK",      Destination, Control, [Setup, Rounds, Switchover], list(24, 16, 1, RUNS_PER_GIVE_BACK_MAX);
-    RoundClosed   = 0x0022, "ROUND_CLOSED",   Destination, Control, [Rounds, Switchover], fixed(48);
-    Credit        = 0x0023, "CREDIT",         Destination, Control, [Rounds, Switchover], list(8, 16, 1, DEVICES_MAX);
-    SwitchoverAck = 0x0024, "SWITCHOVER_ACK", Destination, Control, [Rounds, Switchover], fixed(24);
-    DeviceLoaded  = 0x0025, "DEVICE_LOADED",  Destination, Control, [Rounds, Switchover], fixed(32);
-    KeepAlive     = 0x0027, "KEEP_ALIVE",     Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], fixed(32);
-    LaneDown      = 0x0028, "LANE_DOWN",      Both,        Control, [Setup, Rounds, Switchover, Commit], fixed(16);
-    Switchover    = 0x0030, "SWITCHOVER",     Source,      Control, [Rounds, Switchover, Commit], fixed(16);
-    VmState       = 0x0031, "VM_STATE",       Source,      Control, [Switchover], with_body(fixed(32), 0);
-    Final         = 0x0032, "FINAL",          Source,      Control, [Switchover, Commit], fixed(40);
-    Prepared      = 0x0033, "PREPARED",       Destination, Control, [Switchover], fixed(40);
-    Commit        = 0x0034, "COMMIT",         Source,      Control, [Commit], fixed(8);
-    Running       = 0x0035, "RUNNING",        Destination, Control, [Commit], fixed(32);
-    Abort         = 0x0036, "ABORT",          Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], list(16, 1, 0, TEXT_BYTES_MAX);
-    Landed        = 0x0040, "LANDED",         Destination, Control, [Setup], list(16, 16, 0, LANES_MAX);
-    Outcome       = 0x0042, "OUTCOME",        Destination, Control, [Setup], fixed(16);
-    StreamOpen    = 0x0050, "STREAM_OPEN",    Source,      Control, [Carrying], fixed(16);
-    StreamData    = 0x0051, "STREAM_DATA",    Both,        Data,    [Carrying], with_body(fixed(16), 1);
-    StreamCredit  = 0x0052, "STREAM_CREDIT",  Both,        Control, [Carrying], list(8, 24, 1, STREAM_CREDITS_MAX);
-    StreamEnd     = 0x0053, "STREAM_END",     Both,        Control, [Carrying], fixed(16);
-    StreamOutcome = 0x0054, "STREAM_OUTCOME", Both,        Control, [Carrying], fixed(16);
-    Progress      = 0x8026, "PROGRESS",       Destination, Control, [Rounds, Switchover, Commit], fixed(48);
-}
+pub(crate) use kinds;
 
 impl Kind {
     /// Whether a reader that does not know this kind may skip it.

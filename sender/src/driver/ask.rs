@@ -1,60 +1,16 @@
-//! Asking a destination how a session ended, by a process that did not run it: the source itself died after the commit.
-//!
-//! The rule it keeps: only a clear answer is given as one. Whatever else happens, a refusal, silence, a lost link, leaves the
-//! outcome unknown (SPEC: ASK-5).
+//! Asking a destination how a session ended, by a process that did not run it. What an answer means the question itself says.
 
-use std::fmt;
 use std::time::{Duration, Instant};
 
+use multifd_session::source::NotOpened;
+use multifd_session::source::ask::{AskTicket, Follows, Question};
 use multifd_wire::frame::OutcomeState;
-use multifd_wire::{ChannelRef, Hello, Phase, SessionId, Token};
+use multifd_wire::{ChannelRef, Phase};
 
 use super::Dial;
-use super::link::{open, read_outcome};
-use crate::error::{Error, Fault};
-
-/// The pause between two attempts.
-const PAUSE: Duration = Duration::from_millis(250);
-
-/// What one needs to ask a destination how a session ended. Whoever has it can also end the session, and take it over while its
-/// channels are lost: keep it from others. It is not printed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct AskTicket {
-    session: SessionId,
-    secret: Token,
-}
-
-impl AskTicket {
-    /// From what was kept of an earlier one.
-    #[must_use]
-    pub const fn new(session: [u8; 16], secret: [u8; 16]) -> Self {
-        Self {
-            session: SessionId::new(session),
-            secret: Token::new(secret),
-        }
-    }
-
-    /// The session's name. It is no secret.
-    #[must_use]
-    pub fn session(&self) -> [u8; 16] {
-        self.session.value()
-    }
-
-    /// The session's resume secret (SPEC: GRANT).
-    #[must_use]
-    pub fn secret(&self) -> [u8; 16] {
-        self.secret.value()
-    }
-}
-
-impl fmt::Debug for AskTicket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // SPEC: SEC-2
-        f.debug_struct("AskTicket")
-            .field("session", &self.session)
-            .finish_non_exhaustive()
-    }
-}
+use super::attempt::{connect, say_hello};
+use super::link::read_outcome;
+use crate::error::Error;
 
 /// Asks the destination how the session stands, until it gives an answer that is final or `patience` is over.
 ///
@@ -62,31 +18,28 @@ impl fmt::Debug for AskTicket {
 /// (SPEC: ASK-3). Do not ask while the source that runs the session is alive.
 ///
 /// # Errors
-/// [`Fault::Refused`] when the destination does not know the session or takes the secret for wrong; otherwise why there was no answer. The
-/// outcome is unknown then.
+/// [`Fault::Refused`](crate::Fault::Refused) when the destination does not know the session or takes the secret for wrong; otherwise why
+/// there was no answer. The outcome is unknown then.
 pub fn ask(dial: &dyn Dial, ticket: &AskTicket, patience: Duration) -> Result<OutcomeState, Error> {
-    let until = Instant::now() + patience;
+    let began = Instant::now();
+    let question = Question::new(ticket, patience);
     loop {
-        let answer = once(dial, ticket, until);
-        let left = until.saturating_duration_since(Instant::now());
-        match &answer {
-            // It will run, or not: the next answer says.
-            Ok(OutcomeState::CommittedNotRunning) if left > PAUSE => {}
-            Err(Fault::Dial(_) | Fault::Channel(_)) if left > PAUSE => {}
-            _ => {
+        let answer = once(dial, &question, began);
+        match question.asked(answer, began.elapsed()) {
+            Follows::Again(pause) => std::thread::sleep(pause),
+            Follows::Over(answer) => {
                 return answer
                     .map_err(|fault| Error::new(Phase::Commit, fault).at(ChannelRef::Control));
             }
         }
-        std::thread::sleep(PAUSE);
     }
 }
 
-fn once(dial: &dyn Dial, ticket: &AskTicket, until: Instant) -> Result<OutcomeState, Fault> {
-    let channel = dial
-        .dial(ChannelRef::Control, until)
-        .map_err(|e| Fault::Dial(e.to_string()))?;
-    let mut opened = open(channel, &Hello::ask(ticket.session, ticket.secret), until)?;
+fn once(dial: &dyn Dial, question: &Question, began: Instant) -> Result<OutcomeState, NotOpened> {
+    let attempt = question.attempt();
+    let channel = connect(dial, ChannelRef::Control, began + attempt.connect_by)?;
+    let until = began + attempt.answer_by;
+    let mut opened = say_hello(channel, &attempt.hello, until)?;
     opened.rx.set_deadline(Some(until));
-    read_outcome(&mut *opened.rx)
+    read_outcome(&mut *opened.rx).map_err(NotOpened::prevented)
 }

@@ -14,26 +14,23 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use multifd_tracking::{CollectPhase, Source};
 use multifd_transport::{Closer, LOOK_MAX, Pulse, Silence, Spawner, join_within};
 use multifd_wire::frame::{
-    Abort, Commit, Config as ConfigFrame, Devices, Final, Grant, GuestState, RawRegion, RawRun,
-    Regions, SetupEnd, Switchover, VmState, blob_parts,
+    Abort, Commit, Config as ConfigFrame, Devices, Final, RawRegion, RawRun, Regions, SetupEnd,
+    VmState, blob_parts,
 };
 use multifd_wire::limits::{BLOBS_MAX, TEXT_BYTES_MAX};
-use multifd_wire::negotiate::Agreement;
 use multifd_wire::{
-    ChannelRef, Features, Frame, Hello, Incarnation, LaneId, Misbehaved, Phase, Reason, Round,
-    Sequence, SessionId, Text, Token,
+    ChannelRef, Frame, Incarnation, LaneId, Misbehaved, Phase, Reason, Round, Sequence, SessionId,
+    Text,
 };
 
-use super::ask::AskTicket;
 use super::device::{DeviceCommand, DeviceSet};
-use super::first::first_contact;
 use super::first_round::{Unused, mark_populated};
 use super::lane::LaneCommand;
 use super::link::ControlSender;
 use super::mismatch::{Judged, Mismatches};
-use super::redial::Purpose;
 use super::work::{RoundWork, tracked};
 use super::{Dial, Finished, Loads, Note, Shared, lock, scan, thread_cpu};
+use crate::AskTicket;
 use crate::config::DirtyScan;
 use crate::error::{Error, Fault};
 use crate::report::{Report, Timeline};
@@ -63,25 +60,18 @@ pub(super) struct Control {
     notes: Sender<Note>,
     inbox: Receiver<Note>,
     session: Session,
-    id: SessionId,
     blobs: Vec<Blob>,
     states: u32,
     control: Option<ControlSender>,
     control_closer: Option<Closer>,
     control_lost: bool,
     reader: Option<JoinHandle<()>>,
-    agreement: Option<Agreement>,
-    grant: Option<Grant>,
+    /// The credit that each device begins with.
+    device_window: u64,
     lanes: Vec<lanes::Slot>,
     open: Option<Open>,
     /// Counts the control channels.
     epoch: u32,
-    /// What a resume or a question has to show.
-    secret: Option<Token>,
-    /// While the destination is dialled again.
-    back: Option<resume::Back>,
-    /// Counts the attempts.
-    attempt: u32,
     /// Threads of channels that were given up; they end by themselves.
     stragglers: Vec<JoinHandle<()>>,
     /// Notes that came while something else was waited for.
@@ -122,21 +112,16 @@ impl Control {
             notes,
             inbox,
             session,
-            id: SessionId::new([0; 16]),
             blobs: Vec::new(),
             states: 0,
             control: None,
             control_closer: None,
             control_lost: false,
             reader: None,
-            agreement: None,
-            grant: None,
+            device_window: 0,
             lanes: Vec::new(),
             open: None,
             epoch: 0,
-            secret: None,
-            back: None,
-            attempt: 0,
             stragglers: Vec::new(),
             later: VecDeque::new(),
             timeline: Timeline::default(),
@@ -153,23 +138,13 @@ impl Control {
     /// From the hello to the end.
     pub(super) fn run(mut self) -> Finished {
         self.timeline.begin();
-        if let Err(error) = self.connect() {
-            // What failed because the user did not want to wait any longer is a cancellation.
-            let cancelled = self.shared.cancelled.load(Relaxed);
-            self.drive(if self.shared.wishes.guest_gone.load(Relaxed) {
-                Event::GuestGone
-            } else if cancelled {
-                Event::Cancel
-            } else {
-                Event::Failed(error)
-            });
-        }
+        let begun = self.describe().and_then(|()| self.name());
+        self.drive(begun.unwrap_or_else(Event::Failed));
         while self.outcome.is_none() {
             if self.shared.cancelled.load(Relaxed) {
                 self.drive(Event::Cancel);
             }
             self.heed_wishes();
-            // Once there is an outcome, what is still under way (a dial, say) belongs to the last word.
             if self.outcome.is_none() {
                 self.step();
             }
@@ -177,47 +152,42 @@ impl Control {
         self.wind_up()
     }
 
-    /// Configuration first (the VMM may say no before anything is sent), then the hello on the control channel.
-    fn connect(&mut self) -> Result<(), Error> {
-        let hello_error = |fault: Fault| Error::new(Phase::Hello, fault).at(ChannelRef::Control);
+    /// The VMM may say no before anything is sent.
+    fn describe(&mut self) -> Result<(), Error> {
         self.shared.watch.at("have the VMM describe the machine");
         self.blobs = self.vmm.config().map_err(|source| {
-            Error::new(
-                Phase::Hello,
-                Fault::Vmm {
-                    step: "describe the machine",
-                    source,
-                },
-            )
+            let step = "describe the machine";
+            Error::new(Phase::Hello, Fault::Vmm { step, source })
         })?;
         self.shared
             .watch
             .at("have the VMM say whether the guest runs");
         self.timeline.guest = self.vmm.guest();
-        self.take_devices()?;
-        let mut id = [0u8; 16];
-        getrandom::fill(&mut id).map_err(|e| {
-            hello_error(Fault::System {
-                step: "random numbers",
-                source: std::io::Error::other(e),
-            })
-        })?;
-        self.id = SessionId::new(id);
-        let hello = Hello::start(self.id, self.needed(), self.wanted())
-            .with_pass(self.shared.config.pass());
-        let opened = first_contact(&self.shared, &self.dial, &*self.spawner, &self.inbox, hello)
-            .inspect_err(|fault| self.shared.counters.note_fault(ChannelRef::Control, fault))
-            .map_err(hello_error)?;
-        let now = self.shared.now();
-        self.session = Session::new(
-            self.shared.config.clone(),
-            self.shared.layout.pages_total().value(),
-            now,
-        );
-        if !self.device_set.is_empty() {
+        self.session.expect_guest(self.timeline.guest);
+        if self.take_devices()? {
             self.session.expect_devices();
         }
-        self.take_control(opened)
+        Ok(())
+    }
+
+    /// A name for a session: nobody else's, and none that can be guessed.
+    fn name(&self) -> Result<Event, Error> {
+        let mut id = [0u8; 16];
+        getrandom::fill(&mut id).map_err(|error| {
+            let step = "random numbers";
+            let source = std::io::Error::other(error);
+            Error::new(Phase::Hello, Fault::System { step, source }).at(ChannelRef::Control)
+        })?;
+        Ok(Event::Named(SessionId::new(id)))
+    }
+
+    /// What progress readers are told about the time that is left to reach the destination.
+    fn count_down(&self) {
+        if let Some(until) = self.session.dials_until() {
+            let left = until.saturating_sub(self.shared.now());
+            let ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+            self.shared.counters.gives_up_in_ms.store(ms, Relaxed);
+        }
     }
 
     /// What the embedder has said of its guest meanwhile.
@@ -232,7 +202,7 @@ impl Control {
 
     /// Waits for the next note or timer, and handles it.
     fn step(&mut self) {
-        let until = self.session.due().min(self.back_due());
+        let until = self.session.due();
         let left = until.saturating_sub(self.shared.now());
         match self.next_note(left.min(LOOK_MAX)) {
             Ok(note) => self.note(note),
@@ -244,9 +214,9 @@ impl Control {
         if self.outcome.is_some() {
             return;
         }
-        self.tend_back(self.shared.now());
         self.watch_devices();
         self.watch_lanes();
+        self.count_down();
         let effects = self.session.tick(self.shared.now());
         self.carry_out(effects);
         self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
@@ -310,14 +280,22 @@ impl Control {
 
     fn apply(&mut self, effect: Effect) -> Result<Option<Event>, Error> {
         match effect {
-            Effect::Granted { grant, first } => self.granted(grant, first).map(|()| None),
+            Effect::Send(frame) => self.try_send(frame).map(|()| None),
+            Effect::DialControl {
+                number,
+                purpose,
+                attempt,
+            } => self.dial_control(number, purpose, attempt).map(|()| None),
+            Effect::Granted { grant, ticket } => {
+                self.device_window = grant.device_window_bytes;
+                ticket.map_or(Ok(None), |ticket| self.tell_ticket(&ticket).map(|()| None))
+            }
             Effect::SendSetup { lanes } => self.send_setup(lanes).map(|()| None),
-            Effect::SendKeepAlive(alive) => self.try_send(alive).map(|()| None),
             Effect::DialLane {
                 lane,
                 incarnation,
-                again,
-            } => self.dial_lane(lane, incarnation, again).map(|()| None),
+                attempt,
+            } => self.dial_lane(lane, incarnation, attempt).map(|()| None),
             Effect::LaneBack {
                 lane,
                 behind,
@@ -334,7 +312,6 @@ impl Control {
                 self.lane_gone(lane, &why);
                 Ok(None)
             }
-            Effect::SendLaneDown(down) => self.try_send(down).map(|()| None),
             Effect::SettleLane { lane } => Ok(self.settle_lane(lane)),
             Effect::SettleBefore { lanes } => self
                 .settle_before(&lanes)
@@ -402,9 +379,6 @@ impl Control {
                 self.device_set.stop(&table);
                 Ok(None)
             }
-            Effect::AnnounceSwitchover { round } => self
-                .try_send(Switchover { final_round: round })
-                .map(|()| None),
             Effect::Save => self.save().map(Some),
             Effect::SendFinal { round } => self.send_final(round).map(Some),
             Effect::Commit => {
@@ -433,6 +407,9 @@ impl Control {
                     self.reclaim_devices(&proof);
                     Ok(())
                 };
+                if self.session.phase() == Phase::Done {
+                    self.timeline.ended(self.shared.now());
+                }
                 if paused {
                     self.timeline.reclaimed();
                     self.shared.watch.at("have the VMM run the guest again");
@@ -454,15 +431,14 @@ impl Control {
                 Ok(None)
             }
             Effect::Disconnect => Ok(self.disconnect().map(Event::Failed)),
-            Effect::Reconnect { until } => {
-                self.go_back(Purpose::Resume, until);
+            Effect::StartAfresh => self.start_afresh().map(Some),
+            Effect::Migrated => {
+                self.timeline.ended(self.shared.now());
+                self.shared.watch.migrated();
+                self.shared.watch.at("hear that it has migrated");
+                self.vmm.migrated();
                 Ok(None)
             }
-            Effect::Ask { until } => {
-                self.go_back(Purpose::Ask, until);
-                Ok(None)
-            }
-            Effect::StartAfresh => self.start_afresh().map(|()| None),
             Effect::Finish(outcome) => {
                 self.outcome = Some(outcome);
                 Ok(None)
@@ -474,16 +450,6 @@ impl Control {
 
     fn misbehaved(&self, misbehaved: Misbehaved) -> Error {
         Error::new(self.session.phase(), misbehaved).at(ChannelRef::Control)
-    }
-
-    fn granted(&mut self, grant: Grant, first: bool) -> Result<(), Error> {
-        self.grant = Some(grant);
-        if first {
-            self.tell_ticket(grant.resume_secret)
-                .map_err(|error| error.at(ChannelRef::Control))?;
-        }
-        self.secret = Some(grant.resume_secret);
-        Ok(())
     }
 
     fn send_setup(&mut self, lanes: u32) -> Result<(), Error> {
@@ -609,6 +575,7 @@ impl Control {
         self.timeline.pausing(self.session.predicted_downtime());
         self.shared.watch.at("have the VMM pause the guest");
         self.timeline.guest = self.vmm.guest();
+        self.session.expect_guest(self.timeline.guest);
         self.vmm.pause().map_err(|source| {
             Error::new(
                 Phase::Switchover,
@@ -649,25 +616,12 @@ impl Control {
             states: self.states,
             digest,
             memory_pages,
-            guest: self.guest_there(),
+            guest: self.session.arrives(self.timeline.guest),
         })?;
         self.timeline.final_sent();
         Ok(Event::FinalSent {
             digest: digest.value(),
         })
-    }
-
-    /// What the guest is to be at the destination.
-    fn guest_there(&self) -> GuestState {
-        // SPEC: FINAL-6
-        let agreed = self
-            .agreement
-            .is_some_and(|agreement| agreement.features.contains(Features::PAUSED));
-        if agreed {
-            self.timeline.guest
-        } else {
-            GuestState::Running
-        }
     }
 
     /// Compares all of memory with what was sent, on a thread of its own: this one goes on saying that it lives.
@@ -709,7 +663,16 @@ impl Control {
     fn note(&mut self, note: Note) {
         match note {
             Note::Frame { epoch, .. } | Note::ControlLost { epoch, .. } if epoch != self.epoch => {}
-            Note::Reached { attempt, result } => self.reached(attempt, result),
+            Note::Reached { number, result } => self.reached(number, result),
+            Note::LaneNotOpened {
+                lane,
+                incarnation,
+                why,
+            } => self.drive(Event::LaneNotOpened {
+                lane,
+                incarnation,
+                why,
+            }),
             Note::Frame { header, table, .. } => match Frame::decode(&header, &table) {
                 Ok(frame) => {
                     self.report(&frame);
@@ -768,14 +731,13 @@ impl Control {
     }
 
     /// Whoever wants to ask for the outcome later, even from another process, has to know how.
-    fn tell_ticket(&mut self, secret: Token) -> Result<(), Error> {
-        let ticket = AskTicket::new(self.id.value(), secret.value());
+    fn tell_ticket(&mut self, ticket: &AskTicket) -> Result<(), Error> {
         self.shared
             .watch
             .at("have the VMM keep the session's ticket");
-        self.vmm.granted(&ticket).map_err(|source| {
+        self.vmm.granted(ticket).map_err(|source| {
             let step = "keep what is needed to ask for the outcome";
-            Error::new(Phase::Setup, Fault::Vmm { step, source })
+            Error::new(Phase::Setup, Fault::Vmm { step, source }).at(ChannelRef::Control)
         })
     }
 
@@ -974,25 +936,14 @@ impl Control {
             None => unreachable!("run() ends with an outcome"),
         };
         let migrated = matches!(outcome, Outcome::Migrated);
-        if migrated {
-            self.shared.watch.migrated();
-            self.shared.watch.at("hear that it has migrated");
-            self.vmm.migrated();
-        }
         self.shared.watch.at("end");
         self.timeline.ended(self.shared.now());
         self.timeline.control_damaged = self.session.damages();
-        if migrated {
-            self.say_goodbye();
-        }
         // The control channel first: if the lanes went first, the destination would see lost lanes before it read why.
         if let Some(control) = &mut self.control {
             let _ = control.half().finish();
         }
         self.hear_the_farewell();
-        if let Outcome::Failed(error) | Outcome::Cancelled(error) = &outcome {
-            self.last_word(error);
-        }
         self.shared.stop.store(true, Relaxed);
         self.open = None;
         for slot in &mut self.lanes {

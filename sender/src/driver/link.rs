@@ -1,19 +1,15 @@
-//! Frames over a channel: the hello exchange, the control channel's two directions.
+//! Frames over the control channel, in both directions.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use multifd_session::common::ChannelFault;
-use multifd_transport::{
-    Channel, ChannelError, Closer, ReceiveHalf, STRANGER_BYTES, SendHalf, Stranger,
-};
+use multifd_session::source::ask::outcome;
+use multifd_transport::{ChannelError, ReceiveHalf, SendHalf};
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::limits::TABLE_BYTES_MAX;
-use multifd_wire::negotiate::{Agreement, accept};
 use multifd_wire::{
-    Body, ChannelKind, ChannelRef, Frame, HEADER_BYTES, HELLO_REPLY_BYTES, Header, Hello,
-    HelloReply, Incompatible, Misbehaved, Phase, Role, Sequence,
+    Body, ChannelKind, ChannelRef, Frame, HEADER_BYTES, Header, Misbehaved, Phase, Role, Sequence,
 };
 
 use super::device::DeviceTable;
@@ -23,79 +19,6 @@ use crate::error::{Error, Fault};
 /// The transport's error, as the protocol knows it.
 pub(super) fn failed(error: ChannelError) -> Fault {
     Fault::Channel(ChannelFault::new(error.code(), error.sent_nothing(), error))
-}
-
-/// A channel whose hello was accepted.
-pub(super) struct Open {
-    pub(super) tx: Box<dyn SendHalf>,
-    pub(super) rx: Box<dyn ReceiveHalf>,
-    pub(super) closer: Closer,
-    pub(super) agreement: Agreement,
-    pub(super) description: String,
-    /// From the hello to its reply: a round trip, or longer than one.
-    pub(super) round_trip: Duration,
-}
-
-/// Says hello and reads the answer (SPEC: HELLO-1).
-pub(super) fn open(
-    channel: Box<dyn Channel>,
-    hello: &Hello,
-    deadline: Instant,
-) -> Result<Open, Fault> {
-    let description = channel.describe();
-    let (mut tx, mut rx, closer) = channel.split();
-    tx.set_deadline(Some(deadline));
-    rx.set_deadline(Some(deadline));
-    let asked = Instant::now();
-    tx.send(&hello.encode(), &[]).map_err(failed)?;
-    let mut octets = [0u8; HELLO_REPLY_BYTES];
-    rx.receive(&mut octets)
-        .map_err(|error| unanswered(error, &*rx))?;
-    let round_trip = asked.elapsed();
-    let reply = HelloReply::decode(&octets).map_err(|error| match stranger(&octets) {
-        Some(stranger) => stranger,
-        None => error.into(),
-    })?;
-    let agreement = accept(hello, &reply).map_err(|e| match e {
-        Incompatible::Refused { reason, text } => Fault::Refused {
-            reason,
-            text: text.to_string(),
-        },
-        other => Fault::Incompatible(other),
-    })?;
-    tx.set_deadline(None);
-    rx.set_deadline(None);
-    Ok(Open {
-        tx,
-        rx,
-        closer,
-        agreement,
-        description,
-        round_trip,
-    })
-}
-
-/// What it means that no answer came to a hello: what came instead, if it was anything.
-fn unanswered(error: ChannelError, rx: &dyn ReceiveHalf) -> Fault {
-    let mut octets = [0; STRANGER_BYTES];
-    let heard = rx.peek(&mut octets);
-    stranger(&octets[..heard]).unwrap_or_else(|| failed(error))
-}
-
-/// The fault of a peer that speaks something else. None speaks as a destination does, if only the beginning of it.
-fn stranger(octets: &[u8]) -> Option<Fault> {
-    /// What an answer begins with (SPEC: HELLO-1).
-    const BEGINNING: &[u8] = b"MULTIFD\n";
-    let known = octets.len().min(BEGINNING.len());
-    if octets.get(..known) == BEGINNING.get(..known) {
-        return None;
-    }
-    let text = Stranger::look_at(octets)?.to_string();
-    Some(Fault::Channel(ChannelFault::new(
-        "channel-stranger",
-        false,
-        text,
-    )))
 }
 
 /// The sending direction of the control channel.
@@ -178,7 +101,7 @@ pub(super) fn read_control(
     }
 }
 
-/// Reads the one frame that answers a question (SPEC: ASK-1).
+/// Reads the one frame that answers a question.
 pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fault> {
     let mut reader = Reader {
         expected: Sequence::new(0),
@@ -188,12 +111,7 @@ pub(super) fn read_outcome(rx: &mut dyn ReceiveHalf) -> Result<OutcomeState, Fau
         epoch: 0,
     };
     let header = reader.next(rx)?;
-    match Frame::decode(&header, &reader.table)? {
-        Frame::Outcome(outcome) => Ok(outcome.state),
-        other => Err(Fault::OutOfTurn {
-            what: format!("{other:?} in the place of an answer"),
-        }),
-    }
+    outcome(&Frame::decode(&header, &reader.table)?)
 }
 
 struct Reader {

@@ -11,18 +11,16 @@
 //! lane is under way, and [`NOTES_MAX`] notes.
 
 mod ask;
+mod attempt;
 mod control;
 mod device;
 mod dial;
-mod first;
 mod first_round;
 mod lane;
 mod link;
 mod mismatch;
 mod permits;
-mod redial;
 mod scan;
-mod tries;
 mod watch;
 mod work;
 
@@ -32,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use multifd_session::source::NotOpened;
 use multifd_tracking::{DirtySet, Source};
 use multifd_transport::{
     EndGuard, Ended, GuestMemory, Pulse, Running, Spawner, StdSpawner, ended, thread_cpu,
@@ -40,7 +39,7 @@ use multifd_wire::{
     Digest, Incarnation, LaneId, Layout, PageValues, Phase, Region, RegionId, Round,
 };
 
-pub use self::ask::{AskTicket, ask};
+pub use self::ask::ask;
 pub use self::dial::{CalledDialer, Dial, Dialer, SpreadDialer};
 use crate::config::Config;
 use crate::device::DeviceSource;
@@ -442,10 +441,15 @@ enum Note {
         epoch: u32,
         error: Error,
     },
-    /// An attempt to reach the destination again has ended.
+    /// An attempt to reach the destination has ended.
     Reached {
-        attempt: u32,
-        result: Result<redial::Reached, Fault>,
+        number: u32,
+        result: Result<attempt::Reached, NotOpened>,
+    },
+    LaneNotOpened {
+        lane: LaneId,
+        incarnation: Incarnation,
+        why: NotOpened,
     },
     LaneUp {
         lane: LaneId,

@@ -15,7 +15,8 @@ use multifd_wire::frame::{
 };
 use multifd_wire::{
     Body, ChannelRef, DeviceId, Digest, Features, Frame, Generation, HEADER_BYTES, Header,
-    Incarnation, LaneId, PageIndex, Phase, Reason, RegionId, Round, Sequence, Token,
+    Incarnation, Incompatible, LaneId, PageIndex, Phase, Reason, RegionId, Round, Sequence,
+    SessionId, Token,
 };
 
 use super::Script;
@@ -80,6 +81,11 @@ pub(super) fn run(script: &[u8]) -> Option<&'static str> {
     while let Some(step) = script.next() {
         driver.step(step % KINDS, &mut script);
     }
+    if driver.ended.is_none() && driver.session.phase() == Phase::Done {
+        // It is known how it ends, and what may still be said has had its time.
+        driver.now = driver.session.due().max(driver.now);
+        driver.dial();
+    }
     driver.ended
 }
 
@@ -113,6 +119,8 @@ struct Driver {
     answers: VecDeque<Event>,
     lanes: BTreeMap<LaneId, Lane>,
     way: Way,
+    /// The newest attempt to connect.
+    attempt: u32,
     generation: u32,
     /// FINAL was sent, PREPARED with its digest came, COMMIT was sent.
     final_sent: bool,
@@ -148,7 +156,11 @@ impl Driver {
         } else {
             Features::DEVICE_STATE
         };
-        session.connected(features, Duration::MAX, Duration::ZERO);
+        let opened = Event::Connected {
+            agreed: features,
+            round_trip: Duration::MAX,
+        };
+        assert!(session.handle(opened, Duration::ZERO).is_empty());
         Self {
             session,
             devices,
@@ -157,6 +169,7 @@ impl Driver {
             answers: VecDeque::new(),
             lanes: BTreeMap::new(),
             way: Way::Open,
+            attempt: 0,
             generation: 0,
             final_sent: false,
             prepared: false,
@@ -270,22 +283,19 @@ impl Driver {
                 }
             }
             RECONNECT => match self.way {
-                Way::Resuming => {
-                    self.connected();
-                    self.happen(Event::Reconnected);
-                }
-                Way::Starting => self.connected(),
+                Way::Resuming | Way::Starting => self.connected(),
                 Way::Open | Way::Asking => {}
             },
             LANDED => self.landed(script),
             FORGOTTEN => {
                 if matches!(self.way, Way::Resuming | Way::Asking) {
-                    let fault = Fault::DestinationLost {
-                        reason: Reason::WrongSession,
-                        text: "never heard of it".into(),
-                    };
-                    let error = Error::new(self.session.phase(), fault);
-                    self.happen(Event::Forgotten(error));
+                    let text = "never heard of it".into();
+                    let reason = Reason::WrongSession;
+                    self.dial();
+                    self.happen(Event::NotConnected {
+                        number: self.attempt,
+                        why: Incompatible::Refused { reason, text }.into(),
+                    });
                 }
             }
             ANSWERED => {
@@ -470,8 +480,16 @@ impl Driver {
 
     fn connected(&mut self) {
         self.way = Way::Open;
-        let features = Features::DEVICE_STATE.union(Features::RESUME);
-        self.session.connected(features, Duration::MAX, self.now);
+        self.happen(Event::Connected {
+            agreed: Features::DEVICE_STATE.union(Features::RESUME),
+            round_trip: Duration::MAX,
+        });
+    }
+
+    /// Makes the attempt to connect that is due, if one is.
+    fn dial(&mut self) {
+        let effects = self.session.tick(self.now);
+        self.carry_out(effects);
     }
 
     fn outlook(&self) -> DeviceOutlook {
@@ -626,12 +644,18 @@ impl Driver {
                     (lane.up, lane.ended, lane.round) = (false, true, None);
                 }
                 self.answers.clear();
+                self.way = if self.session.phase() == Phase::Commit {
+                    Way::Asking
+                } else {
+                    Way::Resuming
+                };
             }
-            Effect::Reconnect { .. } => self.way = Way::Resuming,
-            Effect::Ask { .. } => self.way = Way::Asking,
+            Effect::DialControl { number, .. } => self.attempt = number,
             Effect::StartAfresh => {
                 self.lanes.clear();
                 self.way = Way::Starting;
+                let name = SessionId::new([2; 16]);
+                self.at_once.push_back(Event::Named(name));
             }
             Effect::Reclaim { paused, .. } => {
                 assert!(!self.committed || self.denied, "taken back after COMMIT");
@@ -642,15 +666,14 @@ impl Driver {
             Effect::Finish(outcome) => self.finish(outcome),
             Effect::Granted { .. }
             | Effect::SendSetup { .. }
-            | Effect::SendKeepAlive(_)
-            | Effect::SendLaneDown(_)
+            | Effect::Send(_)
+            | Effect::Migrated
             | Effect::SettleBefore { .. }
             | Effect::GiveBack { .. }
             | Effect::DeviceLoaded(_)
             | Effect::Resumed { .. }
             | Effect::Forecast(_)
             | Effect::AwaitDevices
-            | Effect::AnnounceSwitchover { .. }
             | Effect::Abort { .. } => {}
         }
     }

@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use multifd_wire::frame::{
-    DeviceLoaded, Grant, KeepAlive, LaneDown, LaneMark, OutcomeState, RawRun, SwitchoverAck,
+use multifd_wire::frame::{DeviceLoaded, Grant, LaneMark, OutcomeState, RawRun, SwitchoverAck};
+use multifd_wire::{
+    ChannelRef, Features, Frame, Incarnation, LaneId, Phase, Reason, Round, Sequence, SessionId,
 };
-use multifd_wire::{ChannelRef, Incarnation, LaneId, Phase, Reason, Round, Sequence};
 
+use super::ask::AskTicket;
 use super::error::{Error, Fault};
 use super::forecast::Outlook;
+use super::hello::{Attempt, NotOpened, Purpose};
 use super::lanes::Seen;
 use super::session::{Counted, Reclaimed};
 use super::speed::LaneCount;
@@ -16,6 +18,31 @@ use super::speed::LaneCount;
 /// What happened.
 #[derive(Debug)]
 pub enum Event {
+    /// A random name for a session: for the first one, and in answer to [`Effect::StartAfresh`].
+    Named(SessionId),
+    /// Answer to [`Effect::DialControl`]: a control channel is open and was accepted, with these features.
+    Connected {
+        /// What both sides use.
+        agreed: Features,
+        /// From the hello to its reply: a round trip, or longer than one.
+        round_trip: Duration,
+    },
+    /// Answer to [`Effect::DialControl`]: it came to nothing.
+    NotConnected {
+        /// Which attempt.
+        number: u32,
+        /// Why.
+        why: NotOpened,
+    },
+    /// Answer to [`Effect::DialLane`]: it came to nothing.
+    LaneNotOpened {
+        /// Which.
+        lane: LaneId,
+        /// Which connection of it.
+        incarnation: Incarnation,
+        /// Why.
+        why: NotOpened,
+    },
     /// A lane's connection is open, and its hello was accepted.
     LaneUp {
         /// Which.
@@ -117,16 +144,12 @@ pub enum Event {
     Running,
     /// The channels are lost: the link failed, or nothing was heard for too long. What was said on them is worth nothing now.
     Lost(Error),
-    /// A new control channel was accepted for this session.
-    Reconnected,
     /// A lane is open again and the destination said what landed; the rest is back in the dirty set.
     Landed {
         /// Rounds that it has closed.
         rounds_closed: u32,
     },
-    /// The destination does not know this session, or does not keep it.
-    Forgotten(Error),
-    /// The destination's answer to the question how it ended.
+    /// Answer to [`Effect::DialControl`] with a question: how the destination says that it ended.
     Answered(OutcomeState),
     /// Round trip of a keep-alive.
     RoundTrip(Duration),
@@ -145,26 +168,37 @@ pub enum Event {
 /// What the driver must do.
 #[derive(Debug)]
 pub enum Effect {
-    /// GRANT came: keep what later hellos have to show. `first`: whoever may want to ask for the outcome is told how, now.
+    /// Send this on the control channel, if there is one.
+    Send(Frame<'static>),
+    /// Make a control channel; answer with [`Event::Connected`], [`Event::Answered`] or [`Event::NotConnected`].
+    DialControl {
+        /// Counts the attempts: only what comes of the newest is waited for.
+        number: u32,
+        /// What it is for.
+        purpose: Purpose,
+        /// The hello, and how long it may take.
+        attempt: Attempt,
+    },
+    /// GRANT came.
     Granted {
         /// What was granted.
         grant: Grant,
-        /// The session was granted just now, and was not resumed.
-        first: bool,
+        /// Of a session that was not resumed: whoever may want to ask for the outcome is told how, now.
+        ticket: Option<AskTicket>,
     },
     /// Send the configuration, the tables and SETUP_END, which names so many lanes.
     SendSetup {
         /// How many.
         lanes: u32,
     },
-    /// Make a connection for a lane; answer with [`Event::LaneUp`] or [`Event::LaneEnded`].
+    /// Make a connection for a lane; answer with [`Event::LaneUp`] or [`Event::LaneNotOpened`].
     DialLane {
         /// Which.
         lane: LaneId,
         /// Which connection of it.
         incarnation: Incarnation,
-        /// It is one of many attempts, and short.
-        again: bool,
+        /// The hello, and how long it may take.
+        attempt: Attempt,
     },
     /// A lane that was lost is open again: it ends the rounds behind the present one, empty, and enters that, if there is one.
     LaneBack {
@@ -197,10 +231,6 @@ pub enum Effect {
         /// Each lane, and its frames.
         lanes: Vec<(LaneId, u64)>,
     },
-    /// Send LANE_DOWN.
-    SendLaneDown(LaneDown),
-    /// Send KEEP_ALIVE.
-    SendKeepAlive(KeepAlive),
     /// Say what the living lanes' ledgers hold: answer with [`Event::LanesSeen`].
     LookAtLanes,
     /// Frames of lanes were handled: settle their ledgers, and answer with [`Event::Acked`].
@@ -255,11 +285,6 @@ pub enum Effect {
     /// Stop every device, now that all are quiescent; answer with [`Event::DevicesStopped`], and when it was read to its end with
     /// [`Event::DevicesSaved`].
     StopDevices,
-    /// Send SWITCHOVER: the guest is paused and this round is begun.
-    AnnounceSwitchover {
-        /// The round.
-        round: Round,
-    },
     /// Save the VM state and send it.
     Save,
     /// Send FINAL for this round.
@@ -271,17 +296,8 @@ pub enum Effect {
     Commit,
     /// Close every channel; what their lanes carried is kept in their ledgers.
     Disconnect,
-    /// Dial the destination again, until this time, to resume the session.
-    Reconnect {
-        /// When to stop.
-        until: Duration,
-    },
-    /// Dial the destination again, until this time, to ask how the session ended.
-    Ask {
-        /// When to stop.
-        until: Duration,
-    },
-    /// Begin anew, as another session, with all of memory.
+    /// The destination has nothing any more: all of memory is to be sent, and the digest is that of nothing (SPEC: DIGEST-5). Answer with
+    /// [`Event::Named`].
     StartAfresh,
     /// Tell the peer why it ends.
     Abort {
@@ -301,6 +317,8 @@ pub enum Effect {
         /// The proof that it may.
         proof: Reclaimed,
     },
+    /// The guest runs at the destination, which may have to be told yet that this is known.
+    Migrated,
     /// It is over.
     Finish(Outcome),
 }
@@ -339,6 +357,21 @@ impl Outcome {
     /// Why it ended otherwise than it should.
     #[must_use]
     pub fn into_error(self) -> Option<Error> {
+        match self {
+            Self::Migrated => None,
+            Self::Failed(error)
+            | Self::Cancelled(error)
+            | Self::Stranded(error)
+            | Self::Unknown(error)
+            | Self::Gone(error) => Some(error),
+        }
+    }
+}
+
+impl Outcome {
+    /// The same, to be looked at.
+    #[must_use]
+    pub fn error(&self) -> Option<&Error> {
         match self {
             Self::Migrated => None,
             Self::Failed(error)

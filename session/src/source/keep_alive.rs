@@ -32,10 +32,10 @@ pub(super) struct KeepAlive {
 }
 
 impl KeepAlive {
-    pub(super) fn new(period: Duration, now: Duration) -> Self {
+    pub(super) fn new(period: Duration) -> Self {
         Self {
             period,
-            due: now + period,
+            due: Duration::MAX,
             pulse: Pulse::new(Duration::MAX),
         }
     }
@@ -44,6 +44,11 @@ impl KeepAlive {
     pub(super) fn connected(&mut self, hello: Duration, now: Duration) {
         self.due = now + self.period;
         self.pulse = Pulse::new(hello);
+    }
+
+    /// There is no control channel any more.
+    pub(super) fn disconnected(&mut self) {
+        self.due = Duration::MAX;
     }
 
     pub(super) fn due(&self) -> Duration {
@@ -86,7 +91,9 @@ mod tests {
 
     #[test]
     fn asks_once_a_period_and_more_often_while_the_guest_is_paused() {
-        let mut alive = KeepAlive::new(1000 * MS, Duration::ZERO);
+        let mut alive = KeepAlive::new(1000 * MS);
+        assert_eq!(alive.due(), Duration::MAX, "there is no channel");
+        alive.connected(MS, Duration::ZERO);
         assert_eq!(alive.tick(false, 999 * MS), None);
         let asked = alive.tick(false, 1000 * MS).unwrap();
         assert_eq!(
@@ -102,7 +109,7 @@ mod tests {
 
     #[test]
     fn a_question_is_answered_with_its_stamp_and_an_answer_gives_the_round_trip() {
-        let mut alive = KeepAlive::new(1000 * MS, Duration::ZERO);
+        let mut alive = KeepAlive::new(1000 * MS);
         alive.connected(100 * MS, Duration::ZERO);
         let asks = Frame {
             stamp_us: 77,

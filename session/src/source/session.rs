@@ -14,39 +14,44 @@
 //! was gone before it took anything of the COMMIT. Which event is
 //! legal in which state is the one table in [`Session::handle`]; `the_table_of_states_and_events` prints it.
 
-mod deadlines;
+mod end;
 mod frames;
+mod lanes;
 mod resume;
 mod rounds;
 mod set_up;
 mod switchover;
+mod time;
 
 use std::time::Duration;
 
-use multifd_wire::{ChannelRef, Phase, Round};
+use multifd_wire::frame::GuestState;
+use multifd_wire::{ChannelRef, Features, Phase, Round};
 
-use crate::source::config::{Config, WhenAckLate};
+use crate::source::commit::{Guest, Last};
+use crate::source::config::Config;
+use crate::source::control::Control;
+use crate::source::deadlines::Deadlines;
+use crate::source::devices::Devices;
 use crate::source::error::{Error, Fault};
-use crate::source::forecast::Observation;
+use crate::source::hello::{Hellos, Purpose};
 use crate::source::keep_alive::KeepAlive;
 use crate::source::lanes::Lanes;
+use crate::source::rounds::Rounds;
+use crate::source::set_up::SetUp;
 use crate::source::speed::Speeds;
+use end::Parting;
 
+pub use crate::source::commit::Reclaimed;
 pub use crate::source::event::{DeviceOutlook, Effect, Event, Outcome};
+pub use crate::source::rounds::Counted;
 pub use resume::{DAMAGES_MAX, SUSPENSIONS_MAX};
-pub use rounds::Counted;
 pub use switchover::REPAIR_ROUNDS_MAX;
-
-/// Proof that the guest belongs to the source: no commit left for the destination in the pause that it ends, or the destination
-/// gave its word that it has read none and will take none any more (SPEC: ASK-3).
-///
-/// Only the session can make it: its field is private to this module. It is consumed by the VMM's `resume`.
-#[derive(Debug)]
-#[must_use = "the guest stays paused until the VMM is shown this"]
-pub struct Reclaimed(());
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
+    /// Without a control channel yet: it is dialled for the first time.
+    Hello,
     Setup {
         granted: bool,
     },
@@ -111,69 +116,33 @@ enum State {
     Asking {
         until: Duration,
     },
+    /// It is known how it ends, and the destination is told, if that can be done until then.
+    Parting(Parting),
     Over,
-}
-
-/// A round with the guest paused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Last {
-    round: Round,
-    encoded: bool,
-    saved: bool,
-    /// The collection after the save was made.
-    collected: bool,
-    /// Pages that this round does not bring (dirtied by the save, damaged, lost with a lane): they need a further one.
-    missing: u64,
-    /// The newest round in which items of devices were lost with a lane: until a later one is closed the devices lack them.
-    items_lost: Option<Round>,
-    /// FINAL was sent for this round, and nothing has gone missing since.
-    final_sent: bool,
-    /// The destination closed this round with nothing damaged: what its lanes carried is there.
-    closed: bool,
-    /// The digest of the newest FINAL. With the guest paused every FINAL has the same.
-    digest: Option<u64>,
 }
 
 /// The machine of one migration at the source.
 #[derive(Debug)]
 pub struct Session {
     config: Config,
-    memory_pages: u64,
     state: State,
-    began: Duration,
-    heard: Duration,
-    /// When the destination last took something, or a step of ours was done. Signs of life are none.
-    progress: Duration,
-    paused_at: Option<Duration>,
-    observed: Vec<Observation>,
-    /// When the first round began.
-    sending_since: Duration,
-    /// How far the present round is, and when to ask the sources inside it.
-    counted: Counted,
-    look_due: Duration,
-    /// What each lane's acknowledgements say.
-    speeds: Speeds,
-    /// While the rounds say that no number of them will do.
-    diverging: Option<rounds::Diverging>,
-    bandwidth: Option<f64>,
-    /// What the newest round had, if it was a small one that took long.
-    crawl: Option<f64>,
+    guest: Guest,
+    hellos: Hellos,
+    control: Control,
+    set_up: SetUp,
+    lanes: Lanes,
+    keep_alive: KeepAlive,
+    deadlines: Deadlines,
+    rounds: Rounds,
+    devices: Devices,
     /// The shortest seen: longer ones say how busy the two programs are, not how long the way is.
     round_trip: Option<Duration>,
-    unacked_octets: u64,
-    /// There are devices, and what is known of them.
-    devices: Option<DeviceOutlook>,
-    /// They were all read to their end; also true when there are none.
-    devices_saved: bool,
-    /// Since when acknowledgements were the only thing missing.
-    waiting_since: Option<Duration>,
-    /// Rounds that were made while waiting: they do not count as used up.
-    rounds_waited: u32,
-    /// When the last of them was begun.
-    round_waited_at: Duration,
     /// The newest round that the destination closed: nothing of it is on its way any more.
     closed: Option<Round>,
-    polished: u32,
+    /// The newest round that was opened since the destination last said how many it has closed, or ever.
+    last_opened: Option<Round>,
+    /// The first round with the guest paused, since the same moment.
+    paused_from: Option<Round>,
     /// The embedder wants the switchover at the end of the round under way, whatever the forecast says.
     at_once: bool,
     repairs: u32,
@@ -187,47 +156,34 @@ pub struct Session {
     unready: bool,
     /// Why the channels were lost.
     doubt: Option<Error>,
-    /// Why a lane could not be opened on the way back: if none can, that is what it was.
+    /// Why a channel could not be opened last: if none can, that is what it was.
     hindrance: Option<Error>,
-    set_up: set_up::SetUp,
-    lanes: Lanes,
-    keep_alive: KeepAlive,
-    /// The newest round that was opened since the destination last said how many it has closed, or ever.
-    last_opened: Option<Round>,
-    /// The first round with the guest paused, since the same moment.
-    paused_from: Option<Round>,
+    /// How it ends, while [`State::Parting`].
+    ending: Option<Outcome>,
 }
 
 impl Session {
-    /// A session whose hello was accepted at `now`.
+    /// A session that has no control channel and no name yet.
     #[must_use]
     pub fn new(config: Config, memory_pages: u64, now: Duration) -> Self {
-        let keep_alive = KeepAlive::new(config.keep_alive, now);
+        let keep_alive = KeepAlive::new(config.keep_alive);
+        let hellos = Hellos::new(config.pass, config.reconnect);
         Self {
             config,
-            memory_pages,
-            state: State::Setup { granted: false },
-            began: now,
-            heard: now,
-            progress: now,
-            paused_at: None,
-            observed: Vec::new(),
-            sending_since: now,
-            counted: Counted::default(),
-            look_due: now,
-            speeds: Speeds::default(),
-            diverging: None,
-            bandwidth: None,
-            crawl: None,
+            state: State::Hello,
+            guest: Guest::default(),
+            hellos,
+            control: Control::default(),
+            set_up: SetUp::default(),
+            lanes: Lanes::default(),
+            keep_alive,
+            deadlines: Deadlines::new(now),
+            rounds: Rounds::new(memory_pages, now),
+            devices: Devices::default(),
             round_trip: None,
-            unacked_octets: 0,
-            devices: None,
-            devices_saved: true,
-            waiting_since: None,
-            rounds_waited: 0,
-            round_waited_at: Duration::ZERO,
             closed: None,
-            polished: 0,
+            last_opened: None,
+            paused_from: None,
             at_once: false,
             repairs: 0,
             predicted: None,
@@ -237,11 +193,7 @@ impl Session {
             unready: true,
             doubt: None,
             hindrance: None,
-            set_up: set_up::SetUp::default(),
-            lanes: Lanes::default(),
-            keep_alive,
-            last_opened: None,
-            paused_from: None,
+            ending: None,
         }
     }
 
@@ -249,6 +201,7 @@ impl Session {
     #[must_use]
     pub fn phase(&self) -> Phase {
         match self.state {
+            State::Hello => Phase::Hello,
             State::Setup { .. } | State::Rejoining { .. } | State::Reopening { .. } => Phase::Setup,
             State::Suspended { .. } => Phase::Suspended,
             State::Sending { .. }
@@ -261,7 +214,7 @@ impl Session {
             | State::Collecting { .. }
             | State::Last(_) => Phase::Switchover,
             State::Committed { .. } | State::Asking { .. } => Phase::Commit,
-            State::Over => Phase::Done,
+            State::Parting(_) | State::Over => Phase::Done,
         }
     }
 
@@ -280,15 +233,13 @@ impl Session {
     /// The measured octets a second, once a round was long enough.
     #[must_use]
     pub fn bandwidth(&self) -> Option<f64> {
-        let crawl = self.crawl.unwrap_or(f64::INFINITY);
-        let measured = self.bandwidth.or(self.speeds.total());
-        measured.map(|measured| measured.min(crawl))
+        self.rounds.bandwidth()
     }
 
     /// How fast each lane is and what it has on its way, as of the newest acknowledgement.
     #[must_use]
     pub fn speeds(&self) -> &Speeds {
-        &self.speeds
+        self.rounds.speeds()
     }
 
     /// The shortest round trip that was seen.
@@ -297,27 +248,41 @@ impl Session {
         self.round_trip
     }
 
+    /// The guest runs, or stands still and is to stand still at the destination.
+    pub fn expect_guest(&mut self, guest: GuestState) {
+        self.hellos.guest(guest);
+    }
+
+    /// How a guest that is like this here arrives: as it is, if both sides can say so (SPEC: FINAL-6).
+    #[must_use]
+    pub fn arrives(&self, guest: GuestState) -> GuestState {
+        if self.hellos.have(Features::PAUSED) {
+            guest
+        } else {
+            GuestState::Running
+        }
+    }
+
     /// There are devices: they are quiesced and stopped with the guest, and waited for.
     pub fn expect_devices(&mut self) {
-        self.devices = Some(DeviceOutlook::default());
-        self.devices_saved = false;
+        self.hellos.needs_devices();
+        self.devices.expected();
     }
 
     /// Whether the guest may be paused although acknowledgements of devices are missing: the user said so for now.
     #[must_use]
     pub fn acks_waived(&self, now: Duration) -> bool {
-        self.config.when_ack_late == WhenAckLate::GoOn
-            && self.ack_deadline().is_some_and(|deadline| now >= deadline)
+        self.devices.waived(&self.config, now)
     }
 
     /// The peer was heard on the control channel.
     fn heard(&mut self, now: Duration) {
-        self.heard = now;
+        self.deadlines.heard = now;
     }
 
     /// The destination took something.
     fn progressed(&mut self, now: Duration) {
-        self.progress = now;
+        self.deadlines.progress = now;
     }
 
     /// Whether the guest is paused for the switchover, and still this side's.
@@ -331,8 +296,10 @@ impl Session {
     #[must_use]
     pub fn needs_lanes(&self) -> bool {
         match self.state {
-            State::Last(last) => !(last.final_sent && last.closed),
-            State::Committed { .. } | State::Asking { .. } | State::Over => false,
+            State::Last(last) => last.needs_lanes(),
+            State::Committed { .. } | State::Asking { .. } | State::Parting(_) | State::Over => {
+                false
+            }
             _ => true,
         }
     }
@@ -340,10 +307,14 @@ impl Session {
     /// The one table: what each event means in each state.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        if let State::Parting(parting) = self.state {
+            return self.part(parting, event, now);
+        }
         if self.state != State::Over
             && matches!(
                 event,
                 Event::LaneUp { .. }
+                    | Event::LaneNotOpened { .. }
                     | Event::LaneEncoded { .. }
                     | Event::LaneEnded { .. }
                     | Event::LanesSeen(_)
@@ -374,10 +345,11 @@ impl Session {
                     | Event::RoundTrip(_)
                     | Event::Devices(_)
                     | Event::Counted { .. }
+                    | Event::NotConnected { .. }
                     | Event::SwitchOverNow
             )
         {
-            self.progress = now;
+            self.deadlines.progress = now;
         }
         if let Event::Closed { round, .. } = event {
             self.closed = self.closed.max(Some(round));
@@ -387,11 +359,13 @@ impl Session {
             (_, Event::Lost(error)) => self.lost(error, now),
             // Nobody can have read it: the channel was lost, and nothing else.
             (State::Committed { last, .. }, Event::CommitUnsent(error)) => {
+                self.guest.not_sent();
                 self.state = State::Last(last);
                 self.lost(error, now)
             }
             // SPEC: COMMIT-5
             (State::Committed { .. }, Event::Failed(error)) => self.doubt(error, now),
+            (State::Suspended { .. }, Event::Failed(error)) => self.fail_away(error, now),
             (_, Event::Failed(error)) => self.fail(error),
             // The user does not want to wait for the answer.
             (State::Asking { .. }, Event::Cancel) => {
@@ -400,18 +374,45 @@ impl Session {
             }
             // Too late to stop: the guest is the destination's (SPEC: COMMIT-3).
             (State::Committed { .. }, Event::Cancel) => Vec::new(),
+            (State::Suspended { .. }, Event::Cancel) => {
+                let error = Error::new(self.phase(), Fault::Cancelled);
+                self.fail_away(error, now)
+            }
             (_, Event::Cancel) => self.fail(Error::new(self.phase(), Fault::Cancelled)),
             // A guest that was given away is the destination's, whatever became of it here.
             (State::Committed { .. } | State::Asking { .. }, Event::GuestGone) => Vec::new(),
+            (State::Suspended { .. }, Event::GuestGone) => {
+                let error = Error::new(self.phase(), Fault::GuestGone);
+                self.fail_away(error, now)
+            }
             (_, Event::GuestGone) => self.fail(Error::new(self.phase(), Fault::GuestGone)),
             (_, Event::SwitchOverNow) => self.wants_switchover(now),
             (_, Event::Tick) => self.deadlines(now),
             (_, Event::Counted { round, lanes }) => {
-                self.counted(round, &lanes, now);
+                self.rounds.counted(round, &lanes, now);
                 Vec::new()
             }
             (_, Event::RoundTrip(time)) => {
                 self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
+                Vec::new()
+            }
+            (
+                State::Hello | State::Suspended { .. } | State::Asking { .. },
+                Event::NotConnected { number, why },
+            ) => self.not_connected(number, why, now),
+            // Of an attempt that nobody waits for any more.
+            (_, Event::NotConnected { .. }) => Vec::new(),
+            (State::Hello, Event::Named(id)) => {
+                self.hellos.begin(id);
+                let until = now + self.config.hello_deadline;
+                self.control.dial(Purpose::Start, now, until);
+                Vec::new()
+            }
+            (State::Hello, Event::Connected { agreed, round_trip }) => {
+                self.connected(agreed, round_trip, now);
+                self.deadlines = Deadlines::new(now);
+                self.hindrance = None;
+                self.state = State::Setup { granted: false };
                 Vec::new()
             }
             (
@@ -429,130 +430,29 @@ impl Session {
             }
             (State::Setup { granted: true }, Event::Ready) => {
                 self.unready = false;
-                self.sending_since = now;
+                self.rounds.begin(now);
                 self.open(Round::new(0), now)
-            }
-            (
-                State::Sending { round, since },
-                Event::Encoded {
-                    octets,
-                    unacked_octets,
-                },
-            ) => {
-                self.measure(octets, now.saturating_sub(since));
-                self.unacked_octets = unacked_octets;
-                self.state = State::Deciding {
-                    round,
-                    since,
-                    encoded: now,
-                };
-                vec![Effect::Collect { last: false }]
-            }
-            (State::Sending { since, .. }, Event::Collected { pages }) => {
-                self.look(pages, since, now)
-            }
-            (
-                State::Deciding {
-                    round,
-                    since,
-                    encoded,
-                },
-                Event::Collected { pages },
-            ) => {
-                // What was collected was dirtied from the round's begin to now.
-                self.observed.push(Observation {
-                    pages,
-                    over: now.saturating_sub(since).max(encoded.saturating_sub(since)),
-                });
-                self.decide(round, pages, since, now)
-            }
-            (State::Draining { round, since, .. }, Event::Closed { round: closed, .. })
-                if closed >= round =>
-            {
-                self.state = State::Deciding {
-                    round,
-                    since,
-                    encoded: now,
-                };
-                vec![Effect::Collect { last: false }]
             }
             (
                 State::Sending { .. }
                 | State::Deciding { .. }
                 | State::Draining { .. }
                 | State::Waiting { .. },
-                Event::Devices(outlook),
-            ) if self.devices.is_some() => {
-                let ready = outlook.unacked.is_empty();
-                self.devices = Some(outlook);
-                if ready {
-                    self.look_again(now)
-                } else {
-                    Vec::new()
-                }
-            }
-            // Old news: the guest is on its way already.
-            (_, Event::Devices(_)) if self.devices.is_some() => Vec::new(),
-            (State::Pausing { round }, Event::AcksMissing) if self.devices.is_some() => {
-                self.paused_at = None;
-                let live = Round::new(round.value().saturating_sub(1));
-                self.wait_for_devices(live, now, now)
-            }
-            (State::Pausing { round }, Event::Paused) if self.devices.is_some() => {
-                self.state = State::Quiescing { round };
-                vec![Effect::Quiesce]
-            }
-            (State::Quiescing { round }, Event::DevicesQuiesced) => {
-                self.state = State::Stopping { round };
-                vec![Effect::StopDevices]
-            }
-            (State::Stopping { .. } | State::Collecting { .. }, Event::DevicesSaved)
-                if !self.devices_saved =>
-            {
-                self.devices_saved = true;
-                Vec::new()
-            }
-            (State::Pausing { round }, Event::Paused)
-            | (State::Stopping { round }, Event::DevicesStopped) => {
-                self.state = State::Collecting { round };
-                vec![Effect::Collect { last: true }]
-            }
-            (State::Collecting { round }, Event::Collected { .. }) => {
-                self.state = State::Last(Last {
-                    round,
-                    encoded: false,
-                    saved: false,
-                    collected: false,
-                    missing: 0,
-                    items_lost: None,
-                    final_sent: false,
-                    closed: false,
-                    digest: None,
-                });
-                vec![
-                    Effect::AnnounceSwitchover { round },
-                    self.open_round(round, true),
-                    Effect::Save,
-                ]
-            }
-            (State::Last(last), event) => self.handle_last(last, event, now),
-            (State::Committed { .. }, Event::Running) => {
-                self.state = State::Over;
-                vec![Effect::Finish(Outcome::Migrated)]
-            }
-            // Old news: rounds close and pages come back while the next round is long under way.
+                event,
+            ) => self.handle_round(event, now),
             (
-                State::Sending { .. }
-                | State::Deciding { .. }
-                | State::Draining { .. }
-                | State::Waiting { .. }
-                | State::Pausing { .. }
+                State::Pausing { .. }
                 | State::Quiescing { .. }
                 | State::Stopping { .. }
                 | State::Collecting { .. },
-                Event::Closed { .. } | Event::LaneLost { .. },
-            )
-            | (
+                event,
+            ) => self.handle_switchover(event, now),
+            // Old news: the guest is on its way already.
+            (_, Event::Devices(_)) if self.devices.are_there() => Vec::new(),
+            (State::Last(last), event) => self.handle_last(last, event, now),
+            (State::Committed { .. }, Event::Running) => self.take_leave(now),
+            // Old news: all of it was on its way when the guest was given away.
+            (
                 State::Committed { .. },
                 Event::Closed { .. } | Event::LaneLost { .. } | Event::Encoded { .. },
             ) => Vec::new(),
@@ -577,43 +477,6 @@ impl Session {
         let what = what.to_owned();
         let error = Error::new(self.phase(), Fault::OutOfTurn { what });
         self.fail(error.at(ChannelRef::Control))
-    }
-
-    fn fail(&mut self, error: Error) -> Vec<Effect> {
-        let committed = self.is_committed();
-        let paused = matches!(
-            self.state,
-            State::Pausing { .. }
-                | State::Quiescing { .. }
-                | State::Stopping { .. }
-                | State::Collecting { .. }
-                | State::Last(_)
-        );
-        self.state = State::Over;
-        if committed {
-            return vec![Effect::Finish(Outcome::Unknown(error))];
-        }
-        let reclaim = Effect::Reclaim {
-            paused,
-            proof: Reclaimed(()),
-        };
-        // An ABORT is not answered (SPEC: ABORT-2).
-        let abort = (!matches!(error.fault(), Fault::PeerAborted { .. })).then(|| Effect::Abort {
-            reason: error.reason(),
-            phase: error.phase(),
-            channel: error.channel(),
-            text: error.fault().to_string(),
-        });
-        let outcome = match error.fault() {
-            Fault::Cancelled => Outcome::Cancelled(error),
-            Fault::GuestGone => Outcome::Gone(error),
-            _ => Outcome::Failed(error),
-        };
-        // The guest first: telling the peer may take as long as a dead link takes.
-        let mut effects = vec![reclaim];
-        effects.extend(abort);
-        effects.push(Effect::Finish(outcome));
-        effects
     }
 }
 

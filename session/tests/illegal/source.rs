@@ -121,10 +121,10 @@ impl Player {
         match hello.intent {
             Intent::Start | Intent::Resume => {
                 self.features = agreement.features;
-                self.session.connected(agreement.features, NOW, NOW);
-                if hello.intent == Intent::Resume {
-                    self.happen(Event::Reconnected);
-                }
+                self.happen(Event::Connected {
+                    agreed: agreement.features,
+                    round_trip: NOW,
+                });
             }
             Intent::Join => self.happen(Event::LaneUp {
                 lane: hello.lane,

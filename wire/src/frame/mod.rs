@@ -86,11 +86,19 @@ pub use vm_state::VmState;
 pub use zeros::Zeros;
 
 use crate::PAGE_BYTES;
+use crate::code::Phase;
 use crate::codec;
 use crate::error::{Malformed, Misuse};
 use crate::header::{HEADER_BYTES, Header};
 use crate::id::Sequence;
-use crate::kind::{BodyShape, Kind};
+use crate::kind::{
+    BodyShape, ChannelKind, OPTIONAL, PAGES_SHAPE, Senders, Shape, UNKNOWN_SHAPE, fixed, kinds,
+    list, with_body,
+};
+use crate::limits::{
+    DEVICES_MAX, LANES_MAX, REGIONS_MAX, RUNS_PER_GIVE_BACK_MAX, RUNS_PER_ZEROS_MAX,
+    STREAM_CREDITS_MAX, TEXT_BYTES_MAX,
+};
 use table::Table;
 
 /// What follows a head, as the encoder has to know it. The body's octets themselves are sent by the caller.
@@ -109,6 +117,43 @@ pub enum Body<'a> {
     },
     /// The pages that a PAGES frame names.
     Pages,
+}
+
+kinds! {
+    Grant         = 0x0001, "GRANT",          Destination, Control, [Setup], fixed(64);
+    Config        = 0x0002, "CONFIG",         Source,      Control, [Setup], with_body(fixed(32), 0);
+    Regions       = 0x0003, "REGIONS",        Source,      Control, [Setup], list(8, 32, 1, REGIONS_MAX);
+    Devices       = 0x0004, "DEVICES",        Source,      Control, [Setup], list(8, 112, 0, DEVICES_MAX);
+    SetupEnd      = 0x0005, "SETUP_END",      Source,      Control, [Setup], fixed(32);
+    Ready         = 0x0006, "READY",          Destination, Control, [Setup], fixed(16);
+    Pages         = 0x0010, "PAGES",          Source,      Data,    [Rounds, Switchover], PAGES_SHAPE;
+    Zeros         = 0x0011, "ZEROS",          Source,      Data,    [Rounds, Switchover], list(16, 16, 1, RUNS_PER_ZEROS_MAX);
+    RoundEnd      = 0x0012, "ROUND_END",      Source,      Data,    [Rounds, Switchover], fixed(32);
+    DeviceChunk   = 0x0013, "DEVICE_CHUNK",   Source,      Data,    [Rounds, Switchover], with_body(fixed(32), 1);
+    DeviceMark    = 0x0014, "DEVICE_MARK",    Source,      Data,    [Rounds, Switchover], fixed(32);
+    Ack           = 0x0020, "ACK",            Destination, Control, [Rounds, Switchover], list(8, 16, 1, LANES_MAX);
+    GiveBack      = 0x0021, "GIVE_BACK",      Destination, Control, [Setup, Rounds, Switchover], list(24, 16, 1, RUNS_PER_GIVE_BACK_MAX);
+    RoundClosed   = 0x0022, "ROUND_CLOSED",   Destination, Control, [Rounds, Switchover], fixed(48);
+    Credit        = 0x0023, "CREDIT",         Destination, Control, [Rounds, Switchover], list(8, 16, 1, DEVICES_MAX);
+    SwitchoverAck = 0x0024, "SWITCHOVER_ACK", Destination, Control, [Rounds, Switchover], fixed(24);
+    DeviceLoaded  = 0x0025, "DEVICE_LOADED",  Destination, Control, [Rounds, Switchover], fixed(32);
+    KeepAlive     = 0x0027, "KEEP_ALIVE",     Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], fixed(32);
+    LaneDown      = 0x0028, "LANE_DOWN",      Both,        Control, [Setup, Rounds, Switchover, Commit], fixed(16);
+    Switchover    = 0x0030, "SWITCHOVER",     Source,      Control, [Rounds, Switchover, Commit], fixed(16);
+    VmState       = 0x0031, "VM_STATE",       Source,      Control, [Switchover], with_body(fixed(32), 0);
+    Final         = 0x0032, "FINAL",          Source,      Control, [Switchover, Commit], fixed(40);
+    Prepared      = 0x0033, "PREPARED",       Destination, Control, [Switchover], fixed(40);
+    Commit        = 0x0034, "COMMIT",         Source,      Control, [Commit], fixed(8);
+    Running       = 0x0035, "RUNNING",        Destination, Control, [Commit], fixed(32);
+    Abort         = 0x0036, "ABORT",          Both,        Control, [Setup, Rounds, Switchover, Commit, Carrying], list(16, 1, 0, TEXT_BYTES_MAX);
+    Landed        = 0x0040, "LANDED",         Destination, Control, [Setup], list(16, 16, 0, LANES_MAX);
+    Outcome       = 0x0042, "OUTCOME",        Destination, Control, [Setup], fixed(16);
+    StreamOpen    = 0x0050, "STREAM_OPEN",    Source,      Control, [Carrying], fixed(16);
+    StreamData    = 0x0051, "STREAM_DATA",    Both,        Data,    [Carrying], with_body(fixed(16), 1);
+    StreamCredit  = 0x0052, "STREAM_CREDIT",  Both,        Control, [Carrying], list(8, 24, 1, STREAM_CREDITS_MAX);
+    StreamEnd     = 0x0053, "STREAM_END",     Both,        Control, [Carrying], fixed(16);
+    StreamOutcome = 0x0054, "STREAM_OUTCOME", Both,        Control, [Carrying], fixed(16);
+    Progress      = 0x8026, "PROGRESS",       Destination, Control, [Rounds, Switchover, Commit], fixed(48);
 }
 
 /// Defines [`Frame`] and its dispatch from one list of kinds.

@@ -15,9 +15,9 @@ impl Control {
     pub(super) fn wind_up(mut self, outcome: Outcome) -> ControlFlow<Finished, Box<Self>> {
         let waits_on = self.waits_on(&outcome);
         self.timeline.total_ms = ms(self.now());
-        self.timeline.control_damaged = self.session.as_ref().map_or(0, Session::damages);
-        let digest = self.session.as_ref().and_then(Session::digest);
-        self.timeline.digest = digest.map(|digest| digest.value());
+        if let Some(session) = &self.session {
+            self.timeline.ended(session);
+        }
         // The control channel first: if the lanes went first, the source would see lost lanes before it read why.
         if let Some(sender) = &mut self.link.sender {
             let _ = sender.half().finish();

@@ -18,8 +18,8 @@ use crate::session::Event;
 use crate::vmm::Reclaimed;
 
 impl Control {
-    /// The VMM's devices.
-    pub(super) fn take_devices(&mut self) -> Result<(), Error> {
+    /// The VMM's devices: whether there are any.
+    pub(super) fn take_devices(&mut self) -> Result<bool, Error> {
         let fail = |fault| Error::new(Phase::Hello, fault);
         let step = "give its devices";
         self.shared.watch.at("have the VMM give its devices");
@@ -28,12 +28,13 @@ impl Control {
             .devices()
             .map_err(|source| fail(Fault::Vmm { step, source }))?;
         let chunk = self.shared.config.device_chunk();
-        self.device_set.take(sources, chunk).map_err(fail)
+        self.device_set.take(sources, chunk).map_err(fail)?;
+        Ok(!self.device_set.is_empty())
     }
 
     /// The destination is ready: readers start, and devices that can begin pre-copy.
     pub(super) fn start_devices(&mut self) -> Result<(), Error> {
-        let window = self.grant.map_or(0, |grant| grant.device_window_bytes);
+        let window = self.device_window;
         if self.device_set.is_empty() {
             return Ok(());
         }

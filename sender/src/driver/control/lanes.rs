@@ -6,16 +6,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use multifd_session::source::Seen;
+use multifd_session::source::{Attempt, Seen};
 use multifd_transport::{Closer, Pulse, Silence, join_within};
 use multifd_wire::frame::LaneMark;
-use multifd_wire::{ChannelRef, Hello, Incarnation, LaneId, Misbehaved, Phase, Round};
+use multifd_wire::{ChannelRef, Incarnation, LaneId, Misbehaved, Phase, Round};
 
 use super::Control;
+use crate::driver::attempt::lane_life;
 use crate::driver::lane::LaneCommand;
-use crate::driver::redial::{Attempt, lane_life};
 use crate::driver::work::tracked;
-use crate::driver::{LaneState, Note, lock};
+use crate::driver::{LaneState, lock};
 use crate::error::{Error, Fault};
 use crate::lane::Settled;
 use crate::session::Event;
@@ -58,21 +58,9 @@ impl Control {
         &mut self,
         id: LaneId,
         incarnation: Incarnation,
-        again: bool,
+        attempt: Attempt,
     ) -> Result<(), Error> {
         let fail = |fault: Fault| Error::new(self.session.phase(), fault).at(ChannelRef::Lane(id));
-        let (Some(grant), Some(agreement)) = (self.grant, self.agreement) else {
-            return Err(fail(Fault::Internal {
-                what: "a lane before the grant".into(),
-            }));
-        };
-        let attempt = if again {
-            Attempt::Again {
-                round_trip: self.session.round_trip(),
-            }
-        } else {
-            Attempt::First
-        };
         let state = Arc::new(LaneState {
             id,
             incarnation,
@@ -81,7 +69,6 @@ impl Control {
             lane: std::sync::Mutex::new(Some(crate::lane::Lane::new(id, incarnation))),
         });
         let (commands, orders) = crossbeam_channel::bounded(2);
-        let hello = Hello::join(self.id, grant.ticket, agreement.features, id, incarnation);
         let (shared, dial, notes, lane) = (
             Arc::clone(&self.shared),
             Arc::clone(&self.dial),
@@ -89,16 +76,7 @@ impl Control {
             Arc::clone(&state),
         );
         let body = Box::new(move || {
-            let fault = lane_life(&shared, &*dial, attempt, &hello, &lane, &orders, &notes).err();
-            if let Some(fault) = &fault {
-                shared.counters.note_fault(ChannelRef::Lane(id), fault);
-                tracing::debug!(lane = %id, %incarnation, %fault, "a lane's thread has ended");
-            }
-            let _ = notes.send(Note::LaneEnded {
-                lane: id,
-                incarnation,
-                fault,
-            });
+            lane_life(&shared, &*dial, &attempt, &lane, &orders, &notes);
         });
         let thread = self
             .spawner
@@ -111,13 +89,14 @@ impl Control {
             })?;
         let (commands, thread) = (Some(commands), Some(thread));
         if let Some(slot) = self.slot(id) {
-            tracing::debug!(lane = %id, %incarnation, "dialling a lost lane again");
+            tracing::debug!(lane = %id, %incarnation, "dialling a lane again");
             slot.state = state;
             slot.commands = commands;
             slot.closer = None;
             slot.silence = Silence::default();
             // It has ended or is about to: its last word was read before the lane was settled.
             let old = std::mem::replace(&mut slot.thread, thread);
+            self.stragglers.retain(|thread| !thread.is_finished());
             self.stragglers.extend(old);
         } else {
             self.lanes.push(Slot {

@@ -251,7 +251,6 @@ impl Pair {
             | What::SourceSeesEnd(_)
             | What::LaneAnswer(..)
             | What::LaneLate(_)
-            | What::Dial(_)
             | What::Reached(..)
             | What::Source(_)
             | What::LaneWorks(..)

@@ -95,8 +95,7 @@ enum What {
     LaneHello(usize),
     LaneAnswer(usize, Option<Reason>),
     LaneLate(usize),
-    /// An attempt of the source to come back is due, arrives, and has ended.
-    Dial(u32),
+    /// An attempt of the source to come back arrives, and has ended.
     Hello(Hello),
     Reached(u32, usize, Reached),
     /// A thread of the source says something, or goes on.
@@ -212,7 +211,7 @@ impl Pair {
         let control = self.connect(Carries::Control);
         self.open_session(control);
         let features = self.features();
-        self.source.take_control(control, features, self.now);
+        self.source_takes(control, features);
         for step in 0.. {
             let over = [self.source_is_over(), self.destination_is_over()];
             let judged = match self.plan.liar {
@@ -309,12 +308,9 @@ impl Pair {
             What::DestinationSeesEnd(channel) => self.destination_sees_end(channel),
             What::LaneHello(channel) => self.lane_hello(channel),
             What::LaneAnswer(channel, refused) => {
-                let text = "it is not let in".to_owned();
-                let refused = refused.map(|reason| tx::Fault::Refused { reason, text });
                 self.lane_answered(channel, refused);
             }
             What::LaneLate(channel) => self.lane_late(channel),
-            What::Dial(attempt) => self.dial(attempt),
             What::Hello(hello) => self.greet(hello),
             What::Reached(attempt, channel, reached) => self.reached(attempt, channel, reached),
             What::Source(event) => self.tell_source(event),

@@ -115,7 +115,7 @@ impl Watch {
     }
 
     pub(super) fn asks(&mut self, now: Duration) {
-        (self.committed, self.asks) = (None, Some(now));
+        (self.committed, self.asks) = (None, Some(self.asks.unwrap_or(now)));
     }
 
     pub(super) fn committed(&mut self, now: Duration) {
@@ -207,6 +207,17 @@ impl Pair {
     }
 
     fn overdue_at_source(&mut self, phase: Phase) -> Option<(Duration, Duration, &'static str)> {
+        if phase == Phase::Hello {
+            let since = self.watch.phases[0].map_or(self.now, |(_, since)| since);
+            let config = &self.plan.source;
+            let bound = config.hello_deadline() + config.device_deadline();
+            return self.first_overdue(0, [(Some(since), bound, "in the hello")]);
+        }
+        if phase == Phase::Done {
+            let since = self.watch.phases[0].map_or(self.now, |(_, since)| since);
+            let waits = [(Some(since), Duration::from_secs(1), "with its last word")];
+            return self.first_overdue(0, waits);
+        }
         let config = &self.plan.source;
         let in_rounds = matches!(phase, Phase::Rounds | Phase::Switchover);
         if in_rounds {

@@ -8,21 +8,21 @@ use std::time::Duration;
 
 use multifd_wire::frame::{LaneMark, Pages, RawRun, Zeros};
 use multifd_wire::{
-    Body, Frame, Incarnation, LaneId, Misbehaved, PAGE_BYTES_U64, Phase, Role, Round, Sequence,
+    Body, Frame, Incarnation, LaneId, Misbehaved, PAGE_BYTES_U64, Phase, Reason, Role, Round,
+    Sequence,
 };
 use zerocopy::byteorder::little_endian::U32;
 
+use super::back::{refused, unanswered};
 use super::guest::{run_of, sum};
 use super::network::{Carries, Message};
-use super::source::closed;
 use super::{Pair, What};
 use crate::source::event::Event;
 use crate::source::lane::Lane;
-use crate::source::redial::connect_timeout;
 use crate::source::session::Counted;
 use crate::source::speed::LaneCount;
 use crate::source::stream::{Head, Item};
-use crate::source::{Fault, Seen};
+use crate::source::{Attempt, Seen};
 
 /// Pages that a lane takes at a time, at most.
 const EXTENT_PAGES: u64 = 4;
@@ -47,7 +47,7 @@ pub(super) struct Slot {
     incarnation: Incarnation,
     pub(super) channel: usize,
     /// Its hello was accepted, and it is not being closed.
-    up: bool,
+    pub(super) up: bool,
     /// Its thread has said its last word.
     pub(super) ended: bool,
     commands: VecDeque<Command>,
@@ -74,7 +74,7 @@ impl Pair {
 
     // ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
 
-    pub(super) fn dial_lane(&mut self, lane: LaneId, incarnation: Incarnation, again: bool) {
+    pub(super) fn dial_lane(&mut self, lane: LaneId, incarnation: Incarnation, attempt: &Attempt) {
         let channel = self.connect(Carries::Lane(lane, incarnation));
         let old = self.source.slots.remove(&lane);
         let slot = Slot {
@@ -90,12 +90,8 @@ impl Pair {
             before: old.and_then(|old| old.before),
         };
         self.source.slots.insert(lane, slot);
-        let patience = self.plan.source.hello_deadline();
-        let connect = if again {
-            connect_timeout(self.source.session.round_trip()).min(patience)
-        } else {
-            patience
-        };
+        let connect = attempt.connect_by.saturating_sub(self.now);
+        let patience = attempt.answer_by.saturating_sub(self.now);
         let wait = self.transit(channel, Role::Source, 128);
         if wait < connect {
             self.later(wait, What::LaneHello(channel));
@@ -106,7 +102,7 @@ impl Pair {
     }
 
     /// The destination has answered a lane's hello.
-    pub(super) fn lane_answered(&mut self, channel: usize, refused: Option<Fault>) {
+    pub(super) fn lane_answered(&mut self, channel: usize, refused_for: Option<Reason>) {
         let Carries::Lane(lane, incarnation) = self.network.channels[channel].carries else {
             return;
         };
@@ -114,16 +110,16 @@ impl Pair {
         let Some(slot) = self.slot(lane, channel).filter(|slot| open && !slot.ended) else {
             return;
         };
-        if refused.is_none() {
+        let Some(reason) = refused_for else {
             slot.up = true;
             return self.tell_source(Event::LaneUp { lane, incarnation });
-        }
+        };
         slot.end();
         self.cut(channel);
-        self.tell_source(Event::LaneEnded {
+        self.tell_source(Event::LaneNotOpened {
             lane,
             incarnation,
-            fault: refused,
+            why: refused(reason),
         });
     }
 
@@ -138,10 +134,10 @@ impl Pair {
         {
             slot.end();
             self.cut(channel);
-            self.tell_source(Event::LaneEnded {
+            self.tell_source(Event::LaneNotOpened {
                 lane,
                 incarnation,
-                fault: Some(Fault::Channel(closed())),
+                why: unanswered(),
             });
         }
     }

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use multifd_wire::frame::{
     Abort, Commit, Config, Devices, Final, GuestState, OutcomeState, RawRegion, Regions, SetupEnd,
-    Switchover, VmState, blob_parts,
+    VmState, blob_parts,
 };
 use multifd_wire::limits::TEXT_BYTES_MAX;
 use multifd_wire::{
     Body, ChannelKind, ChannelRef, Features, Frame, HEADER_BYTES, Header, LaneId, Misbehaved,
-    PAGE_BYTES_U64, Phase, Region, RegionId, Role, Sequence, Text, Token,
+    PAGE_BYTES_U64, Phase, Region, RegionId, Role, Sequence, SessionId, Text, Token,
 };
 
-use super::back::{Back, Purpose};
+use super::back::unanswered;
 use super::guest::{Guest, pages_of};
 use super::network::{Carries, Message};
 use super::oracle::{End, Says};
@@ -40,8 +40,6 @@ pub(super) struct Source {
     pub(super) ticket: Token,
     /// Which program of the destination granted the session.
     pub(super) program: u32,
-    pub(super) back: Option<Back>,
-    pub(super) attempts: u32,
     pub(super) events: VecDeque<Event>,
     pub(super) vmm_refuses: bool,
     pub(super) outcome: Option<End>,
@@ -75,8 +73,6 @@ impl Source {
             heard: Sequence::FIRST,
             ticket: Token::NONE,
             program: 0,
-            back: None,
-            attempts: 0,
             events: VecDeque::new(),
             vmm_refuses: false,
             outcome: None,
@@ -84,15 +80,20 @@ impl Source {
     }
 
     /// A control channel was accepted.
-    pub(super) fn take_control(&mut self, channel: usize, agreed: Features, now: Duration) {
+    fn take_control(&mut self, channel: usize) {
         self.control = Some(channel);
         self.deaf = false;
         (self.next, self.heard) = (Sequence::FIRST, Sequence::FIRST);
-        self.session.connected(agreed, Duration::MAX, now);
     }
 }
 
 impl Pair {
+    pub(super) fn source_takes(&mut self, channel: usize, agreed: Features) {
+        self.source.take_control(channel);
+        let round_trip = Duration::MAX;
+        self.tell_source(Event::Connected { agreed, round_trip });
+    }
+
     pub(super) fn tell_source(&mut self, event: Event) {
         if self.source.outcome.is_none() && !self.hosts[0].gone {
             let effects = self.source.session.handle(event, self.now);
@@ -137,11 +138,6 @@ impl Pair {
                     let control = ChannelRef::Control;
                     let effects = self.source.session.frame(control, &frame, self.now);
                     self.source_does(effects);
-                } else if let Frame::KeepAlive(alive) = frame
-                    && let Some(answer) = self.source.session.answers(&alive, self.now)
-                {
-                    // SPEC: RUNNING-2
-                    self.say(answer, &[]);
                 }
             }
             Err(fault) => {
@@ -183,12 +179,20 @@ impl Pair {
             Carries::Lane(lane, incarnation) => {
                 let slot = self.source.slots.get_mut(&lane);
                 if let Some(slot) = slot.filter(|slot| slot.channel == channel && !slot.ended) {
+                    let was_up = slot.up;
                     slot.end();
-                    let fault = Some(Fault::Channel(closed()));
-                    self.tell_source(Event::LaneEnded {
-                        lane,
-                        incarnation,
-                        fault,
+                    self.tell_source(if was_up {
+                        Event::LaneEnded {
+                            lane,
+                            incarnation,
+                            fault: Some(Fault::Channel(closed())),
+                        }
+                    } else {
+                        Event::LaneNotOpened {
+                            lane,
+                            incarnation,
+                            why: unanswered(),
+                        }
                     });
                 }
             }
@@ -269,13 +273,17 @@ impl Pair {
                 self.watch.granted(grant.suspend_ms);
             }
             Effect::SendSetup { lanes } => self.send_set_up(lanes),
-            Effect::SendKeepAlive(alive) => self.say(alive, &[]),
-            Effect::SendLaneDown(down) => self.say(down, &[]),
+            Effect::Send(frame) => self.say(frame, &[]),
+            Effect::DialControl {
+                number,
+                purpose,
+                attempt,
+            } => self.dial_control(number, purpose, &attempt),
             Effect::DialLane {
                 lane,
                 incarnation,
-                again,
-            } => self.dial_lane(lane, incarnation, again),
+                attempt,
+            } => self.dial_lane(lane, incarnation, &attempt),
             Effect::LaneBack { lane, behind, .. } => self.lane_back(lane, behind),
             Effect::CloseLane { lane } | Effect::LaneGone { lane, .. } => self.close_lane(lane),
             Effect::SettleLane { lane } => self.settle_lane(lane),
@@ -321,9 +329,6 @@ impl Pair {
             Effect::Pause => self.pause()?,
             Effect::Quiesce => self.quiesce(),
             Effect::StopDevices => self.stop_devices(),
-            Effect::AnnounceSwitchover { round } => {
-                self.say(Switchover { final_round: round }, &[]);
-            }
             Effect::Save => self.save()?,
             Effect::SendFinal { round } => {
                 let digest = self.source.guest.memory.digest;
@@ -341,11 +346,6 @@ impl Pair {
             Effect::Commit => self.commit(),
             Effect::Reclaim { .. } => self.reclaim(),
             Effect::Disconnect => self.disconnect(),
-            Effect::Reconnect { until } => self.go_back(Purpose::Resume, until),
-            Effect::Ask { until } => {
-                self.watch.asks(self.now);
-                self.go_back(Purpose::Ask, until);
-            }
             Effect::StartAfresh => self.start_afresh(),
             Effect::Abort {
                 reason,
@@ -363,7 +363,10 @@ impl Pair {
                 self.say(abort, &[]);
             }
             Effect::Finish(outcome) => self.source_ends(outcome),
-            Effect::Resumed { .. } | Effect::Forecast(_) | Effect::AwaitDevices => {}
+            Effect::Migrated
+            | Effect::Resumed { .. }
+            | Effect::Forecast(_)
+            | Effect::AwaitDevices => {}
         }
         Ok(())
     }
@@ -429,8 +432,8 @@ impl Pair {
         self.readers_begin_anew();
         self.source.guest.memory.forget(&self.layout);
         self.source.open = None;
-        let until = self.now + self.plan.source.hello_deadline();
-        self.go_back(Purpose::Start, until);
+        let name = SessionId::new([1; 16]);
+        self.source.events.push_back(Event::Named(name));
         self.watch.started_afresh(self.now);
     }
 
@@ -445,7 +448,6 @@ impl Pair {
             Outcome::Stranded(error) => End::of_source(Says::Stranded, &error, self.now),
             Outcome::Unknown(error) => End::of_source(Says::Unknown, &error, self.now),
         });
-        self.source.back = None;
         let lanes: Vec<usize> = self.source.slots.values().map(|it| it.channel).collect();
         lanes.into_iter().for_each(|channel| self.cut(channel));
         if let Some(channel) = self.source.control {

@@ -1,11 +1,18 @@
 //! The table of a lane's lives and events, printed and compared with `table.txt`; and what must hold of all lanes together.
 
+use multifd_wire::frame::LaneDown;
+use multifd_wire::{Incompatible, Phase, Reason, Token};
+
+use super::watch::{FIRST_ACK, PAUSED_ALONE_MAX, WATCH_PERIOD};
 use super::*;
 use crate::common::ChannelFault;
+use crate::source::control::Timing;
+use crate::source::hello::{Hellos, Lasts, NotOpened};
 
 const MS: Duration = Duration::from_millis(1);
 const STALL: Duration = Duration::from_secs(2);
 const RECONNECT: Duration = Duration::from_secs(5);
+const HELLO: Duration = Duration::from_secs(3);
 const ONE: LaneId = LaneId::new(0);
 const OTHER: LaneId = LaneId::new(1);
 
@@ -23,6 +30,11 @@ fn view() -> View {
         body_bytes: 262_144.0,
         reconnect: RECONNECT,
         stall: STALL,
+        hellos: Hellos::new(Token::NONE, RECONNECT),
+        timing: Timing {
+            hello: HELLO,
+            round_trip: None,
+        },
     }
 }
 
@@ -33,6 +45,18 @@ fn first() -> Incarnation {
 fn reset() -> Option<Fault> {
     let fault = ChannelFault::new("channel-reset", false, "the connection was reset");
     Some(Fault::Channel(fault))
+}
+
+fn refused(lasts: Lasts) -> NotOpened {
+    NotOpened::unconnected("connection refused".into(), lasts)
+}
+
+fn first_set_up() -> View {
+    View {
+        phase: Phase::Setup,
+        begun: false,
+        ..view()
+    }
 }
 
 fn down(incarnation: Incarnation) -> LaneDown {
@@ -46,7 +70,7 @@ fn down(incarnation: Incarnation) -> LaneDown {
 /// So many lanes, open, in round 0.
 fn open(count: u32) -> Lanes {
     let mut lanes = Lanes::default();
-    let dialled = lanes.dial(count);
+    let dialled = lanes.dial(count, &view(), Duration::ZERO);
     assert_eq!(dialled.len(), count as usize);
     for lane in (0..count).map(LaneId::new) {
         let steps = lanes.up(lane, first(), &view(), Duration::ZERO);
@@ -105,7 +129,7 @@ fn word(effect: &Effect) -> String {
         Effect::CloseLane { .. } => "close".into(),
         Effect::LaneGone { .. } => "gone".into(),
         Effect::SettleLane { .. } => "settle".into(),
-        Effect::SendLaneDown(_) => "LANE_DOWN".into(),
+        Effect::Send(frame) => frame.kind().name().into(),
         Effect::LookAtLanes => "look".into(),
         other => format!("{other:?}"),
     }
@@ -117,7 +141,7 @@ fn the_table_of_lives_and_events() {
     type Make = fn() -> Lanes;
     let dialling: Make = || {
         let mut lanes = Lanes::default();
-        let _ = lanes.dial(2);
+        let _ = lanes.dial(2, &view(), Duration::ZERO);
         lanes
     };
     let dying: Make = || {
@@ -137,8 +161,15 @@ fn the_table_of_lives_and_events() {
         lanes
     };
     let last_alive: Make = || open(1);
-    let states: [(&str, Make); 6] = [
+    let due: Make = || {
+        let mut lanes = Lanes::default();
+        let _ = lanes.dial(2, &view(), Duration::ZERO);
+        let _ = lanes.unopened(ONE, first(), refused(Lasts::MayPass), &first_set_up(), MS);
+        lanes
+    };
+    let states: [(&str, Make); 7] = [
         ("dialling", dialling),
+        ("dialled in vain", due),
         ("alive", || open(2)),
         ("alive, the last", last_alive),
         ("dying", dying),
@@ -181,7 +212,7 @@ fn the_table_of_lives_and_events() {
                 let life = life.split([' ', '{']).next().unwrap_or_default().to_owned();
                 writeln!(table, "        {event:12} {} -> {life}", words(&steps)).unwrap();
             };
-            let now = 10 * MS;
+            let now = 30 * MS;
             let mut lanes = make();
             let incarnation = newest(&mut lanes);
             let steps = lanes.up(ONE, incarnation, &view, now);
@@ -192,6 +223,11 @@ fn the_table_of_lives_and_events() {
             let mut lanes = make();
             let steps = lanes.ended(ONE, incarnation, None, &view, now);
             print("ended", steps, &mut lanes);
+            for (name, lasts) in [("vain", Lasts::MayPass), ("vain, good", Lasts::ForGood)] {
+                let mut lanes = make();
+                let steps = lanes.unopened(ONE, incarnation, refused(lasts), &view, now);
+                print(name, steps, &mut lanes);
+            }
             let mut lanes = make();
             let steps = lanes.down(down(incarnation), &view, now).unwrap();
             print("LANE_DOWN", steps, &mut lanes);
@@ -345,7 +381,7 @@ fn landed_settles_the_connection_before_and_no_other() {
 #[test]
 fn a_first_connection_that_is_lost_loses_the_set_up_and_not_the_migration() {
     let mut lanes = Lanes::default();
-    let _ = lanes.dial(1);
+    let _ = lanes.dial(1, &view(), Duration::ZERO);
     let view = View {
         phase: Phase::Setup,
         begun: false,
@@ -364,6 +400,77 @@ fn a_first_connection_that_is_lost_loses_the_set_up_and_not_the_migration() {
     let refused = Some(Fault::Dial("connection refused".into()));
     let steps = lanes.ended(ONE, first(), refused, &view, MS);
     assert!(matches!(steps.end, Some(End::Failed(_))), "{steps:?}");
+}
+
+#[test]
+fn a_first_connection_is_tried_again_for_what_may_pass_until_the_deadline_and_then_ends_with_what_it_was()
+ {
+    let mut lanes = Lanes::default();
+    let _ = lanes.dial(1, &first_set_up(), Duration::ZERO);
+    let (mut now, mut tries, mut newest) = (MS, 1, first());
+    let error = loop {
+        let steps = lanes.unopened(ONE, newest, refused(Lasts::MayPass), &first_set_up(), now);
+        match steps.end {
+            Some(End::Failed(error)) => break error,
+            end => assert!(end.is_none(), "{end:?}"),
+        }
+        assert!(lanes.dialling(), "it is still to be opened");
+        now = lanes.due(&first_set_up());
+        let steps = lanes.tick(&first_set_up(), now);
+        let Some(Effect::DialLane {
+            attempt,
+            incarnation,
+            ..
+        }) = steps.effects.first()
+        else {
+            panic!("{steps:?}");
+        };
+        // SPEC: JOIN-3
+        assert_eq!(incarnation.value(), newest.value() + 1);
+        newest = *incarnation;
+        assert_eq!((attempt.connect_by, attempt.answer_by), (HELLO, HELLO));
+        tries += 1;
+    };
+    assert!(now < HELLO && tries > 10, "{tries} in {now:?}");
+    assert_eq!(error.code(), "sender.channel.dial");
+    // That time ran out says less than what was wrong before.
+    let mut lanes = Lanes::default();
+    let _ = lanes.dial(1, &first_set_up(), Duration::ZERO);
+    let _ = lanes.unopened(ONE, first(), refused(Lasts::MayPass), &first_set_up(), MS);
+    let _ = lanes.tick(&first_set_up(), 100 * MS);
+    let late = ChannelFault::new("channel-deadline", false, "late");
+    let late = NotOpened::unanswered("tcp:a:1".into(), Fault::Channel(late));
+    let steps = lanes.unopened(ONE, Incarnation::new(1), late, &first_set_up(), HELLO);
+    let Some(End::Failed(error)) = steps.end else {
+        panic!("{steps:?}");
+    };
+    assert_eq!(error.code(), "sender.channel.dial");
+}
+
+#[test]
+fn a_refusal_behind_an_answer_that_was_lost_loses_the_set_up_and_not_the_migration() {
+    let no = || {
+        let (reason, text) = (Reason::ShuttingDown, "not wanted now".into());
+        NotOpened::from(Incompatible::Refused { reason, text })
+    };
+    let silence = || {
+        let closed = ChannelFault::new("channel-closed", false, "closed");
+        NotOpened::unanswered("tcp:a:1".into(), Fault::Channel(closed))
+    };
+    for (before, lost) in [(silence(), true), (refused(Lasts::MayPass), false)] {
+        let mut lanes = Lanes::default();
+        let _ = lanes.dial(1, &first_set_up(), Duration::ZERO);
+        let steps = lanes.unopened(ONE, first(), before, &first_set_up(), MS);
+        assert!(steps.end.is_none(), "{steps:?}");
+        let _ = lanes.tick(&first_set_up(), 100 * MS);
+        let steps = lanes.unopened(ONE, Incarnation::new(1), no(), &first_set_up(), 101 * MS);
+        assert_eq!(matches!(steps.end, Some(End::Lost(_))), lost, "{steps:?}");
+        assert_eq!(
+            matches!(steps.end, Some(End::Failed(_))),
+            !lost,
+            "{steps:?}"
+        );
+    }
 }
 
 #[test]

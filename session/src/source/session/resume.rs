@@ -17,9 +17,13 @@ use std::time::Duration;
 use multifd_wire::frame::OutcomeState;
 use multifd_wire::{ChannelRef, Phase, Round};
 
-use super::{Effect, Event, Outcome, Reclaimed, Session, State};
+use super::end::Reclaim;
+use super::{Effect, Event, Outcome, Session, State};
 use crate::source::config::WhenDestinationLost;
+use crate::source::control::Failed;
+use crate::source::deadlines::Deadlines;
 use crate::source::error::{Error, Fault};
+use crate::source::hello::{NotOpened, Purpose};
 use crate::source::lanes::Lanes;
 
 /// A migration that is interrupted more often than this is not worth its link.
@@ -60,10 +64,10 @@ impl Session {
 
     /// A channel could not be opened on the way back. Nothing follows as long as others can be, or another try is left (SPEC:
     /// RESUME-14); the last one is told if it comes to nothing.
-    pub fn hindered(&mut self, error: Error) {
+    pub(super) fn hindered(&mut self, error: Error) {
         if matches!(
             self.state,
-            State::Suspended { .. } | State::Asking { .. } | State::Rejoining { .. }
+            State::Hello | State::Suspended { .. } | State::Asking { .. } | State::Rejoining { .. }
         ) {
             self.hindrance = Some(error);
         }
@@ -84,14 +88,18 @@ impl Session {
         // SPEC: ERR-2
         self.damages += u32::from(error.is_damage());
         let until = match self.state {
-            State::Suspended { .. } | State::Asking { .. } | State::Over => return Vec::new(),
+            State::Hello
+            | State::Suspended { .. }
+            | State::Asking { .. }
+            | State::Parting(_)
+            | State::Over => return Vec::new(),
             State::Committed { .. } => return self.doubt(error, now),
             _ if self.damages > DAMAGES_MAX => return self.fail(error),
             State::Rejoining { until, .. } | State::Reopening { until, .. } => until,
             // SPEC: RESUME-13. Within the time that set-up may take, as if nothing had happened.
             State::Setup { granted: true } if self.unready && self.is_kept() => {
                 let kept = now + self.kept.unwrap_or_default();
-                kept.min(self.began + self.config.setup_deadline)
+                kept.min(self.deadlines.began + self.config.setup_deadline)
             }
             State::Setup { .. } => return self.fail(error),
             _ if !self.is_kept() || self.suspensions >= SUSPENSIONS_MAX => return self.fail(error),
@@ -109,28 +117,60 @@ impl Session {
         let mut effects = Vec::new();
         // The guest first: it stood still for a switchover that does not happen now (SPEC: RESUME-8).
         if self.is_paused() {
-            effects.push(Effect::Reclaim {
-                paused: true,
-                proof: Reclaimed(()),
-            });
+            effects.extend(self.reclaim(Reclaim::Paused));
         }
         self.suspensions += 1;
         self.channels_gone();
         self.state = State::Suspended { until };
         self.doubt = Some(error);
-        self.paused_at = None;
-        // SPEC: RESUME-8. What was read with the guest paused is read anew; the user's patience with devices begins anew.
-        self.devices_saved = self.devices.is_none();
-        self.waiting_since = None;
-        (self.repairs, self.polished) = (0, 0);
+        self.deadlines.paused_at = None;
+        self.devices.run_again();
+        self.rounds.broken_off();
+        self.repairs = 0;
+        self.control.dial(Purpose::Resume, now, until);
         effects.push(Effect::Disconnect);
-        effects.push(Effect::Reconnect { until });
         effects
+    }
+
+    /// An attempt to open a control channel came to nothing.
+    pub(super) fn not_connected(
+        &mut self,
+        number: u32,
+        why: NotOpened,
+        now: Duration,
+    ) -> Vec<Effect> {
+        let phase = match self.state {
+            State::Hello => Phase::Hello,
+            _ => Phase::Suspended,
+        };
+        let error = |fault| Error::new(phase, fault).at(ChannelRef::Control);
+        match self.control.failed(number, why, now) {
+            Failed::Old => Vec::new(),
+            Failed::Again(fault) => {
+                self.hindered(error(fault));
+                Vec::new()
+            }
+            // That time ran out says less than what ended the attempt before.
+            Failed::OutOfTime(fault) => {
+                let last = self.hindrance.take();
+                self.fail(last.unwrap_or_else(|| error(fault)))
+            }
+            Failed::Over(fault) => self.fail(error(fault)),
+            Failed::Forgotten(fault) => {
+                let error = Error::new(self.phase(), fault).at(ChannelRef::Control);
+                match self.state {
+                    State::Asking { .. } => self.fail(error),
+                    _ => self.forgotten(error, now),
+                }
+            }
+        }
     }
 
     fn channels_gone(&mut self) {
         self.lanes.disconnect();
         self.set_up.disconnected();
+        self.keep_alive.disconnected();
+        self.control.rest();
     }
 
     /// The commit was sent, and now nothing more will be heard of it: the destination is asked.
@@ -142,15 +182,16 @@ impl Session {
         self.channels_gone();
         self.state = State::Asking { until };
         self.doubt = Some(error);
-        vec![Effect::Disconnect, Effect::Ask { until }]
+        self.control.dial(Purpose::Ask, now, until);
+        vec![Effect::Disconnect]
     }
 
     /// What the events of this file mean.
     pub(super) fn handle_resume(&mut self, event: Event, now: Duration) -> Vec<Effect> {
         match (self.state, event) {
-            (State::Suspended { until }, Event::Reconnected) => {
+            (State::Suspended { until }, Event::Connected { agreed, round_trip }) => {
+                self.connected(agreed, round_trip, now);
                 self.set_up.resumes();
-                self.heard = now;
                 self.hindrance = None;
                 self.state = State::Rejoining {
                     granted: false,
@@ -195,18 +236,17 @@ impl Session {
                 vec![Effect::Collect { last: false }]
             }
             (State::Reopening { round, .. }, Event::Collected { .. }) => self.open(round, now),
-            (State::Suspended { .. } | State::Rejoining { .. }, Event::Forgotten(error)) => {
-                self.forgotten(error, now)
-            }
             // The decision that asks for them is still to come.
-            (_, Event::Devices(outlook)) if self.devices.is_some() => {
-                self.devices = Some(outlook);
+            (_, Event::Devices(outlook)) if self.devices.are_there() => {
+                self.devices.known(outlook);
                 Vec::new()
             }
             // Nothing was sent on it yet (SPEC: RESUME-14).
             (State::Rejoining { granted: true, .. }, Event::LaneLost { .. }) => Vec::new(),
-            (State::Asking { .. }, Event::Forgotten(error)) => self.fail(error),
-            (State::Asking { .. }, Event::Answered(state)) => self.answered(state),
+            (State::Asking { .. }, Event::Answered(state)) => {
+                self.control.answered(now);
+                self.answered(state, now)
+            }
             // Old news of the channels that were lost.
             (
                 State::Suspended { .. } | State::Asking { .. },
@@ -229,17 +269,19 @@ impl Session {
             return self.fail(error);
         }
         self.kept = None;
-        self.state = State::Setup { granted: false };
-        (self.began, self.heard, self.closed) = (now, now, None);
+        self.state = State::Hello;
+        self.deadlines = Deadlines::new(now);
+        self.closed = None;
         self.unready = true;
-        self.observed.clear();
+        self.rounds.begin_again();
         self.channels_gone();
         self.lanes = Lanes::default();
         (self.last_opened, self.paused_from) = (None, None);
         vec![Effect::Disconnect, Effect::StartAfresh]
     }
 
-    fn answered(&mut self, state: OutcomeState) -> Vec<Effect> {
+    fn answered(&mut self, state: OutcomeState, now: Duration) -> Vec<Effect> {
+        self.guest.answered(state);
         let error = self.doubt.take();
         let why = error.map_or_else(String::new, |error| error.fault().to_string());
         match state {
@@ -250,20 +292,16 @@ impl Session {
                 Vec::new()
             }
             OutcomeState::Running => {
-                self.state = State::Over;
-                vec![Effect::Finish(Outcome::Migrated)]
+                let mut effects = self.take_leave(now);
+                effects.extend(self.finish());
+                effects
             }
             OutcomeState::NotCommitted => {
                 self.state = State::Over;
                 let error = Error::new(Phase::Commit, Fault::NotCommitted { why });
-                vec![
-                    Effect::Reclaim {
-                        paused: true,
-                        // SPEC: ASK-3
-                        proof: Reclaimed(()),
-                    },
-                    Effect::Finish(Outcome::Failed(error)),
-                ]
+                let mut effects: Vec<Effect> = self.reclaim(Reclaim::Paused).into_iter().collect();
+                effects.push(Effect::Finish(Outcome::Failed(error)));
+                effects
             }
             OutcomeState::FailedAfterCommit => {
                 self.state = State::Over;

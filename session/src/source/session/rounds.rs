@@ -1,191 +1,102 @@
-//! The decision after each live round: go on, wait, switch over, or give up; and what the forecast is made of.
+//! The decision after each live round: go on, wait, switch over, or give up.
 
 use std::time::Duration;
 
 use multifd_wire::{Phase, Round};
 
-use super::{Effect, Session, State};
-use crate::source::config::{WhenAckLate, WhenNotConverging};
+use super::{Effect, Event, Session, State};
+use crate::source::config::WhenNotConverging;
+use crate::source::devices::WAIT_ROUND;
 use crate::source::error::{Error, Fault};
-use crate::source::forecast::{
-    Conditions, Forecast, Observation, Outlook, UnderWay, Writer, outlook, uncertainty,
-};
-use crate::source::speed::{LaneCount, LaneLoad};
-
-/// A round is worth while below the limit only if it halves what is left, and only this often.
-const POLISH_ROUNDS_MAX: u32 = 4;
-
-/// Pause, state and commit as long as nothing of them was measured: the round trip counts three times beside this. A guess is no
-/// reason to refuse: it counts for half of the limit at most.
-const FIXED_GUESS: Duration = Duration::from_millis(4);
-
-/// The sources are asked inside a round for the first time after this long, and then whenever it has lasted twice as long: the
-/// guest's writing is known before the first round is over, however long that takes.
-const FIRST_LOOK: Duration = Duration::from_millis(250);
-
-/// A migration that does not converge is given up after so many rounds in a row that say so and leave no less than the one before,
-const DIVERGING_ROUNDS: u32 = 3;
-
-/// if they took this long at least: a burst of writing is over sooner.
-const DIVERGING_TIME: Duration = Duration::from_secs(2);
-
-/// The part of what the round before left that counts as no less.
-const NO_LESS: f64 = 0.9;
-
-/// How often our destination acknowledges. One that does it less often (SPEC: ACK-2 allows 100 ms) makes the prediction too high,
-/// never too low.
-const ACK_LAG: Duration = Duration::from_millis(20);
+use crate::source::rounds::Aside;
 
 /// What is on its way may take this many times as long as the measured bandwidth says, and the longest silence beside, before
 /// the destination is given up.
 const DRAIN_PATIENCE: u32 = 2;
 
-/// While devices are waited for, what is dirty is looked at this often, and sent if it no longer fits the downtime limit.
-const WAIT_ROUND: Duration = Duration::from_millis(200);
-
-/// A round with fewer octets than this says too little about the bandwidth: most of them may be in buffers.
-const MEASURABLE_OCTETS: u64 = 4 << 20;
-
-/// A smaller round that takes longer than this says that the bandwidth is no more than what it had.
-const CRAWL: Duration = Duration::from_millis(200);
-
-/// A round in which a page has fewer octets than this on average is one of zero pages.
-const CONTENT_OCTETS_MIN: f64 = 64.0;
-
-/// How far the present round is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counted {
-    /// Pages that it began with.
-    pub pages: u64,
-    /// Pages that no lane has taken yet.
-    pub pages_left: u64,
-    /// Bytes that were handed to channels in it.
-    pub sent_bytes: u64,
-    /// Bytes that were handed to channels, in whichever round, and are not acknowledged yet.
-    pub unacked_bytes: u64,
-}
-
-/// Rounds in a row after which it looked hopeless.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Diverging {
-    since: Duration,
-    rounds: u32,
-    pages: u64,
-}
-
 impl Session {
-    /// What was sent and acknowledged, of the lanes that live.
-    pub(super) fn counted(&mut self, counted: Counted, lanes: &[LaneCount], now: Duration) {
-        self.counted = counted;
-        self.speeds.observe(lanes, now);
+    /// What happens while rounds are made and the guest runs.
+    pub(super) fn handle_round(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        match (self.state, event) {
+            (
+                State::Sending { round, since },
+                Event::Encoded {
+                    octets,
+                    unacked_octets,
+                },
+            ) => {
+                let over = now.saturating_sub(since);
+                self.rounds.encoded(octets, unacked_octets, over);
+                self.state = State::Deciding {
+                    round,
+                    since,
+                    encoded: now,
+                };
+                vec![Effect::Collect { last: false }]
+            }
+            (State::Sending { since, .. }, Event::Collected { pages }) => {
+                self.look(pages, since, now)
+            }
+            (
+                State::Deciding {
+                    round,
+                    since,
+                    encoded,
+                },
+                Event::Collected { pages },
+            ) => {
+                // What was collected was dirtied from the round's begin to now.
+                let over = now.max(encoded).saturating_sub(since);
+                self.rounds.collected(pages, over);
+                self.decide(round, pages, since, now)
+            }
+            (State::Draining { round, since, .. }, Event::Closed { round: closed, .. })
+                if closed >= round =>
+            {
+                self.state = State::Deciding {
+                    round,
+                    since,
+                    encoded: now,
+                };
+                vec![Effect::Collect { last: false }]
+            }
+            (_, Event::Devices(outlook)) if self.devices.are_there() => {
+                let ready = outlook.unacked.is_empty();
+                self.devices.known(outlook);
+                if ready {
+                    self.look_again(now)
+                } else {
+                    Vec::new()
+                }
+            }
+            // Old news: rounds close and pages come back while the next round is long under way.
+            (_, Event::Closed { .. } | Event::LaneLost { .. }) => Vec::new(),
+            (_, event) => self.unexpected(&event),
+        }
     }
 
     pub(super) fn open(&mut self, round: Round, now: Duration) -> Vec<Effect> {
         self.state = State::Sending { round, since: now };
-        self.look_due = now + FIRST_LOOK;
-        self.counted = Counted::default();
+        self.rounds.opened(now);
         vec![self.open_round(round, false)]
-    }
-
-    pub(super) fn measure(&mut self, octets: u64, over: Duration) {
-        self.crawl = None;
-        if octets == 0 || over == Duration::ZERO {
-            return;
-        }
-        let rate = octets as f64 / over.as_secs_f64();
-        // What acknowledgements say is better than a few octets that went into buffers.
-        let unknown = self.bandwidth.is_none() && self.speeds.total().is_none();
-        if octets >= MEASURABLE_OCTETS || unknown {
-            self.bandwidth = Some(rate);
-        } else if over >= CRAWL {
-            self.crawl = Some(rate);
-        }
-    }
-
-    /// What is known of link and devices; `landed`: nothing of the pages is on its way any more.
-    fn conditions(&self, landed: bool, unacked_octets: u64) -> Conditions {
-        // Without any measurement (a guest of zero pages only) what is left costs next to nothing.
-        let bandwidth = self.bandwidth().unwrap_or(1e9);
-        // Acknowledgements lag by up to their period: what was sent in that time is not all on its way still.
-        let lag = |speed: f64| ACK_LAG.as_secs_f64() * speed;
-        let mut lanes: Vec<LaneLoad> = self.speeds.known().map(|(_, load)| load).collect();
-        for lane in &mut lanes {
-            let on_its_way = (lane.on_its_way - lag(lane.speed)).max(0.0);
-            lane.on_its_way = if landed { 0.0 } else { on_its_way };
-        }
-        let unacked_octets = if landed { 0 } else { unacked_octets };
-        let (stop_bytes, work) = self.device_share();
-        // Reading and loading go on while the state travels: only what the slower of them takes longer than the way counts.
-        let arrives = Duration::try_from_secs_f64(stop_bytes / bandwidth).unwrap_or(Duration::MAX);
-        let limit = self.config.downtime_limit;
-        Conditions {
-            bandwidth,
-            lanes,
-            in_flight: (unacked_octets as f64 - lag(bandwidth)).max(0.0),
-            stop_bytes,
-            fixed: FIXED_GUESS.min(limit / 2)
-                + self.round_trip.unwrap_or_default() * 3
-                + work.saturating_sub(arrives),
-            limit,
-        }
     }
 
     /// Inside a round: what was collected has been dirtied since it began.
     pub(super) fn look(&mut self, pages: u64, since: Duration, now: Duration) -> Vec<Effect> {
-        let lasted = now.saturating_sub(since);
-        self.look_due = now + lasted.max(FIRST_LOOK);
-        self.observed.push(Observation {
-            pages,
-            over: lasted,
-        });
-        let Counted {
-            pages: all,
-            pages_left,
-            sent_bytes,
-            unacked_bytes,
-        } = self.counted;
-        let done = all.saturating_sub(pages_left);
-        if done == 0 {
-            return Vec::new();
+        let (lasted, aside) = (now.saturating_sub(since), self.aside());
+        let outlook = self.rounds.look(pages, lasted, &aside, now);
+        outlook.map(Effect::Forecast).into_iter().collect()
+    }
+
+    /// What the downtime has beside pages.
+    fn aside(&self) -> Aside {
+        let (stop_bytes, work) = self.devices.share();
+        Aside {
+            limit: self.config.downtime_limit,
+            round_trip: self.round_trip,
+            stop_bytes,
+            work,
         }
-        let conditions = self.conditions(false, unacked_bytes);
-        let each = sent_bytes as f64 / done as f64;
-        let rest = if self.bandwidth().is_some() && each >= CONTENT_OCTETS_MIN {
-            (each * pages_left as f64 + unacked_bytes as f64) / conditions.bandwidth
-        } else {
-            // Next to nothing is sent: it takes as long as it takes to look at the pages.
-            lasted.as_secs_f64() * pages_left as f64 / done as f64
-        };
-        let under_way = UnderWay {
-            lasted: lasted.as_secs_f64(),
-            rest,
-        };
-        self.outlook(pages, &conditions, under_way, now)
-            .into_iter()
-            .map(Effect::Forecast)
-            .collect()
-    }
-
-    fn outlook(
-        &self,
-        pages: u64,
-        conditions: &Conditions,
-        under_way: UnderWay,
-        now: Duration,
-    ) -> Option<Outlook> {
-        let writer = Writer::fit(&self.observed, self.memory_pages)?;
-        let off = uncertainty(now.saturating_sub(self.sending_since).as_secs_f64());
-        Some(outlook(now, &writer, pages, conditions, under_way, off))
-    }
-
-    /// Octets that devices would still give, and the time that reading or loading them would take, whichever is longer.
-    fn device_share(&self) -> (f64, Duration) {
-        self.devices
-            .as_ref()
-            .map_or((0.0, Duration::ZERO), |devices| {
-                let work = devices.load.max(devices.read);
-                (devices.stop_bytes as f64, work)
-            })
     }
 
     /// The decision after a live round that began at `since`: go on, wait, switch over, or give up.
@@ -197,15 +108,14 @@ impl Session {
         now: Duration,
     ) -> Vec<Effect> {
         let landed = self.closed >= Some(round);
-        let conditions = self.conditions(landed, self.unacked_octets);
-        let writer = Writer::fit(&self.observed, self.memory_pages);
-        let mut effects = Vec::new();
-        let outlook = self.outlook(pages, &conditions, UnderWay::default(), now);
-        effects.extend(outlook.map(Effect::Forecast));
-        let outlook = outlook.map(|outlook| outlook.forecast);
+        let weighed = self.rounds.weigh(pages, landed, &self.aside(), now);
+        let conditions = &weighed.conditions;
+        let mut effects: Vec<Effect> = weighed.outlook.map(Effect::Forecast).into_iter().collect();
+        let outlook = weighed.outlook.map(|outlook| outlook.forecast);
         let predicted = conditions.downtime(pages as f64);
-        let counted = (round.value() + 1).saturating_sub(self.rounds_waited);
-        let used_up = counted >= self.config.rounds_max || self.diverges(outlook, pages, now);
+        let counted = (round.value() + 1).saturating_sub(self.devices.rounds_waited());
+        let used_up =
+            counted >= self.config.rounds_max || self.rounds.diverges(outlook, pages, now);
         let fits = predicted <= conditions.limit || self.at_once;
         if !fits && conditions.drained().downtime(pages as f64) <= conditions.limit {
             let on_its_way = conditions.downtime(0.0);
@@ -216,15 +126,11 @@ impl Session {
             };
             return effects;
         }
-        if fits
-            && !used_up
-            && !self.at_once
-            && self.worth_polishing(writer.as_ref(), pages, &conditions)
-        {
-            self.polished += 1;
+        if fits && !used_up && !self.at_once && self.rounds.polishes(&weighed, pages) {
+            // It costs the guest nothing.
         } else if fits || (used_up && self.config.when_not_converging == WhenNotConverging::Switch)
         {
-            if self.acks_missing() && !self.acks_waived(now) {
+            if self.devices.hold(&self.config, now) {
                 effects.extend(self.wait_for_devices(round, since, now));
                 return effects;
             }
@@ -239,12 +145,12 @@ impl Session {
         }
         match round.next() {
             Some(next) => {
-                let unacked = self.acks_missing() && !self.acks_waived(now);
+                let unacked = self.devices.hold(&self.config, now);
                 // The devices' part alone is above the limit. Rounds bring neither that nor the acknowledgements any nearer, and would
                 // follow one another without end, most of them empty.
-                let idle = self.devices.is_some() && conditions.downtime(0.0) > conditions.limit;
-                let waits = unacked && (idle || self.waiting_since.is_some());
-                if (waits || idle) && now < self.round_waited_at + WAIT_ROUND {
+                let idle = self.devices.are_there() && conditions.downtime(0.0) > conditions.limit;
+                let waits = unacked && (idle || self.devices.are_waited_for());
+                if (waits || idle) && self.devices.round_was_just_made(now) {
                     if waits {
                         effects.extend(self.wait_for_devices(round, since, now));
                     } else {
@@ -258,9 +164,8 @@ impl Session {
                     return effects;
                 }
                 if waits || idle {
-                    self.round_waited_at = now;
                     // While initial bytes are under way there is something to wait for.
-                    self.rounds_waited += u32::from(waits);
+                    self.devices.round_made(waits, now);
                 }
                 effects.extend(self.open(next, now));
             }
@@ -290,38 +195,6 @@ impl Session {
         }
     }
 
-    /// Whether it has been clear for long enough that no number of rounds will do.
-    fn diverges(&mut self, forecast: Option<Forecast>, pages: u64, now: Duration) -> bool {
-        let says_so = matches!(forecast, Some(Forecast::Diverges { .. }));
-        let no_less = self
-            .diverging
-            .is_none_or(|before| pages as f64 >= before.pages as f64 * NO_LESS);
-        if !says_so || !no_less {
-            self.diverging = None;
-        }
-        if !says_so {
-            return false;
-        }
-        let streak = self.diverging.get_or_insert(Diverging {
-            since: now,
-            rounds: 0,
-            pages,
-        });
-        streak.rounds += 1;
-        streak.pages = pages;
-        streak.rounds >= DIVERGING_ROUNDS && now >= streak.since + DIVERGING_TIME
-    }
-
-    pub(super) fn acks_missing(&self) -> bool {
-        self.devices
-            .as_ref()
-            .is_some_and(|devices| !devices.unacked.is_empty())
-    }
-
-    pub(super) fn ack_deadline(&self) -> Option<Duration> {
-        Some(self.waiting_since? + self.config.ack_deadline?)
-    }
-
     /// The guest runs on until the devices' initial bytes are loaded, or until the user's patience is at its end.
     pub(super) fn wait_for_devices(
         &mut self,
@@ -329,19 +202,10 @@ impl Session {
         since: Duration,
         now: Duration,
     ) -> Vec<Effect> {
-        let began = *self.waiting_since.get_or_insert(now);
-        let deadline = self.ack_deadline();
-        if deadline.is_some_and(|deadline| now >= deadline)
-            && self.config.when_ack_late == WhenAckLate::Fail
-        {
-            let unacked = self.devices.as_ref().map(|devices| &devices.unacked);
-            let fault = Fault::AckDeadline {
-                devices: unacked.map_or_else(String::new, |names| names.join(", ")),
-                waited_ms: now.saturating_sub(began).as_millis(),
-            };
-            return self.fail(Error::new(Phase::Rounds, fault));
-        }
-        let again = (now + WAIT_ROUND).min(deadline.unwrap_or(Duration::MAX));
+        let again = match self.devices.wait(&self.config, now) {
+            Ok(again) => again,
+            Err(fault) => return self.fail(Error::new(Phase::Rounds, fault)),
+        };
         self.state = State::Waiting {
             round,
             since,
@@ -355,30 +219,13 @@ impl Session {
         let State::Waiting { round, since, .. } = self.state else {
             return Vec::new();
         };
-        self.progress = now;
+        self.deadlines.progress = now;
         self.state = State::Deciding {
             round,
             since,
             encoded: now,
         };
         vec![Effect::Collect { last: false }]
-    }
-
-    /// Below the limit a further live round is made as long as it is short and halves the downtime: it costs the guest nothing.
-    fn worth_polishing(
-        &self,
-        writer: Option<&Writer>,
-        pages: u64,
-        conditions: &Conditions,
-    ) -> bool {
-        let lasts = conditions
-            .downtime(pages as f64)
-            .saturating_sub(conditions.fixed);
-        let Some(writer) = writer else { return false };
-        let next = writer.unique(lasts.as_secs_f64());
-        self.polished < POLISH_ROUNDS_MAX
-            && lasts > Duration::from_millis(2)
-            && next < pages as f64 / 2.0
     }
 
     fn switch_over(
@@ -401,7 +248,7 @@ impl Session {
         // It was wanted of this one.
         self.at_once = false;
         self.state = State::Pausing { round: next };
-        self.paused_at = Some(now);
+        self.deadlines.paused_at = Some(now);
         effects.push(Effect::Pause);
         effects
     }

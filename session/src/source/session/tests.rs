@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::deadlines::DEAD_LANE_STALLS;
+use super::time::DEAD_LANE_STALLS;
 use super::*;
 use crate::common::ChannelFault;
 use crate::source::config::{WhenAckLate, WhenDestinationLost, WhenNotConverging};
 use crate::source::speed::LaneCount;
-use multifd_wire::frame::OutcomeState;
-use multifd_wire::{ChannelRef, Reason};
+use crate::source::{Lasts, NotOpened};
+use multifd_wire::frame::{Asks, Grant, KeepAlive, OutcomeState};
+use multifd_wire::{ChannelRef, Features, Frame, Incompatible, Reason, SessionId, Token};
 
 const MS: Duration = Duration::from_millis(1);
 const STALL: Duration = Duration::from_secs(10);
@@ -45,8 +46,15 @@ fn failure() -> Event {
 fn after(steps: usize) -> Session {
     match steps {
         DRAINING => draining(),
+        HELLO => dialling(config()),
+        LAST_WORD => kept(6, vec![lost(), Event::Cancel]),
+        OVER => {
+            let mut session = led(config(), 13);
+            let _ = session.handle(Event::Tick, NOW);
+            session
+        }
         SUSPENDED => kept(6, vec![lost()]),
-        REJOINING => kept(3, vec![lost(), Event::Reconnected, Event::Granted]),
+        REJOINING => kept(3, vec![lost(), connected(), Event::Granted]),
         ASKING => kept(12, vec![lost()]),
         WAITING => with_devices(5),
         DEVICES_PAUSING => with_devices(7),
@@ -56,13 +64,70 @@ fn after(steps: usize) -> Session {
         DEVICES_LAST => with_devices(11),
         DEVICES_SAVED => with_devices(12),
         DEVICES_SUSPENDED => devices_kept(11, vec![lost()]),
-        DEVICES_REJOINING => devices_kept(11, vec![lost(), Event::Reconnected, Event::Granted]),
+        DEVICES_REJOINING => devices_kept(11, vec![lost(), connected(), Event::Granted]),
         _ => led(config(), steps),
     }
 }
 
-fn led(config: Config, steps: usize) -> Session {
+fn connected() -> Event {
+    Event::Connected {
+        agreed: Features::RESUME.union(Features::DEVICE_STATE),
+        round_trip: MS,
+    }
+}
+
+fn not_connected(lasts: Lasts) -> Event {
+    Event::NotConnected {
+        number: 1,
+        why: NotOpened::unconnected("nobody listens".into(), lasts),
+    }
+}
+
+/// A session that dials for the first time.
+fn dialling(config: Config) -> Session {
     let mut session = Session::new(config, 1 << 20, Duration::ZERO);
+    let _ = session.handle(event("named").0, Duration::ZERO);
+    dials(&mut session, Duration::ZERO);
+    session
+}
+
+/// Makes the attempt to connect that is due, if one is.
+fn dials(session: &mut Session, now: Duration) {
+    let timing = session.timing();
+    let effect = session.control.tick(&session.hellos, &timing, now);
+    let phase = session.phase();
+    assert!(
+        effect.is_none_or(|effect| match effect {
+            Effect::DialControl { purpose, .. } => match phase {
+                Phase::Hello => purpose == Purpose::Start,
+                Phase::Suspended | Phase::Done => purpose == Purpose::Resume,
+                _ => purpose == Purpose::Ask,
+            },
+            _ => false,
+        }),
+        "{phase:?}"
+    );
+}
+
+/// A session that is open, with what a grant brings.
+fn opened(config: Config, devices: bool) -> Session {
+    let mut session = Session::new(config, 1 << 20, Duration::ZERO);
+    if devices {
+        session.expect_devices();
+    }
+    let _ = session.handle(connected(), Duration::ZERO);
+    let _ = session.hellos.granted(&Grant {
+        ticket: Token::new([1; 16]),
+        resume_secret: Token::new([2; 16]),
+        lanes_max: 256,
+        suspend_ms: 60_000,
+        device_window_bytes: 1 << 20,
+    });
+    session
+}
+
+fn led(config: Config, steps: usize) -> Session {
+    let mut session = opened(config, false);
     for (event, at) in happy_path().into_iter().take(steps) {
         let _ = session.handle(event, at);
     }
@@ -75,6 +140,7 @@ fn kept(steps: usize, events: Vec<Event>) -> Session {
     session.kept_for(Some(KEPT));
     for event in events {
         let _ = session.handle(event, 80 * MS);
+        dials(&mut session, 80 * MS);
     }
     session
 }
@@ -101,6 +167,9 @@ const DEVICES_LAST: usize = usize::MAX - 9;
 const DEVICES_SAVED: usize = usize::MAX - 10;
 const DEVICES_SUSPENDED: usize = usize::MAX - 11;
 const DEVICES_REJOINING: usize = usize::MAX - 12;
+const HELLO: usize = usize::MAX - 13;
+const LAST_WORD: usize = usize::MAX - 14;
+const OVER: usize = usize::MAX - 15;
 
 fn outlook(unacked: &[&str]) -> Event {
     Event::Devices(DeviceOutlook {
@@ -117,8 +186,7 @@ fn with_devices(steps: usize) -> Session {
 }
 
 fn devices_with(config: Config, steps: usize) -> Session {
-    let mut session = Session::new(config, 1 << 20, Duration::ZERO);
-    session.expect_devices();
+    let mut session = opened(config, true);
     for (event, at) in device_path().into_iter().take(steps) {
         let _ = session.handle(event, at);
     }
@@ -131,6 +199,7 @@ fn devices_kept(steps: usize, events: Vec<Event>) -> Session {
     session.kept_for(Some(KEPT));
     for event in events {
         let _ = session.handle(event, 80 * MS);
+        dials(&mut session, 80 * MS);
     }
     session
 }
@@ -208,7 +277,8 @@ fn happy_path() -> Vec<(Event, Duration)> {
 const NOW: Duration = Duration::from_millis(1080);
 
 /// Each state by name, with the steps of the happy path that lead to it.
-const STATES: [(&str, usize); 24] = [
+const STATES: [(&str, usize); 27] = [
+    ("hello", HELLO),
     ("set-up", 0),
     ("set-up, granted", 1),
     ("sending", 2),
@@ -223,7 +293,9 @@ const STATES: [(&str, usize); 24] = [
     ("suspended", SUSPENDED),
     ("rejoining", REJOINING),
     ("asking", ASKING),
-    ("over", 13),
+    ("parting: goodbye", 13),
+    ("parting: last word", LAST_WORD),
+    ("over", OVER),
     ("devices: waiting", WAITING),
     ("devices: pausing", DEVICES_PAUSING),
     ("devices: quiescing", QUIESCING),
@@ -238,7 +310,7 @@ const STATES: [(&str, usize); 24] = [
 /// Those in which the newest FINAL was sent and nothing has gone missing since.
 const FINAL_SENT: [&str; 2] = ["last, final sent", "last, no lane needed"];
 
-const EVENTS: [&str; 39] = [
+const EVENTS: [&str; 42] = [
     "granted",
     "ready",
     "encoded",
@@ -263,7 +335,10 @@ const EVENTS: [&str; 39] = [
     "commit unsent",
     "running",
     "lost",
-    "reconnected",
+    "named",
+    "connected",
+    "not connected, may pass",
+    "not connected, for good",
     "landed",
     "forgotten",
     "answered: not committed",
@@ -323,15 +398,19 @@ fn event(name: &str) -> (Event, Duration) {
         )),
         "running" => Event::Running,
         "lost" => lost(),
-        "reconnected" => Event::Reconnected,
+        "named" => Event::Named(SessionId::new([1; 16])),
+        "connected" => connected(),
+        "not connected, may pass" => not_connected(Lasts::MayPass),
+        "not connected, for good" => not_connected(Lasts::ForGood),
         "landed" => Event::Landed { rounds_closed: 1 },
-        "forgotten" => Event::Forgotten(Error::new(
-            Phase::Suspended,
-            Fault::DestinationLost {
+        "forgotten" => Event::NotConnected {
+            number: 1,
+            why: Incompatible::Refused {
                 reason: Reason::WrongSession,
                 text: "who?".into(),
-            },
-        )),
+            }
+            .into(),
+        },
         "answered: not committed" => Event::Answered(OutcomeState::NotCommitted),
         "answered: committed" => Event::Answered(OutcomeState::CommittedNotRunning),
         "answered: running" => Event::Answered(OutcomeState::Running),
@@ -351,6 +430,9 @@ fn event(name: &str) -> (Event, Duration) {
 
 fn state_name(session: &Session) -> String {
     match session.state {
+        State::Hello => "hello".into(),
+        State::Parting(Parting::Goodbye { .. }) => "parting: goodbye".into(),
+        State::Parting(Parting::LastWord { .. }) => "parting: last word".into(),
         State::Setup { granted: false } => "set-up".into(),
         State::Setup { granted: true } => "set-up, granted".into(),
         State::Sending { round, .. } => format!("sending {round}"),
@@ -375,16 +457,14 @@ fn state_name(session: &Session) -> String {
 
 fn word(effect: &Effect) -> String {
     match effect {
-        Effect::Granted { first, .. } => format!("granted, first: {first}"),
+        Effect::Granted { ticket, .. } => format!("granted, first: {}", ticket.is_some()),
+        Effect::Send(Frame::Switchover(last)) => format!("SWITCHOVER {}", last.final_round),
+        Effect::Send(frame) => frame.kind().name().into(),
+        Effect::DialControl { purpose, .. } => format!("dial: {purpose:?}"),
         Effect::SendSetup { .. } => "send set-up".into(),
         Effect::DialLane {
-            lane,
-            incarnation,
-            again,
-        } => format!(
-            "dial {lane}.{incarnation}{}",
-            if *again { " again" } else { "" }
-        ),
+            lane, incarnation, ..
+        } => format!("dial {lane}.{incarnation}"),
         Effect::LaneBack { lane, behind, .. } => {
             format!("{lane} enters, {} rounds behind", behind.len())
         }
@@ -392,8 +472,6 @@ fn word(effect: &Effect) -> String {
         Effect::LaneGone { lane, .. } => format!("{lane} is gone"),
         Effect::SettleLane { lane } => format!("settle {lane}"),
         Effect::SettleBefore { lanes } => format!("settle {} lanes of before", lanes.len()),
-        Effect::SendLaneDown(down) => format!("LANE_DOWN {}.{}", down.lane, down.incarnation),
-        Effect::SendKeepAlive(_) => "KEEP_ALIVE".into(),
         Effect::LookAtLanes => "look at lanes".into(),
         Effect::Acknowledged(marks) => format!("{} lanes acknowledged", marks.len()),
         Effect::GiveBack { lane, runs, .. } => format!("{} runs of {lane} back", runs.len()),
@@ -411,12 +489,10 @@ fn word(effect: &Effect) -> String {
         Effect::AwaitDevices => "await devices".into(),
         Effect::Quiesce => "quiesce devices".into(),
         Effect::StopDevices => "stop devices".into(),
-        Effect::AnnounceSwitchover { round } => format!("SWITCHOVER {round}"),
         Effect::Save => "save".into(),
         Effect::Disconnect => "disconnect".into(),
-        Effect::Reconnect { .. } => "reconnect".into(),
-        Effect::Ask { .. } => "ask".into(),
         Effect::StartAfresh => "start afresh".into(),
+        Effect::Migrated => "migrated".into(),
         Effect::SendFinal { round } => format!("FINAL {round}"),
         Effect::Commit => "COMMIT".into(),
         Effect::Abort { reason, .. } => format!("ABORT {}", reason.as_u32()),
@@ -746,7 +822,7 @@ fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
     // Waiting for devices ends by looking again, not by an error: see the tests about that.
     for (state, steps) in STATES
         .into_iter()
-        .filter(|(state, _)| *state != "devices: waiting")
+        .filter(|(state, _)| !["devices: waiting", "over"].contains(state))
     {
         let mut session = after(steps);
         if state == "sending" {
@@ -767,13 +843,21 @@ fn every_state_has_a_deadline_and_passing_it_ends_the_migration() {
             assert!(session.next_deadline() <= KEPT + NOW, "{state}");
             continue;
         }
-        assert_eq!(finishes(&effects), usize::from(state != "over"), "{state}");
+        assert_eq!(finishes(&effects), 1, "{state}");
     }
 }
 
 #[test]
 fn silence_ends_every_state_and_a_sign_of_life_puts_that_off() {
-    let without_channels = ["over", "suspended", "rejoining", "asking"];
+    let without_channels = [
+        "over",
+        "hello",
+        "suspended",
+        "rejoining",
+        "asking",
+        "parting: goodbye",
+        "parting: last word",
+    ];
     let has_channels = |state: &str| !without_channels.iter().any(|end| state.ends_with(end));
     for (state, steps) in STATES.iter().filter(|(state, _)| has_channels(state)) {
         let mut session = after(*steps);
@@ -826,7 +910,7 @@ fn whatever_ends_it_ends_it_once_and_for_good() {
             "{state} × {event}"
         );
         // Before the commit the end always gives the guest back, and says so before anything that may take time.
-        let ours = !["committed", "asking"].contains(&state);
+        let ours = !["committed", "asking"].contains(&state) && !state.starts_with("parting");
         if finishes(effects) == 1 && ours {
             assert!(
                 matches!(effects[0], Effect::Reclaim { .. }),
@@ -840,8 +924,11 @@ fn whatever_ends_it_ends_it_once_and_for_good() {
             let (first, at) = event(how);
             let effects = session.handle(first, at);
             let (expected, reclaimed) = match (state, how) {
-                ("over", _) | ("committed", "cancel") => (0, 0),
-                ("committed" | "asking", _) => (1, 0),
+                ("over" | "parting: last word", _) => (0, 0),
+                ("committed" | "parting: goodbye", "cancel") => (0, 0),
+                ("committed" | "asking" | "parting: goodbye", _) => (1, 0),
+                // There is no channel, and the destination is told on another.
+                ("suspended" | "devices: suspended", _) => (0, 1),
                 _ => (1, 1),
             };
             assert_eq!(finishes(&effects), expected, "{state} × {how}");
@@ -901,7 +988,7 @@ fn the_peer_is_told_the_reason_phase_and_channel_unless_it_said_so_itself() {
 
 #[test]
 fn an_idle_guest_takes_one_live_round_and_one_paused() {
-    let mut session = Session::new(config(), 1 << 20, Duration::ZERO);
+    let mut session = opened(config(), false);
     let trace: Vec<String> = happy_path()
         .into_iter()
         .flat_map(|(event, at)| session.handle(event, at))
@@ -922,7 +1009,7 @@ fn an_idle_guest_takes_one_live_round_and_one_paused() {
             "collect (paused)",
             "FINAL 1",
             "COMMIT",
-            "finish: migrated",
+            "migrated",
         ]
     );
 }
@@ -997,7 +1084,7 @@ fn prepared_is_not_taken_for_right_before_lost_items_of_devices_have_come_again(
     let mut early = after_the_loss();
     assert_eq!(
         words(&mut early, prepared(), NOW),
-        ["reclaim and resume", "disconnect", "reconnect"]
+        ["reclaim and resume", "disconnect"]
     );
     let mut in_time = after_the_loss();
     sent_again(&mut in_time, 2);
@@ -1059,7 +1146,7 @@ fn hopeless(choice: WhenNotConverging, rounds_max: u32) -> (u32, Vec<String>, Se
         .when_not_converging(choice)
         .build()
         .unwrap();
-    let mut session = Session::new(config, 1 << 20, Duration::ZERO);
+    let mut session = opened(config, false);
     let _ = session.handle(Event::Granted, Duration::ZERO);
     let _ = session.handle(Event::Ready, Duration::ZERO);
     let mut now = Duration::ZERO;
@@ -1128,6 +1215,7 @@ fn the_end_is_forecast_in_the_first_second_of_a_round_of_minutes() {
     // 64 GiB at 100 MB/s: eleven minutes and a half. The guest writes 2,000 other pages a second.
     let pages = 16 << 20;
     let mut session = Session::new(config(), pages, Duration::ZERO);
+    let _ = session.handle(connected(), Duration::ZERO);
     let _ = session.handle(Event::Granted, Duration::ZERO);
     let _ = session.handle(Event::Ready, Duration::ZERO);
     let mut said = Vec::new();
@@ -1330,7 +1418,7 @@ fn a_destination_that_never_closes_a_round_is_waited_for_as_long_as_the_slow_lin
     };
     let seconds = (bound - STALL).as_secs_f64();
     assert!((2.5..4.0).contains(&seconds), "{seconds}");
-    let bound = bound.max(session.progress + STALL * DEAD_LANE_STALLS);
+    let bound = bound.max(session.deadlines.progress + STALL * DEAD_LANE_STALLS);
     session.heard(bound - MS);
     assert!(session.handle(Event::Tick, bound - MS).is_empty());
     let effects = session.handle(Event::Tick, bound);
@@ -1356,6 +1444,10 @@ fn a_lane_that_turns_out_dead_is_given_up_before_the_wait_for_its_round_ends() {
 /// The event that the driver would give next in this state, if all goes well.
 fn expected(session: &Session) -> Event {
     match session.state {
+        State::Hello if session.control.until().is_none() => event("named").0,
+        State::Hello => connected(),
+        State::Parting(Parting::LastWord { .. }) => connected(),
+        State::Parting(Parting::Goodbye { .. }) => Event::Tick,
         State::Setup { granted: false } => Event::Granted,
         State::Setup { granted: true } => Event::Ready,
         State::Sending { .. } => Event::Encoded {
@@ -1368,7 +1460,7 @@ fn expected(session: &Session) -> Event {
         State::Pausing { .. } => Event::Paused,
         State::Quiescing { .. } => Event::DevicesQuiesced,
         State::Stopping { .. } => Event::DevicesStopped,
-        State::Last(_) if !session.devices_saved => Event::DevicesSaved,
+        State::Last(_) if !session.devices.are_saved() => Event::DevicesSaved,
         State::Collecting { .. } => Event::Collected { pages: 3 },
         State::Last(last) if !last.saved => Event::Saved,
         State::Last(last) if !last.collected => Event::Collected { pages: 0 },
@@ -1378,7 +1470,7 @@ fn expected(session: &Session) -> Event {
         },
         State::Last(last) if !last.final_sent => Event::FinalSent { digest: DIGEST },
         State::Last(_) => Event::Prepared { digest: DIGEST },
-        State::Suspended { .. } => Event::Reconnected,
+        State::Suspended { .. } => connected(),
         State::Rejoining { granted: false, .. } => Event::Granted,
         State::Rejoining { .. } => Event::Landed { rounds_closed: 1 },
         State::Reopening { .. } => Event::Collected { pages: 3 },
@@ -1407,6 +1499,7 @@ proptest! {
         for (well, index, pause_ms) in walk {
             now += MS * u32::try_from(pause_ms / 10).unwrap();
             session.heard(now);
+            let mut effects = session.tick(now);
             let event = if well { expected(&session) } else { event(EVENTS[index]).0 };
             let prepared = match &event {
                 Event::FinalSent { digest } if matches!(session.state, State::Last(_)) => {
@@ -1420,7 +1513,8 @@ proptest! {
             if matches!((session.state, &event), (State::Committed { .. }, Event::CommitUnsent(_))) {
                 committed = false;
             }
-            for effect in session.handle(event, now) {
+            effects.extend(session.handle(event, now));
+            for effect in effects {
                 match effect {
                     Effect::Commit => {
                         prop_assert!(!committed, "committed twice");
@@ -1458,9 +1552,9 @@ fn a_guest_that_was_paused_runs_again_before_anything_else_when_the_link_is_lost
         let mut session = kept(steps, vec![]);
         let effects = words(&mut session, lost(), NOW);
         let expected: &[&str] = if paused {
-            &["reclaim and resume", "disconnect", "reconnect"]
+            &["reclaim and resume", "disconnect"]
         } else {
-            &["disconnect", "reconnect"]
+            &["disconnect"]
         };
         assert_eq!(effects, expected, "{steps}");
         assert_eq!(session.phase(), Phase::Suspended);
@@ -1469,7 +1563,7 @@ fn a_guest_that_was_paused_runs_again_before_anything_else_when_the_link_is_lost
 
 #[test]
 fn the_rounds_go_on_with_what_the_destination_has_closed() {
-    let mut session = kept(11, vec![lost(), Event::Reconnected]);
+    let mut session = kept(11, vec![lost(), connected()]);
     assert_eq!(words(&mut session, Event::Granted, NOW), ["send set-up"]);
     let landed = Event::Landed { rounds_closed: 1 };
     assert_eq!(words(&mut session, landed, NOW), ["collect"]);
@@ -1491,17 +1585,14 @@ fn the_rounds_go_on_with_what_the_destination_has_closed() {
 
 #[test]
 fn a_lane_that_is_lost_on_the_way_back_ends_nothing_and_is_named_if_none_comes() {
-    let mut session = kept(11, vec![lost(), Event::Reconnected, Event::Granted]);
+    let mut session = kept(11, vec![lost(), connected(), Event::Granted]);
     assert!(words(&mut session, Event::LaneLost { pages: 7, items: 0 }, NOW).is_empty());
     assert!(session.is_rejoining());
     let lane = ChannelRef::Lane(multifd_wire::LaneId::new(2));
     session.hindered(Error::new(Phase::Setup, Fault::Dial("no way".into())).at(lane));
     let (due, until) = (session.next_deadline(), NOW + KEPT);
     assert!(due < until);
-    assert_eq!(
-        words(&mut session, Event::Tick, due),
-        ["disconnect", "reconnect"]
-    );
+    assert_eq!(words(&mut session, Event::Tick, due), ["disconnect"]);
     let effects = session.handle(Event::Tick, until);
     let Some(Effect::Finish(Outcome::Failed(error))) = effects.last() else {
         panic!("{effects:?}");
@@ -1532,7 +1623,7 @@ fn what_stood_in_the_way_back_last_is_told_beside_why_the_link_was_lost() {
 #[test]
 fn after_a_resume_devices_are_waited_for_stopped_and_saved_once_more() {
     // Everything of them had been saved when the link was lost.
-    let mut session = devices_kept(12, vec![lost(), Event::Reconnected, Event::Granted]);
+    let mut session = devices_kept(12, vec![lost(), connected(), Event::Granted]);
     let landed = Event::Landed { rounds_closed: 1 };
     assert_eq!(words(&mut session, landed, NOW), ["collect"]);
     // Looked at by that very collection: new initial bytes are on their way.
@@ -1579,11 +1670,8 @@ fn after_a_resume_devices_are_waited_for_stopped_and_saved_once_more() {
 fn a_link_that_is_lost_on_the_way_back_does_not_prolong_the_deadline() {
     let mut session = kept(2, vec![lost()]);
     let until = session.next_deadline();
-    let _ = session.handle(Event::Reconnected, NOW + 100 * MS);
-    assert_eq!(
-        words(&mut session, lost(), NOW + 200 * MS),
-        ["disconnect", "reconnect"]
-    );
+    let _ = session.handle(connected(), NOW + 100 * MS);
+    assert_eq!(words(&mut session, lost(), NOW + 200 * MS), ["disconnect"]);
     assert_eq!(session.next_deadline(), until);
     let effects = words(&mut session, Event::Tick, until);
     let code = "finish: failed, sender.channel.not-reconnected";
@@ -1594,10 +1682,10 @@ fn a_link_that_is_lost_on_the_way_back_does_not_prolong_the_deadline() {
 fn it_is_suspended_only_so_often() {
     let mut session = kept(2, vec![]);
     let mut times = 0;
-    while words(&mut session, lost(), NOW) == ["disconnect", "reconnect"] {
+    while words(&mut session, lost(), NOW) == ["disconnect"] {
         times += 1;
         for event in [
-            Event::Reconnected,
+            connected(),
             Event::Granted,
             Event::Landed { rounds_closed: 0 },
             Event::Collected { pages: 1 },
@@ -1622,13 +1710,10 @@ fn damage_on_the_control_channel_is_a_loss_of_it_but_not_for_ever() {
     };
     let mut session = kept(2, vec![]);
     for times in 1..=DAMAGES_MAX {
-        assert_eq!(
-            words(&mut session, damage(), NOW),
-            ["disconnect", "reconnect"]
-        );
+        assert_eq!(words(&mut session, damage(), NOW), ["disconnect"]);
         assert_eq!(session.damages(), times);
         for event in [
-            Event::Reconnected,
+            connected(),
             Event::Granted,
             Event::Landed { rounds_closed: 0 },
             Event::Collected { pages: 1 },
@@ -1653,7 +1738,7 @@ fn a_first_set_up_that_is_lost_is_made_again_within_its_own_deadline() {
     let mut session = kept(1, vec![lost()]);
     assert_eq!(session.phase(), Phase::Suspended);
     assert!(session.next_deadline() <= config().setup_deadline.min(KEPT + NOW));
-    assert!(words(&mut session, Event::Reconnected, NOW).is_empty());
+    assert!(words(&mut session, connected(), NOW).is_empty());
     assert_eq!(words(&mut session, Event::Granted, NOW), ["send set-up"]);
     let landed = Event::Landed { rounds_closed: 0 };
     assert_eq!(words(&mut session, landed, NOW), ["collect"]);
@@ -1675,10 +1760,15 @@ fn a_destination_that_forgot_is_begun_with_anew_only_if_told_to() {
     let mut session = led(keeping(WhenDestinationLost::StartAfresh), 2);
     session.kept_for(Some(KEPT));
     let _ = session.handle(lost(), NOW);
+    dials(&mut session, NOW);
     assert_eq!(
         words(&mut session, forgotten(), NOW),
         ["disconnect", "start afresh"]
     );
+    assert_eq!(session.phase(), Phase::Hello);
+    for event in [event("named").0, connected()] {
+        assert!(words(&mut session, event, NOW).is_empty());
+    }
     assert_eq!(words(&mut session, Event::Granted, NOW), ["send set-up"]);
     assert_eq!(words(&mut session, Event::Ready, NOW), ["open 0"]);
 }
@@ -1691,6 +1781,47 @@ fn with_the_guest_paused_a_silent_destination_is_given_up_soon_if_it_keeps_the_m
         session.heard(NOW);
         assert_eq!(session.next_deadline(), NOW + silence);
     }
+}
+
+/// SPEC: RUNNING-2
+#[test]
+fn the_question_behind_running_is_answered_and_it_ends_whether_or_not_that_could_be_sent() {
+    let asks = Frame::KeepAlive(KeepAlive {
+        stamp_us: 7,
+        echo_us: 0,
+        held_us: 0,
+        asks: Asks::Answer,
+    });
+    for sent in [true, false] {
+        let mut session = led(config(), 13);
+        assert!(session.due() > NOW / 2, "the question may take a moment");
+        let answer = session.frame(ChannelRef::Control, &asks, 80 * MS);
+        let [Effect::Send(Frame::KeepAlive(answer))] = answer[..] else {
+            panic!("{answer:?}");
+        };
+        assert_eq!((answer.echo_us, answer.asks), (7, Asks::Nothing));
+        assert!(session.due() <= 80 * MS);
+        let end = if sent {
+            session.tick(80 * MS)
+        } else {
+            session.handle(lost(), 80 * MS)
+        };
+        assert_eq!(spoken(&end), ["finish: migrated"], "sent: {sent}");
+    }
+}
+
+#[test]
+fn a_destination_that_keeps_a_session_nobody_comes_back_to_is_told_if_it_can_be_reached() {
+    let mut session = kept(6, vec![lost(), Event::Cancel]);
+    assert_eq!(session.phase(), Phase::Done);
+    // The attempt that was under way counts.
+    assert!(session.awaits(1));
+    let again = session.handle(not_connected(Lasts::ForGood), NOW);
+    assert!(again.is_empty() && session.due() < NOW + 100 * MS);
+    let due = session.due();
+    assert_eq!(spoken(&session.tick(due)), ["dial: Resume"]);
+    let told = session.handle(connected(), due);
+    assert_eq!(spoken(&told), ["ABORT 1", "finish: cancelled"]);
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! Frames of the destination into the session: the set-up in order and out of order, what speaks of lanes, signs of life.
 
 use multifd_wire::frame::{
-    Acks, Asks, GiveBackReason, Grant, KeepAlive, Landed, LaneDown, RawLaneMark, RawRun, Ready,
+    Acks, Asks, GiveBack, GiveBackReason, Grant, KeepAlive, Landed, LaneDown, LaneMark,
+    RawLaneMark, RawRun, Ready,
 };
-use multifd_wire::{Features, Incarnation, LaneId, Reason, Sequence, Token};
+use multifd_wire::{Features, Incarnation, LaneId, Phase, Reason, Sequence, Token};
 
 use super::*;
 use crate::source::config::Config;
@@ -14,8 +15,15 @@ const MS: Duration = Duration::from_millis(1);
 fn session() -> Session {
     let config = Config::builder().channels(2).build().unwrap();
     let mut session = Session::new(config, 1024, Duration::ZERO);
-    session.connected(Features::RESUME, 100 * MS, Duration::ZERO);
+    let _ = session.handle(connected(), Duration::ZERO);
     session
+}
+
+fn connected() -> Event {
+    Event::Connected {
+        agreed: Features::RESUME,
+        round_trip: 100 * MS,
+    }
 }
 
 fn grant() -> Frame<'static> {
@@ -74,10 +82,13 @@ fn the_rounds_begin_when_the_destination_is_ready_and_all_lanes_are_open() {
     assert!(matches!(
         effects[..],
         [
-            Effect::Granted { first: true, .. },
+            Effect::Granted {
+                ticket: Some(_),
+                ..
+            },
             Effect::SendSetup { lanes: 2 },
-            Effect::DialLane { again: false, .. },
-            Effect::DialLane { again: false, .. },
+            Effect::DialLane { .. },
+            Effect::DialLane { .. },
         ]
     ));
     assert!(up(&mut session, 0, 0).is_empty());
@@ -163,10 +174,9 @@ fn resumed() -> Session {
     let mut session = in_rounds();
     let lost = Error::new(Phase::Rounds, Fault::Timeout { what: "anything" });
     let _ = session.handle(Event::Lost(lost), MS);
-    session.connected(Features::RESUME, 100 * MS, MS);
-    let _ = session.handle(Event::Reconnected, MS);
+    let _ = session.handle(connected(), MS);
     let effects = take(&mut session, &grant());
-    assert!(matches!(effects[0], Effect::Granted { first: false, .. }));
+    assert!(matches!(effects[0], Effect::Granted { ticket: None, .. }));
     let _ = up(&mut session, 1, 1);
     session
 }
@@ -222,12 +232,12 @@ fn signs_of_life_are_answered_and_given_on_time() {
         asks: Asks::Answer,
     });
     let answers = take(&mut session, &asks);
-    let [Effect::SendKeepAlive(answer)] = answers[..] else {
+    let [Effect::Send(Frame::KeepAlive(answer))] = answers[..] else {
         panic!("{answers:?}");
     };
     assert_eq!((answer.echo_us, answer.asks), (9, Asks::Nothing));
     let asked = session.tick(session.config.keep_alive);
-    let Effect::SendKeepAlive(asked) = asked[0] else {
+    let Effect::Send(Frame::KeepAlive(asked)) = asked[0] else {
         panic!("{asked:?}");
     };
     assert_eq!(asked.asks, Asks::Answer);
@@ -245,11 +255,11 @@ fn signs_of_life_are_answered_and_given_on_time() {
 #[test]
 fn only_acknowledged_bytes_are_progress() {
     let mut session = in_rounds();
-    let before = session.progress;
+    let before = session.deadlines.progress;
     let _ = session.handle(Event::Acked { bytes: 0 }, 50 * MS);
-    assert_eq!(session.progress, before);
+    assert_eq!(session.deadlines.progress, before);
     let _ = session.handle(Event::Acked { bytes: 1 }, 50 * MS);
-    assert_eq!(session.progress, 50 * MS);
+    assert_eq!(session.deadlines.progress, 50 * MS);
 }
 
 #[test]
