@@ -86,6 +86,10 @@ fn seeds_that_once_broke_a_promise_keep_it() {
         120_138_787,
         140_310_108,
         141_069_948,
+        // A source that stood still, and whose end came together with a sign of life that could not be sent any more.
+        910_000_071,
+        910_000_714,
+        910_001_135,
     ] {
         let verdict = sim::run(seed, Mode::Faults, false);
         assert!(verdict.violations.is_empty(), "seed {seed}: {verdict:#?}");

@@ -84,6 +84,10 @@ pub enum Fault {
     /// From some time on no connection of one lane can be made, for a while or for good. Drawn apart from the others, for one
     /// of [`WAYS_CLOSED_IN`] migrations; it happens when the lane is dialled again.
     WayClosed,
+    /// A program stands still for a while, with all its threads. Drawn apart from the others (`troubles.rs`), as is the next.
+    Stopped,
+    /// The VMM's thread at the destination never comes back.
+    ThreadHangs,
 }
 
 /// In one of so many migrations with more than one lane, [`Fault::WayClosed`] is drawn.

@@ -20,6 +20,7 @@ use multifd_wire::{Layout, PAGE_BYTES, PAGE_BYTES_U64};
 use super::devices;
 use super::faults::Side;
 use super::schedule;
+use super::troubles::Troubles;
 use super::world::{Step, World};
 use crate::model::{BLOB_KIND, Random, differing_page};
 
@@ -438,11 +439,22 @@ pub(super) struct DestinationVmm {
     pub(super) step_ns: u64,
     /// Which of the destination's programs it belongs to.
     pub(super) life: u32,
+    pub(super) troubles: Troubles,
+    /// The step from which it does not come back.
+    pub(super) hangs: Option<Step>,
 }
 
 impl DestinationVmm {
     fn lives(&self) -> bool {
         self.world.lives_as(Side::Destination, self.life)
+    }
+
+    /// Waits until everything is over, if it hangs in this step.
+    fn hangs(&self, step: Step) -> bool {
+        if self.hangs == Some(step) {
+            self.world.hangs(step);
+        }
+        self.hangs == Some(step)
     }
 }
 
@@ -459,10 +471,12 @@ impl rx::Vmm for DestinationVmm {
             .map(|region| region.bytes / PAGE_BYTES_U64)
             .eq(machine.shape.iter().copied());
         let expected = configs.len() == 1 && configs[0].bytes == CONFIGURATION;
-        if self.world.refuses(Step::Prepare) || !same || !expected {
+        let hung = self.hangs(Step::Prepare);
+        if hung || self.world.refuses(Step::Prepare) || !same || !expected {
             return Err(rx::VmmError::new("no such machine here"));
         }
         let memory = take_memory(&machine.shape);
+        self.troubles.use_memory(&memory, &machine.shape);
         if self.lives() {
             machine.forget_destination();
             machine.lock().destination = Some(memory.clone());
@@ -476,7 +490,7 @@ impl rx::Vmm for DestinationVmm {
 
     fn load(&mut self, states: Vec<rx::Blob>) -> Result<(), rx::VmmError> {
         schedule::sleep(self.step_ns);
-        if self.world.refuses(Step::Load) {
+        if self.hangs(Step::Load) || self.world.refuses(Step::Load) {
             return Err(rx::VmmError::new("this state is of another version"));
         }
         if self.lives() {
@@ -493,7 +507,7 @@ impl rx::Vmm for DestinationVmm {
 
     fn resume(&mut self, _: rx::Ownership) -> Result<(), rx::VmmError> {
         schedule::sleep(self.step_ns);
-        if self.world.refuses(Step::Resume) {
+        if self.hangs(Step::Resume) || self.world.refuses(Step::Resume) {
             return Err(rx::VmmError::new("no processor"));
         }
         if self.lives() {

@@ -18,6 +18,7 @@ pub mod network;
 mod oracle;
 pub mod schedule;
 mod stranger;
+mod troubles;
 pub mod world;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -32,6 +33,8 @@ use multifd_wire::{ChannelRef, LaneId};
 use self::faults::{Fault, Plan, Side, WAYS_CLOSED_IN};
 use self::machine::{DestinationVmm, Machine, Notes, Pace, SourceVmm};
 use self::network::Quality;
+use self::schedule::Group;
+use self::troubles::Troubles;
 use self::world::{Scene, World};
 use crate::model::Random;
 
@@ -117,6 +120,7 @@ struct Settings {
     devices: Vec<DeviceConfig>,
     starts_afresh: bool,
     closed: Option<ClosedWay>,
+    troubles: Troubles,
     /// How long the destination may hold a machine whose source has died, in ns.
     holds_ns: u64,
 }
@@ -247,14 +251,28 @@ impl Settings {
             devices,
             starts_afresh,
             closed: None,
+            troubles: Troubles::default(),
             // Noticing it may take a stall or the set-up's deadline, and the VMM may be at work.
             holds_ns: (suspend_ms + stall_ms + 6_000) * 1_000_000,
         }
     }
 }
 
-/// Starts threads with a small stack, as a simulation has many of them in its life.
-struct SmallThreads;
+impl Settings {
+    /// What goes wrong beside the table, and what follows for the others.
+    fn trouble(&mut self, troubles: Troubles) {
+        let lanes = self.quality.len() as u64 - 1;
+        for (place, quality) in (0..).zip(self.quality.iter_mut().skip(1)) {
+            quality.ps_per_octet *= troubles.slowness(place, lanes);
+        }
+        let stop = troubles.stop.map_or(Duration::ZERO, |stop| stop.lasts);
+        self.holds_ns += u64::try_from(stop.as_nanos()).unwrap_or(u64::MAX);
+        self.troubles = troubles;
+    }
+}
+
+/// Starts threads with a small stack, as a simulation has many of them in its life; they belong to this program.
+struct SmallThreads(Group);
 
 impl Spawner for SmallThreads {
     fn spawn(
@@ -262,10 +280,14 @@ impl Spawner for SmallThreads {
         name: &str,
         body: Box<dyn FnOnce() + Send>,
     ) -> std::io::Result<std::thread::JoinHandle<()>> {
+        let group = self.0;
         std::thread::Builder::new()
             .name(name.to_owned())
             .stack_size(512 << 10)
-            .spawn(body)
+            .spawn(move || {
+                schedule::belongs_to(group);
+                body();
+            })
     }
 }
 
@@ -341,6 +363,7 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> (Verdict, Weak<World>) {
     if mode == Mode::Faults {
         settings.closed = ClosedWay::draw(seed, settings.config.channels());
     }
+    settings.trouble(Troubles::draw(seed, mode));
     let plan = match mode {
         Mode::Faults => Plan::draw(&mut random),
         Mode::Flips => Plan::flips(&mut random),
@@ -367,11 +390,19 @@ fn simulated(seed: u64, mode: Mode, trace: bool) -> (Verdict, Weak<World>) {
         },
     );
     let theirs = Arc::clone(&world);
-    let fate = SmallThreads.spawn("fate", Box::new(move || theirs.fate_life()));
+    let fate = SmallThreads(Group::Nobody).spawn("fate", Box::new(move || theirs.fate_life()));
+    let stop = settings.troubles.stop.map(|stop| {
+        let theirs = Arc::clone(&world);
+        let body = Box::new(move || Troubles::stop_life(stop, &theirs));
+        SmallThreads(Group::Nobody).spawn("stop", body)
+    });
     let devices = devices::at_source(&world);
     let mut attempt = attempt(&world, &settings, devices, true);
     world.end();
     let _ = fate.expect("a thread can be started").join();
+    if let Some(stop) = stop {
+        let _ = stop.expect("a thread can be started").join();
+    }
     let judged = oracle::judge(&world, &attempt, &settings);
     let second = oracle::may_try_again(&world, &attempt) && random.below(4) == 0;
     if second {
@@ -423,7 +454,7 @@ fn attempt(
     devices: Vec<Box<dyn tx::DeviceSource>>,
     first: bool,
 ) -> Attempt {
-    let reception = receive(world, settings, world.life());
+    let reception = receive(world, settings, world.life(), first);
     let destination = Arc::new(Mutex::new(reception.handle()));
     let restarted = Arc::new(Mutex::new(None));
     let migration = tx::Migration::start(tx::Parts {
@@ -440,7 +471,7 @@ fn attempt(
             closed: settings.closed.filter(|_| first),
         }),
         config: settings.config.clone(),
-        spawner: Some(Box::new(SmallThreads)),
+        spawner: Some(Box::new(SmallThreads(Group::Source))),
     })
     .expect("threads can be started");
     if first {
@@ -453,7 +484,7 @@ fn attempt(
             (Arc::clone(&destination), Arc::clone(&restarted)),
         );
         world.set_restart(move || {
-            let reception = receive(&again, &to, again.life());
+            let reception = receive(&again, &to, again.life(), first);
             *lock(&place.0) = reception.handle();
             *lock(&place.1) = Some(reception);
         });
@@ -483,16 +514,18 @@ fn attempt(
 }
 
 /// Starts the destination's program.
-fn receive(world: &Arc<World>, settings: &Settings, life: u32) -> rx::Reception {
+fn receive(world: &Arc<World>, settings: &Settings, life: u32, first: bool) -> rx::Reception {
     rx::Reception::start(rx::Parts {
         vmm: Box::new(DestinationVmm {
             world: Arc::clone(world),
             step_ns: settings.step_ns,
             life,
+            troubles: settings.troubles,
+            hangs: settings.troubles.hangs.filter(|_| first),
         }),
         listeners: Vec::new(),
         config: settings.receiver.clone(),
-        spawner: Some(Box::new(SmallThreads)),
+        spawner: Some(Box::new(SmallThreads(Group::Destination))),
     })
     .expect("threads can be started")
 }

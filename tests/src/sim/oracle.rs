@@ -138,10 +138,12 @@ fn destination(world: &World, summary: &Summary, attempt: &Attempt) {
             }
         }
         rx::OutcomeKind::Stranded => {
-            let refused = summary
-                .happened
-                .iter()
-                .any(|(_, fault, _)| matches!(fault, Fault::VmmRefuses | Fault::DeviceFails));
+            let refused = summary.happened.iter().any(|(_, fault, _)| {
+                matches!(
+                    fault,
+                    Fault::VmmRefuses | Fault::DeviceFails | Fault::ThreadHangs
+                )
+            });
             if ledger.destination_ran || !ledger.commit_left || !refused {
                 world.violation(format!("stranded, says the destination, but {ledger:?}"));
             }

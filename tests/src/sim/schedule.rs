@@ -38,6 +38,9 @@ const SWITCHES_MAX: u64 = 1_000_000;
 /// Simulated threads that may exist in one simulation: far more than a migration has (a leak of threads is found by it).
 const THREADS_MAX: usize = 512;
 
+/// In the place of a thread's number: a group goes on.
+const THAW: u32 = u32::MAX;
+
 /// How a wait ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wake {
@@ -66,6 +69,17 @@ pub enum Key {
     Time,
 }
 
+/// Whose thread it is: a program can stand still, with all its threads. A thread belongs to the program whose thread started it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// The simulator's own.
+    Nobody,
+    /// The source's.
+    Source,
+    /// The destination's.
+    Destination,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Ready,
@@ -82,6 +96,7 @@ struct Thread {
     wake: Wake,
     handle: u64,
     joined: bool,
+    group: Group,
 }
 
 /// The token that makes a thread run.
@@ -97,6 +112,9 @@ struct Scheduler {
     random: Random,
     threads: Vec<Thread>,
     ready: Vec<u32>,
+    /// Until when the threads of a group stand still, and those that could run otherwise.
+    still: [u64; 3],
+    stopped: Vec<u32>,
     timers: BinaryHeap<Reverse<(u64, u64, u32, u64)>>,
     timer_count: u64,
     switches: u64,
@@ -146,6 +164,8 @@ pub fn simulate<T>(
         random: Random::new(seed ^ 0x5ced_u64),
         threads: Vec::new(),
         ready: Vec::new(),
+        still: [0; 3],
+        stopped: Vec::new(),
         timers: BinaryHeap::new(),
         timer_count: 0,
         switches: 0,
@@ -304,11 +324,29 @@ pub fn wake_at(key: Key, at: u64) {
     });
 }
 
+/// From now on the calling thread, and what it starts, belongs to this group.
+pub fn belongs_to(group: Group) {
+    let me = me();
+    with(|s| s.threads[me as usize].group = group);
+}
+
+/// The threads of a group stand still until an instant, as those of a stopped process do: timers and wakes wait for it.
+pub fn stop(group: Group, until: u64) {
+    with(|s| {
+        let still = &mut s.still[group as usize];
+        *still = (*still).max(until);
+        s.timer_count += 1;
+        s.timers.push(Reverse((until, s.timer_count, THAW, 0)));
+    });
+}
+
 /// Enters a thread that is about to be started; it can be picked from now on.
 #[must_use]
 pub fn announce() -> u32 {
+    let creator = ME.get().checked_sub(1);
     with(|s| {
         let id = u32::try_from(s.threads.len()).unwrap_or(u32::MAX);
+        let group = creator.map_or(Group::Nobody, |id| s.threads[id as usize].group);
         assert!(
             (id as usize) < THREADS_MAX,
             "more than {THREADS_MAX} threads in one simulation"
@@ -320,6 +358,7 @@ pub fn announce() -> u32 {
             wake: Wake::Woken,
             handle: 0,
             joined: false,
+            group,
         });
         s.ready.push(id);
         id
@@ -412,18 +451,20 @@ impl Scheduler {
             && when <= self.now
         {
             self.timers.pop();
-            let thread = &mut self.threads[id as usize];
-            if thread.waits == waits && matches!(thread.state, State::Blocked(_)) {
-                thread.state = State::Ready;
-                thread.wake = Wake::TimedOut;
-                self.ready.push(id);
-            }
+            self.due(id, waits);
         }
-        let id = if self.ready.is_empty() {
-            self.next_timer()
-        } else {
+        let id = loop {
+            if self.ready.is_empty() {
+                self.next_timer();
+                continue;
+            }
             let at = self.random.below(self.ready.len() as u64) as usize;
-            self.ready.swap_remove(at)
+            let id = self.ready.swap_remove(at);
+            if self.stands_still(id) {
+                self.stopped.push(id);
+            } else {
+                break id;
+            }
         };
         self.threads[id as usize].state = State::Running;
         self.looks = 0;
@@ -433,17 +474,39 @@ impl Scheduler {
         id
     }
 
-    fn next_timer(&mut self) -> u32 {
+    fn stands_still(&self, id: u32) -> bool {
+        let group = self.threads[id as usize].group;
+        self.still[group as usize] > self.now
+    }
+
+    /// A timer is due: a wait is over, or a group goes on. False if the wait was over before.
+    fn due(&mut self, id: u32, waits: u64) -> bool {
+        if id == THAW {
+            self.ready.append(&mut self.stopped);
+            return true;
+        }
+        let thread = &mut self.threads[id as usize];
+        let waits = thread.waits == waits && matches!(thread.state, State::Blocked(_));
+        if waits {
+            thread.state = State::Ready;
+            thread.wake = Wake::TimedOut;
+            self.ready.push(id);
+        }
+        waits
+    }
+
+    /// Nobody can run: the clock jumps to the next timer.
+    fn next_timer(&mut self) {
         while let Some(Reverse((when, _, id, waits))) = self.timers.pop() {
-            let thread = &mut self.threads[id as usize];
-            if thread.waits == waits && matches!(thread.state, State::Blocked(_)) {
-                thread.wake = Wake::TimedOut;
-                self.now = self.now.max(when);
+            let before = self.now;
+            self.now = self.now.max(when);
+            if self.due(id, waits) {
                 if self.now > self.limit {
                     self.stuck("the simulation lasts too long");
                 }
-                return id;
+                return;
             }
+            self.now = before;
         }
         self.stuck("every thread waits for another")
     }

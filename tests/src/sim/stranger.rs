@@ -87,5 +87,5 @@ pub(super) fn comes(
         }
     };
     // Without a thread nobody comes.
-    let _ = SmallThreads.spawn("stranger", Box::new(body));
+    let _ = SmallThreads(schedule::Group::Nobody).spawn("stranger", Box::new(body));
 }

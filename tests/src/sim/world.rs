@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use multifd_guest::{DeviceConfig, DeviceFailure};
 use multifd_transport::Span;
@@ -415,6 +416,29 @@ impl World {
                 .zip(state.discarded_at)
                 .map(|(died, discarded)| discarded.saturating_sub(died)),
             forged: state.forged,
+        }
+    }
+
+    /// A program stands still for so long.
+    pub(super) fn stopped(&self, side: Side, lasts: Duration) {
+        let mut state = self.lock();
+        state.must_succeed = false;
+        let text = format!("{side:?} for {lasts:?}");
+        state.note(Fault::Stopped, text.clone());
+        drop(state);
+        self.say(&format!("stands still: {text}"));
+    }
+
+    /// The VMM's thread at the destination does not come back before everything is over.
+    pub(super) fn hangs(&self, step: Step) {
+        let mut state = self.lock();
+        state.must_succeed = false;
+        let text = format!("{step:?}");
+        state.note(Fault::ThreadHangs, text.clone());
+        drop(state);
+        self.say(&format!("hangs: {text}"));
+        while !self.is_over() {
+            schedule::block(END, None);
         }
     }
 
@@ -1089,7 +1113,9 @@ impl World {
             | Fault::VmmRefuses
             | Fault::FlipChunk
             | Fault::DeviceFails
-            | Fault::WayClosed => {}
+            | Fault::WayClosed
+            | Fault::Stopped
+            | Fault::ThreadHangs => {}
         }
     }
 
