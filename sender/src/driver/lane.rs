@@ -227,9 +227,14 @@ impl<'s> Feeder<'s> {
             *refused_since = None;
             return fitting;
         }
-        // Speeds may be old news: a lane that stands still may have been fast.
+        // Speeds may be old news: a lane that stands still may have been fast. One frame at a time finds out: what is on its way
+        // when the guest is paused is waited for.
         let since = refused_since.get_or_insert_with(Instant::now);
-        (since.elapsed() > REFUSES_MAX).then_some(sizes[1])
+        if on_its_way > 0 || since.elapsed() <= REFUSES_MAX {
+            return None;
+        }
+        *refused_since = None;
+        Some(sizes[1])
     }
 
     /// Sorts the pages of one run into zeros and content, and sends frames as they fill up.
