@@ -567,6 +567,8 @@ impl<'s> Play<'s> {
             &cert,
             "--tls-key",
             &key,
+            "--tls-any-source",
+            "--clear-text",
         ];
         if let Some(hold) = hold {
             arguments.extend(["--hold-at", hold]);
@@ -668,6 +670,7 @@ impl<'s> Play<'s> {
             &patience,
             "--tls-ca",
             &authority,
+            "--clear-text",
         ];
         for address in &addresses {
             arguments.extend(["--data", address]);
