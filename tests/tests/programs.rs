@@ -383,7 +383,7 @@ fn a_guest_that_was_paused_arrives_paused_and_whole() {
 fn a_user_may_switch_over_now_whatever_the_forecast_says() {
     let sender = send(&[
         "--loopback",
-        "--progress",
+        "--report",
         "json",
         "--bandwidth",
         "20MB/s",
@@ -394,10 +394,14 @@ fn a_user_may_switch_over_now_whatever_the_forecast_says() {
         "--max-rounds",
         "1000",
     ]);
-    let _ = sender.wait_for("\"event\":\"round\"");
+    let _ = sender.wait_for("the destination is ready");
     sender.switch_over();
     let ended = sender.end();
-    assert_eq!(ended.status, Some(0), "{ended}");
+    let report = assert_migrated(&ended);
+    assert!(
+        report["downtime_ms"].as_f64().is_some_and(|ms| ms > 1.0),
+        "{report}"
+    );
 }
 
 // ── migrations that do not happen ────────────────────────────────────────────────────────────────────────────────────────
