@@ -72,7 +72,7 @@ impl ConfineFlags {
         multifd_confine::capabilities(kept).context(TURN_OFF)
     }
 
-    /// The second step, once listeners are bound: files, ports and system calls. `written` are the files and folders that are
+    /// The second step, before anything is bound or dialled: files, ports and system calls. `written` are the files and folders that are
     /// written beside the usual ones.
     ///
     /// # Errors
@@ -107,8 +107,10 @@ impl ConfineFlags {
         }
         let tcp = addresses.iter().filter_map(tcp_port);
         let ports = match places {
-            // Everything that is listened on is bound already.
-            Places::Listening(_) => Ports::default(),
+            Places::Listening(_) => Ports {
+                bind: tcp.collect(),
+                connect: Vec::new(),
+            },
             Places::Dialling(_) => Ports {
                 bind: vec![0],
                 // Long answers of name servers come by TCP.

@@ -32,7 +32,7 @@ pub struct TlsFlags {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["tls_ca", "tls_cert", "tls_key"], hide_short_help = true, help_heading = "TLS")]
     pub tls_dir: Option<PathBuf>,
 
-    /// Only a peer whose certificate is for this name: DNS:host, or a SPIFFE ID such as spiffe://domain/path; may be given many times
+    /// Only a peer whose certificate is for this name: a host name, an address, or a SPIFFE ID such as spiffe://domain/path; may be given many times
     ///
     /// Without it multifd-receive takes any source that the authority signed, and multifd-send asks for the host that it dials.
     #[arg(

@@ -300,7 +300,9 @@ fn drivers_cite_no_rule_of_the_protocol_but_those_that_the_architecture_lists() 
             .into_iter()
             .map(|path| read(&path));
         let files: Vec<_> = files.collect();
-        let cited = files.iter().flat_map(|file| file.lines());
+        // Tests may cite what they like.
+        let product = |file: &str| file.find("mod tests {").unwrap_or(file.len());
+        let cited = files.iter().flat_map(|file| file[..product(file)].lines());
         let cited = cited.filter(|line| line.contains("SPEC: ") || line.contains("(SPEC"));
         let cited: BTreeSet<_> = cited.flat_map(rules).collect();
         assert_eq!(
@@ -308,7 +310,7 @@ fn drivers_cite_no_rule_of_the_protocol_but_those_that_the_architecture_lists() 
             "{driver} and its table in docs/architecture.md"
         );
     }
-    assert!(tables > 0, "docs/architecture.md has such a table");
+    assert_eq!(tables, 2, "docs/architecture.md has a table for each side");
 }
 
 #[test]

@@ -24,6 +24,9 @@ pub enum Stranger {
     },
 }
 
+/// What a hello of ours begins with (SPEC.md section 4). A pass or a ticket follows, which no log may show.
+const OURS: &[u8] = b"MULTIFD\n";
+
 /// Beginnings that people meet at a port that they mistyped.
 const KNOWN: &[(&[u8], &str)] = &[
     (b"SSH-", "an SSH server"),
@@ -35,6 +38,7 @@ const KNOWN: &[(&[u8], &str)] = &[
     (b"QEVM", "a QEMU migration stream"),
     (b"* OK", "an IMAP server"),
     (b"+OK", "a POP3 server"),
+    (OURS, "a multifd without TLS"),
 ];
 
 impl Stranger {
@@ -50,6 +54,11 @@ impl Stranger {
             _ => {}
         }
         let known = KNOWN.iter().find(|(start, _)| octets.starts_with(start));
+        let octets = if octets.starts_with(OURS) {
+            OURS
+        } else {
+            octets
+        };
         Some(Self::Other {
             protocol: known.map(|(_, name)| *name),
             beginning: octets.escape_ascii().to_string(),
@@ -113,6 +122,14 @@ impl fmt::Display for WithoutTls<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pass_of_ours_is_not_shown() {
+        let hello = [b"MULTIFD\n".as_slice(), b"ABCDEFGHABCDEFGH"].concat();
+        let text = Stranger::look_at(&hello).unwrap().to_string();
+        assert!(text.contains("a multifd without TLS"), "{text}");
+        assert!(!text.contains("ABC"), "{text}");
+    }
 
     #[test]
     fn what_is_shown_is_short_and_escaped() {

@@ -222,7 +222,7 @@ impl Network {
         ])
     }
 
-    /// Packets to the destination that are larger than [`SMALL_MTU`] vanish on a path; nobody is told, and new connections agree on the
+    /// Packets to the destination that are larger than `SMALL_MTU` vanish on a path; nobody is told, and new connections agree on the
     /// usual size all the same.
     ///
     /// # Errors

@@ -46,7 +46,7 @@ impl FromStr for PeerName {
             };
         }
         let name = ServerName::try_from(text.to_owned())
-            .map_err(|_| invalid(WHAT, &"it is neither a URI nor a DNS name nor an address"))?;
+            .map_err(|_| invalid(WHAT, &"it is neither a host name (dest.example) nor an address nor a URI (spiffe://domain/path)"))?;
         Ok(Self(Name::Host(name)))
     }
 }

@@ -100,6 +100,10 @@ fn run(
         let thread = std::thread::Builder::new().spawn(listen);
         thread.context("no thread for standard input")?;
     }
+    // Before the listeners: a descriptor of RDMA's connection manager is void once its process is restricted further.
+    let listening = Places::Listening(places);
+    args.confinement
+        .confine(listening, &args.tls, &[], Exec::Forbidden)?;
     let listeners: Vec<_> = places
         .iter()
         .map(|place| Listener::bind_with(place, options))
@@ -108,11 +112,6 @@ fn run(
         .iter()
         .map(|listener| listener.local_address().clone())
         .collect();
-    let bound = Places::Listening(&addresses);
-    let confined = args
-        .confinement
-        .confine(bound, &args.tls, &[], Exec::Forbidden);
-    confined?;
     let guest = GuestHandle::default();
     let ceiling = args
         .memory_ceiling

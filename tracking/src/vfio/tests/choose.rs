@@ -264,7 +264,7 @@ fn pre_copy_tracking_that_is_off_is_said() {
         host.choose(both, host.container(), fixed()),
         pairs(&[(
             "vfio-type1 group",
-            "gpu, nic0: the container logs by 4096 octets; pre-copy-dirty-page-tracking is off for some, which one log for \
+            "gpu, nic0: the container logs by 4096 bytes; pre-copy-dirty-page-tracking is off for some, which one log for \
              all cannot tell apart"
         )])
     );
@@ -287,7 +287,7 @@ fn a_device_log_under_the_guests_iommu_is_refused_unless_the_hosts_iommu_tracks(
         host.choose(devices(), host.container(), viommu()),
         pairs(&[(
             "vfio-type1 group",
-            "nic0: the container logs by 4096 octets; the guest has an IOMMU: what it unmaps hands back its dirty pages, what is \
+            "nic0: the container logs by 4096 bytes; the guest has an IOMMU: what it unmaps hands back its dirty pages, what is \
              mapped at the stop is walked"
         )])
     );
