@@ -16,6 +16,8 @@ pub enum Side {
     Source,
     /// Its lanes and greeters read what any stranger says.
     Destination,
+    /// The same where RDMA is among the kinds of channel: a greeter opens its devices.
+    DestinationByRdma,
 }
 
 impl Side {
@@ -25,6 +27,7 @@ impl Side {
         match self {
             Self::Source => &["mfd-reader"],
             Self::Destination => &["mfd-reader", "mfd-lane", "mfd-greet"],
+            Self::DestinationByRdma => &["mfd-reader", "mfd-lane"],
         }
     }
 }

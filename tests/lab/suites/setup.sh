@@ -139,7 +139,7 @@ departs() {
     shift 2
     [[ $kind != tls ]] || tls=("${TLS[@]}")
     until timeout 250 "$SEND" --memory "$MEMORY" "${GUEST[@]}" --connect "$PEER:$PORT" --transport "$kind" "${tls[@]}" "$@" >"$report" 2>/tmp/complaint; do
-        if ! grep -qi refused "$report" /tmp/complaint || ((SECONDS > end)); then
+        if ! grep -qi "refused\|nobody takes" "$report" /tmp/complaint || ((SECONDS > end)); then
             cat "$report" /tmp/complaint
             return 1
         fi

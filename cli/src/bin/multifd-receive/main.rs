@@ -120,11 +120,17 @@ fn run(
             false => multifd_receiver::memory_to_be_had(),
         });
     let machine = Machine::new(guest.clone(), args.hold_at.map(hold::Hold::at), ceiling);
+    let by_rdma = places.iter().any(|place| matches!(place, Address::Rdma(_)));
+    let side = if by_rdma {
+        Side::DestinationByRdma
+    } else {
+        Side::Destination
+    };
     let reception = Reception::start(Parts {
         vmm: Box::new(machine),
         listeners,
         config,
-        spawner: args.confinement.spawner(Side::Destination)?,
+        spawner: args.confinement.spawner(side)?,
     })
     .map_err(|failed| failed.error)?;
     let warning = clear_text_warning(&addresses);
