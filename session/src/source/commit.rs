@@ -15,7 +15,7 @@ use super::error::Fault;
 /// Proof that the guest belongs to the source: no commit left for the destination in the pause that it ends, or the destination
 /// gave its word that it has read none and will take none any more (SPEC: ASK-3).
 ///
-/// Only [`Guest`] can make it: its field is private to this module. It is consumed by the VMM's `resume`.
+/// Only `Guest` can make it: its field is private to this module. It is consumed by the VMM's `resume`.
 #[derive(Debug)]
 #[must_use = "the guest stays paused until the VMM is shown this"]
 pub struct Reclaimed(());
