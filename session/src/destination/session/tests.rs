@@ -560,16 +560,35 @@ fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
         ]
     );
     // A lane that died before SWITCHOVER was read, but too late for the source to know when it sent FINAL.
-    let steps = happy_path().into_iter().take(SECOND_ROUND).chain([
-        ended(1),
-        switchover(1),
-        arrived(0, 1, true),
-        closed(0),
-        final_of(1, OTHER_DIGEST),
-    ]);
-    let mut session = after(steps);
-    assert!(matches!(&session.state, State::Fenced(fence) if Rounds::short_since(fence).is_some()));
-    assert_eq!(say(&mut session, switchover(2), NOW), ["open 2"]);
+    let short = || {
+        let session = after(happy_path().into_iter().take(SECOND_ROUND).chain([
+            ended(1),
+            switchover(1),
+            arrived(0, 1, true),
+            closed(0),
+            final_of(1, OTHER_DIGEST),
+        ]));
+        assert!(
+            matches!(&session.state, State::Fenced(fence) if Rounds::short_since(fence).is_some())
+        );
+        session
+    };
+    assert_eq!(say(&mut short(), switchover(2), NOW), ["open 2"]);
+    // One that lives and sends nothing is told what is missing; one that says nothing at all may stand still, and is waited for.
+    let mut lives = short();
+    let _ = feed(&mut lives, alive(), NOW + STALL - MS);
+    let words = say(&mut lives, tick(), NOW + STALL + MS);
+    assert!(
+        words
+            .iter()
+            .any(|word| word.contains("receiver.digest-mismatch")),
+        "{words:?}"
+    );
+    let words = say(&mut short(), tick(), NOW + STALL + MS);
+    assert!(
+        words.iter().all(|word| !word.contains("digest")),
+        "{words:?}"
+    );
 }
 
 /// SPEC: DEVSTREAM-7

@@ -99,8 +99,10 @@ impl Session {
         };
         match &self.state {
             State::Setup if set_up.0 < silence.0 => set_up,
+            // A source that says nothing meanwhile stands still: it had no time to send anything, and is silent first of all.
             State::Fenced(_)
                 if let Some(since) = short
+                    && clocks.heard >= since + config.stall() / 2
                     && since + config.stall() < silence.0 =>
             {
                 (since + config.stall(), "the source to send what is missing")
