@@ -139,7 +139,7 @@ pub fn run(destination: Destination, stop: &AtomicBool) -> io::Result<Report> {
         spawn("brg-dial", move || dial_all(&shared, &monitor));
     }
     let (how, why) = watch(shared, stop);
-    let end = wind_down(shared, how, why);
+    let end = wind_down(shared, stop, how, why);
     remember(shared, stop);
     drop(door);
     shared.wake_all();
@@ -186,9 +186,15 @@ fn watch(shared: &Arc<Shared>, stop: &AtomicBool) -> (Ended, Option<String>) {
     }
 }
 
-/// Nothing more is carried. Finds out how the migration ended: only the monitor can say it.
-// SPEC: CARRY-9, CARRY-10
-fn wind_down(shared: &Arc<Shared>, how: Ended, why: Option<String>) -> (Ended, Option<String>) {
+/// Nothing more is carried. Finds out how the migration ended: only the monitor can say it. One that may have all that it needs is
+/// waited for as long as it takes, since the source may run the guest again as soon as it is told that this one does not.
+// SPEC: CARRY-9, CARRY-10, CARRY-12
+fn wind_down(
+    shared: &Arc<Shared>,
+    stop: &AtomicBool,
+    how: Ended,
+    why: Option<String>,
+) -> (Ended, Option<String>) {
     let main = {
         let core = shared.lock();
         let open = core.outcome.is_none() && core.is_read();
@@ -198,12 +204,28 @@ fn wind_down(shared: &Arc<Shared>, how: Ended, why: Option<String>) -> (Ended, O
     if let Some(socket) = main {
         // What it lacks will not come; if it lacks nothing, it says so.
         let _ = socket.shutdown(std::net::Shutdown::Write);
-        wind_up::wait_for(shared, LAST_WORD_MAX, |core| core.outcome.is_some());
+        let is_known = |core: &Core| core.outcome.is_some();
+        while !wind_up::wait_for(shared, LAST_WORD_MAX, is_known) {
+            if shared.lock().is_safe() {
+                break;
+            }
+            tracing::warn!(
+                "the monitor may have everything, and does not say whether it runs the guest"
+            );
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+        }
     }
     let outcome = {
         let mut core = shared.lock();
         if core.is_post_copy() && core.outcome.is_none() {
             core.outcome = Some(OutcomeState::FailedAfterCommit);
+        }
+        let may_run = core.is_read() && core.outcome.is_none() && !core.is_safe();
+        if may_run {
+            let why = "not known: the machine monitor may have everything, and did not say whether it runs the guest";
+            return (Ended::Unknown, Some(why.to_owned()));
         }
         if core.is_read() || how != Ended::Carried {
             *core.outcome.get_or_insert(OutcomeState::NotCommitted)

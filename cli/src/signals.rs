@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 /// Becomes true with the first signal.
@@ -25,6 +25,10 @@ pub fn catch(program: &'static str, meanwhile: &'static str) -> io::Result<Asked
         wanted.push(SIGHUP);
     }
     let mut signals = Signals::new(wanted)?;
+    // Sent to the wrong program they would end it, and the guest with it.
+    for harmless in [SIGUSR1, SIGUSR2] {
+        signal_hook::flag::register(harmless, Asked::default())?;
+    }
     let flag = Arc::clone(&asked);
     std::thread::Builder::new()
         .name("signals".into())

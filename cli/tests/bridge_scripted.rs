@@ -169,6 +169,21 @@ fn killed_after_the_guest_was_stopped_the_source_hears_nothing_until_it_runs_the
     assert_eq!(scene.source_hears(), SHUT);
 }
 
+/// A monitor on a busy host takes longer to run the guest than the link is waited for (3 s) and the last word (10 s).
+///
+/// SPEC: CARRY-12
+#[test]
+fn a_monitor_that_may_run_the_guest_is_waited_for_as_long_as_it_takes() {
+    let mut scene = scene("scripted-slow");
+    scene.send_the_device();
+    scene.kill();
+    for _ in 0..23 {
+        scene.source_hears_nothing();
+    }
+    scene.destination.write_all(&SHUT).unwrap();
+    assert_eq!(scene.source_hears(), SHUT);
+}
+
 /// SPEC: CARRY-10, CARRY-12
 #[test]
 fn killed_after_the_guest_was_stopped_the_source_hears_an_end_if_it_can_not_run_there() {

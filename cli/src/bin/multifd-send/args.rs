@@ -19,6 +19,12 @@ use multifd_wire::Token;
 
 use crate::help;
 
+/// What the built-in guest writes, unless it is told.
+const WORKING_SET: u64 = 256 << 20;
+
+/// Guest memory is counted in these.
+const PAGE: u64 = 4096;
+
 /// The flags.
 #[derive(Debug, Parser)]
 #[command(name = "multifd-send", version, about = help::ABOUT, long_about = help::LONG_ABOUT, after_help = help::SHORT, after_long_help = help::LONG)]
@@ -131,7 +137,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::time, help_heading = "Convergence")]
     pub(crate) downtime_limit: Duration,
 
-    /// Pre-copy rounds (iterations) before --if-not-converging decides
+    /// Pre-copy rounds (iterations) before --if-not-converging decides; it decides sooner when more would not help
     #[arg(
         long,
         value_name = "N",
@@ -194,9 +200,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "RATE", value_parser = units::rate, default_value = "100M", help_heading = "Built-in guest")]
     pub(crate) dirty_rate: u64,
 
-    /// The part of memory that the guest writes
-    #[arg(long, value_name = "SIZE", value_parser = units::size, default_value = "256M", help_heading = "Built-in guest")]
-    pub(crate) working_set: u64,
+    /// The part of memory that the guest writes. Default: 256M, or half of a memory that is smaller than 512M
+    #[arg(long, value_name = "SIZE", value_parser = units::size, help_heading = "Built-in guest")]
+    pub(crate) working_set: Option<u64>,
 
     /// How dirty pages are found
     #[arg(long, value_name = "HOW", value_enum, default_value_t = HowTracked::Auto, help_heading = "Built-in guest")]
@@ -453,7 +459,9 @@ impl Args {
         multifd_guest::Config {
             memory_bytes: self.memory,
             vcpus: self.vcpus,
-            working_set_bytes: self.working_set,
+            working_set_bytes: self
+                .working_set
+                .unwrap_or_else(|| WORKING_SET.min(self.memory / 2 / PAGE * PAGE)),
             dirty_rate_bytes_per_s: self.dirty_rate,
             pattern: match self.pattern {
                 WritePattern::Random => Pattern::Random,
@@ -626,7 +634,7 @@ mod tests {
                     assert!(std::time::Instant::now().checked_add(time * 1000).is_some());
                 }
                 assert!(
-                    args.memory <= 1 << 38 && args.working_set <= args.memory,
+                    args.memory <= 1 << 38 && args.working_set.is_none_or(|bytes| bytes <= 1 << 38),
                     "{flag} {text}"
                 );
             }
