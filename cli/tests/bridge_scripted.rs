@@ -78,7 +78,14 @@ fn scene(test: &str) -> Scene {
     let incoming = UnixListener::bind(folder.join("in.sock")).unwrap();
     let (receive, line) = Program::start(
         env!("CARGO_BIN_EXE_multifd-receive"),
-        &["--bridge", &uri("in.sock"), "--listen", "127.0.0.1:0"],
+        &[
+            "--bridge",
+            &uri("in.sock"),
+            "--listen",
+            "127.0.0.1:0",
+            "--bridge-outage",
+            "3s",
+        ],
     );
     let port = line
         .split("127.0.0.1:")
