@@ -70,6 +70,17 @@ fn prefix_of_bits(amount: &str) -> Option<&str> {
         .filter(|rest| rest.ends_with(['K', 'M', 'G', 'T']))
 }
 
+/// A share, `80%` or `80`, at most 99 %.
+///
+/// # Errors
+/// What could be written instead.
+pub fn percent(text: &str) -> Result<u8, String> {
+    let number = text.trim().trim_end_matches('%').trim_end();
+    let percent: Option<u8> = number.parse().ok();
+    let fits = percent.filter(|percent| *percent <= 99);
+    fits.ok_or_else(|| "write for example 80%, at least 0% and at most 99%".to_owned())
+}
+
 /// A duration, at most [`TIME_MAX`].
 ///
 /// # Errors
@@ -222,6 +233,16 @@ mod tests {
     }
 
     #[test]
+    fn shares_are_in_percent() {
+        for (text, is) in [("80%", 80), ("0", 0), (" 99 % ", 99)] {
+            assert_eq!(percent(text), Ok(is), "{text}");
+        }
+        for text in ["100%", "-1%", "", "%", "0.8", "256"] {
+            assert!(percent(text).unwrap_err().contains("80%"), "{text}");
+        }
+    }
+
+    #[test]
     fn times_have_units_and_may_have_fractions() {
         for (text, ms) in [
             ("300ms", 300),
@@ -275,7 +296,7 @@ mod tests {
         #[test]
         fn no_text_is_too_strange(text in "\\PC{0,24}", number in any::<u64>(), unit in "[a-zA-Z/. ]{0,6}") {
             for text in [text, format!("{number}{unit}"), format!("{number}.{number}{unit}")] {
-                let _ = (size(&text), rate(&text));
+                let _ = (size(&text), rate(&text), percent(&text));
                 if let Ok(time) = time(&text) {
                     prop_assert!(time <= TIME_MAX);
                 }

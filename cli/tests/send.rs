@@ -61,6 +61,7 @@ const FLAGS: &[&str] = &[
     "--tls-ca",
     "--tls-cert",
     "--tls-key",
+    "--throttle-limit",
     "--tls-server-name",
     "--tracking",
     "--transport",

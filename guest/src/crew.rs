@@ -1,6 +1,7 @@
 //! The threads of a guest, one for each virtual CPU: how they are made, hurried and ended.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub(crate) struct Crew {
     pub(crate) gate: Gate,
     /// One for each virtual CPU.
     pub(crate) beats: Vec<Beat>,
+    /// How much of their time is held back, in percent.
+    pub(crate) throttle: AtomicU8,
 }
 
 /// The threads themselves. Dropping it ends them all, from whatever they do, and waits for them.
@@ -38,7 +41,15 @@ impl Crew {
         Self {
             gate: Gate::new(vcpus),
             beats: (0..vcpus).map(|_| Beat::new()).collect(),
+            throttle: AtomicU8::new(0),
         }
+    }
+}
+
+impl Crew {
+    /// How much of a virtual CPU's time is held back now, in percent.
+    pub(crate) fn throttle(&self) -> u8 {
+        self.throttle.load(Ordering::Relaxed)
     }
 }
 

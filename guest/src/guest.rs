@@ -6,6 +6,7 @@
 //! ```
 
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -173,6 +174,12 @@ impl Guest {
         }
         *phase = Phase::Paused;
         Ok(())
+    }
+
+    /// Holds so much of each virtual CPU's time back from the end of its present batch on, in percent, 99 at most; 0 releases it. Its own pace is
+    /// stretched alike, so that it writes as much less as it runs less, whether or not it was at the end of its strength.
+    pub fn throttle(&self, percent: u8) {
+        self.crew.throttle.store(percent.min(99), Ordering::Relaxed);
     }
 
     /// The state of all virtual CPUs as bytes, for [`load_state`](Self::load_state) of a guest built from

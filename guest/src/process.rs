@@ -260,7 +260,7 @@ impl Work {
             let mut pace = Pace::new(share.batch_ns, Instant::now());
             while self.crew.gate.may_run() {
                 if self.step(share) == Step::BatchEnded {
-                    let due = pace.batch_ended(Instant::now());
+                    let due = pace.batch_ended(Instant::now(), self.crew.throttle());
                     self.crew.gate.wait_until(due);
                 }
             }

@@ -133,7 +133,8 @@ impl Vcpu {
                     mapped = Mapped::Nothing;
                     counter = counter.wrapping_add(share.batch);
                     beat.report_low(low);
-                    crew.gate.wait_until(pace.batch_ended(Instant::now()));
+                    let due = pace.batch_ended(Instant::now(), crew.throttle());
+                    crew.gate.wait_until(due);
                 }
                 Exit::RingFull => ring_full.harvest(self.index)?,
                 Exit::Unexpected(what) => return Err(locate(&descriptor, &what)),

@@ -13,15 +13,15 @@ pub use multifd_sender::device::{DeviceSource, DeviceTraits, PreCopyInfo, Read};
 pub use multifd_sender::forecast::{Forecast, Interval, Outlook};
 pub use multifd_sender::progress::{Reconnect, Snapshot, SourceProgress};
 pub use multifd_sender::report::{
-    DamageReport, DeviceDowntime, DeviceReport, Downtime, ErrorReport, ForecastReport, OutcomeKind,
-    Report, RoundReport, SourceReport,
+    DamageReport, DeviceDowntime, DeviceReport, Downtime, ErrorReport, ForecastReport,
+    LimitsReport, OutcomeKind, Report, RoundReport, SourceReport, ThrottleReport,
 };
 #[cfg(feature = "vfio")]
 pub use multifd_sender::vfio;
 pub use multifd_sender::{
     AskTicket, CalledDialer, Config, ConfigBuilder, ConfigError, Dial, Dialer, DirtyScan, Error,
-    Fault, Handle, Reclaimed, SpreadDialer, Vmm, WhenAckLate, WhenDestinationLost,
-    WhenNotConverging, ask,
+    Fault, Handle, Limits, Reclaimed, Sending, SpreadDialer, Steer, Throttled, Vmm, WhenAckLate,
+    WhenDestinationLost, WhenNotConverging, ask,
 };
 pub use multifd_wire::frame::GuestState;
 

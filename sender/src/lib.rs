@@ -20,7 +20,7 @@ pub mod vfio;
 pub mod vmm;
 
 pub use multifd_session::source::ask::AskTicket;
-pub use multifd_session::source::{config, error, forecast, lane, pacer, session, speed};
+pub use multifd_session::source::{config, error, forecast, lane, pacer, session, speed, steer};
 
 pub use config::{
     Config, ConfigBuilder, ConfigError, DirtyScan, WhenAckLate, WhenDestinationLost,
@@ -34,4 +34,5 @@ pub use error::{Error, Fault};
 pub use multifd_wire::frame::GuestState;
 pub use progress::{Snapshot, SourceProgress};
 pub use report::{DamageReport, OutcomeKind, Report};
-pub use vmm::{Blob, Reclaimed, Vmm, VmmError};
+pub use steer::{Limits, Sending, Steer};
+pub use vmm::{Blob, Reclaimed, Throttled, Vmm, VmmError};

@@ -3,7 +3,7 @@
 //! The migration's threads only ever store; readers only ever load. Each number is true on its own; two numbers of one
 //! [`Snapshot`] may be some microseconds apart.
 
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use multifd_wire::{ChannelRef, DamageList, Damaged, Phase};
 
 use crate::error::Fault;
 use crate::forecast::{Forecast, Outlook};
+use crate::steer::Limits;
 
 /// The live counters. Shared by all threads of a migration.
 #[derive(Debug, Default)]
@@ -48,8 +49,11 @@ pub(crate) struct Counters {
     pub(crate) gives_up_in_ms: AtomicU64,
     /// Bytes a second over all lanes in the newest round that was long enough to measure.
     pub(crate) bandwidth: AtomicU64,
+    /// Held back of the guest's time, in percent.
+    pub(crate) throttle_percent: AtomicU8,
     cpu_ns: AtomicU64,
     outlook: Mutex<Option<Outlook>>,
+    limits: Mutex<Limits>,
     sources: Box<[LiveSource]>,
 }
 
@@ -110,14 +114,15 @@ impl Counters {
         }
     }
 
-    /// All zero, for these sources.
-    pub(crate) fn new(sources: &[Box<dyn Source>]) -> Self {
+    /// All zero, for these sources, with these limits.
+    pub(crate) fn new(sources: &[Box<dyn Source>], limits: Limits) -> Self {
         let live = |name: &str| LiveSource {
             name: name.into(),
             figures: LiveFigures::default(),
         };
         Self {
             sources: sources.iter().map(|source| live(source.name())).collect(),
+            limits: Mutex::new(limits),
             ..Self::default()
         }
     }
@@ -140,6 +145,10 @@ impl Counters {
 
     pub(crate) fn set_outlook(&self, outlook: Outlook) {
         *self.outlook.lock().unwrap_or_else(PoisonError::into_inner) = Some(outlook);
+    }
+
+    pub(crate) fn set_limits(&self, limits: Limits) {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -169,6 +178,7 @@ impl Counters {
             })
             .filter(|reconnect| reconnect.attempts > 0),
             bandwidth: self.bandwidth.load(Relaxed),
+            throttle_percent: self.throttle_percent.load(Relaxed),
             cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
             sources: self
                 .sources
@@ -180,6 +190,7 @@ impl Counters {
                 .collect(),
             forecast: outlook.map(|outlook| outlook.forecast),
             outlook,
+            limits: *self.limits.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }
 }
@@ -248,6 +259,8 @@ pub struct Snapshot {
     pub reconnect: Option<Reconnect>,
     /// Measured bytes a second over all lanes; 0 before the first measurement.
     pub bandwidth: u64,
+    /// How much of the guest's time is held back so that it writes less, in percent.
+    pub throttle_percent: u8,
     /// CPU time of the migration's own threads so far.
     pub cpu: Duration,
     /// Each source of dirty pages, in the order in which they were handed over.
@@ -256,4 +269,6 @@ pub struct Snapshot {
     pub forecast: Option<Forecast>,
     /// The same with when it was made, when the migration will be over, and how sure that is.
     pub outlook: Option<Outlook>,
+    /// The limits in force.
+    pub limits: Limits,
 }

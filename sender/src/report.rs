@@ -8,11 +8,12 @@ use multifd_wire::frame::{GuestState, Prepared, RoundClosed, Running};
 use multifd_wire::{PAGE_BYTES_U64, Round};
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::config::{Config, WhenNotConverging};
 use crate::error::Error;
 use crate::forecast::{Forecast, Interval, Outlook};
 use crate::progress::Snapshot;
 use crate::session::Outcome;
+use crate::steer::{Limits, Sending};
 
 /// How it ended, in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -51,6 +52,14 @@ pub struct Report {
     pub predicted_downtime_ms: Option<f64>,
     /// What was forecast, and when: soon after the first round began, at the end of each round, and at the switchover.
     pub forecasts: Vec<ForecastReport>,
+    /// The limits that were set, and those after each change of one of them while it ran.
+    pub limits: Vec<LimitsReport>,
+    /// How much of the guest's time was held back, from when on; empty if the guest was never slowed.
+    pub throttles: Vec<ThrottleReport>,
+    /// For how long anything was held back, in all.
+    pub throttled_ms: f64,
+    /// What the VMM said that could not slow the guest, or not let it go on, last.
+    pub throttle_error: Option<String>,
     /// Number of rounds, the last one included.
     pub rounds: usize,
     /// Each round.
@@ -308,6 +317,55 @@ impl From<&Outlook> for ForecastReport {
     }
 }
 
+/// How much of the guest's time was held back from one moment on.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct ThrottleReport {
+    /// Since when, in milliseconds since the migration began.
+    pub at_ms: f64,
+    /// How much, in percent; 0: it was released.
+    pub percent: u8,
+}
+
+/// The limits from one moment on.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct LimitsReport {
+    /// Since when, in milliseconds since the migration began.
+    pub at_ms: f64,
+    /// The most bytes a second over all data channels; null without a cap.
+    pub bandwidth_cap_bytes_per_s: Option<u64>,
+    /// The longest predicted downtime at which the switchover is begun.
+    pub downtime_limit_ms: f64,
+    /// Live rounds after which the forecast decides.
+    pub max_rounds: u32,
+    /// What is done then: `fail` or `switch`.
+    pub if_not_converging: &'static str,
+    /// How much of the guest's time might be held back, in percent.
+    pub throttle_limit_percent: u8,
+    /// Sending was held.
+    pub sending_held: bool,
+}
+
+impl LimitsReport {
+    /// These limits, in force since then.
+    #[must_use]
+    pub fn new(limits: &Limits, at: Duration) -> Self {
+        Self {
+            at_ms: ms(at),
+            bandwidth_cap_bytes_per_s: limits.bandwidth,
+            downtime_limit_ms: ms(limits.downtime_limit),
+            max_rounds: limits.max_rounds,
+            if_not_converging: match limits.when_not_converging {
+                WhenNotConverging::Switch => "switch",
+                _ => "fail",
+            },
+            throttle_limit_percent: limits.throttle_limit,
+            sending_held: limits.sending == Sending::Held,
+        }
+    }
+}
+
 /// One source of dirty pages.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
@@ -344,7 +402,7 @@ pub struct SourceReport {
     pub reason: Option<String>,
 }
 
-/// Forecasts that the report keeps.
+/// Forecasts, and changes of limits, that the report keeps.
 const FORECASTS_MAX: usize = 256;
 
 /// Notes down when things happened. Kept by the control thread.
@@ -352,6 +410,11 @@ const FORECASTS_MAX: usize = 256;
 pub(crate) struct Timeline {
     began: Option<Instant>,
     forecasts: Vec<ForecastReport>,
+    changed: Vec<LimitsReport>,
+    throttles: Vec<ThrottleReport>,
+    throttled_since: Option<Duration>,
+    throttled: Duration,
+    pub(crate) throttle_error: Option<String>,
     rounds_began: Option<Duration>,
     rounds_ended: Option<Duration>,
     last_closed: Option<Duration>,
@@ -427,6 +490,33 @@ impl Timeline {
         self.forecasts.push(ForecastReport::from(&outlook));
     }
 
+    /// The limits are these from now on. Of more changes than the report keeps, the newest replaces the one before.
+    pub(crate) fn limits(&mut self, limits: Limits, now: Duration) {
+        if self.changed.len() >= FORECASTS_MAX {
+            self.changed.pop();
+        }
+        self.changed.push(LimitsReport::new(&limits, now));
+    }
+
+    /// So much of the guest's time is held back from now on.
+    pub(crate) fn throttled(&mut self, percent: u8, now: Duration) {
+        if self.throttles.len() >= FORECASTS_MAX {
+            self.throttles.pop();
+        }
+        let at_ms = ms(now);
+        self.throttles.push(ThrottleReport { at_ms, percent });
+        match percent {
+            0 => self.throttle_ends(now),
+            _ => self.throttled_since = self.throttled_since.or(Some(now)),
+        }
+    }
+
+    fn throttle_ends(&mut self, now: Duration) {
+        if let Some(since) = self.throttled_since.take() {
+            self.throttled += now.saturating_sub(since);
+        }
+    }
+
     pub(crate) fn round_opened(&mut self, round: Round, pages: u64, now: Duration) {
         let report = RoundReport {
             round: round.value(),
@@ -500,11 +590,13 @@ impl Timeline {
         })
     }
 
-    pub(crate) fn pausing(&mut self, predicted: Option<Duration>) {
+    pub(crate) fn pausing(&mut self, predicted: Option<Duration>, now: Duration) {
         (self.paused, self.saved, self.final_sent, self.prepared) = (None, None, None, None);
         (self.running_again, self.last_collects) = (None, Duration::ZERO);
         self.taken();
         self.taken = None;
+        // Of a guest that stands still nothing is held back.
+        self.throttle_ends(now);
         self.pausing = Some(Instant::now());
         self.predicted = predicted;
     }
@@ -643,6 +735,12 @@ impl Report {
             predicted_downtime_ms: timeline.predicted.map(ms),
             rounds: timeline.rounds.len(),
             forecasts: timeline.forecasts.clone(),
+            throttles: timeline.throttles.clone(),
+            throttled_ms: ms(timeline.throttled),
+            throttle_error: timeline.throttle_error.clone(),
+            limits: std::iter::once(LimitsReport::new(&config.limits(), Duration::ZERO))
+                .chain(timeline.changed.iter().copied())
+                .collect(),
             round_list: timeline.rounds.iter().map(|(report, _)| *report).collect(),
             channels: config.channels(),
             channels_lost: timeline.lanes_lost,

@@ -14,6 +14,15 @@ use crate::device::DeviceSource;
 pub use multifd_session::common::{Blob, VmmError};
 pub use multifd_session::source::Reclaimed;
 
+/// What a VMM made of [`Vmm::throttle`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Throttled {
+    /// It is so from now on.
+    Done,
+    /// This VMM slows no guest; nothing has changed.
+    NotSupported,
+}
+
 /// The source's virtual machine monitor, as the migration sees it.
 ///
 /// All calls come from the migration's control thread, one at a time. Guest memory and dirty tracking are handed over
@@ -61,6 +70,18 @@ pub trait Vmm: Any + Send {
     fn granted(&mut self, ticket: &AskTicket) -> Result<(), VmmError> {
         let _ = ticket;
         Ok(())
+    }
+
+    /// Holds so much of the guest's time back from now on, in percent, 0 to 99: each vCPU runs for the rest of it. The migration asks for
+    /// this if the guest writes faster than its memory can be sent, never for more than
+    /// [`throttle_limit`](crate::ConfigBuilder::throttle_limit), by steps, with the guest running. It says 0 at every end and whenever the
+    /// channels are lost, also after [`Vmm::resume`], but not of a guest that was given away.
+    ///
+    /// # Errors
+    /// Reported to the user; the migration goes on with the guest as it was, and only 0 is asked for from then on.
+    fn throttle(&mut self, percent: u8) -> Result<Throttled, VmmError> {
+        let _ = percent;
+        Ok(Throttled::NotSupported)
     }
 
     /// Stops all vCPUs and the VMM's own writers of guest memory, also if the guest's user has paused it already. After it returns, guest memory changes only through

@@ -39,6 +39,11 @@ impl tx::Vmm for Leaving {
         Ok(vec![blob(self.0.config_blob())])
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<tx::Throttled, tx::VmmError> {
+        self.0.throttle(percent);
+        Ok(tx::Throttled::Done)
+    }
+
     fn pause(&mut self) -> Result<(), tx::VmmError> {
         self.0.pause().map_err(tx::VmmError::new)
     }

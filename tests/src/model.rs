@@ -3,7 +3,7 @@
 //! The source's writers mark what they write themselves, after the write, like a VMM's back end does. At the destination nothing
 //! writes: after a migration the two memories must be equal, which [`differing_page`] checks.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -115,6 +115,8 @@ struct Engine {
     writes: AtomicU64,
     pages_per_second: u64,
     writers: usize,
+    /// Held back of their time, in percent.
+    throttle: Arc<AtomicU8>,
 }
 
 impl Engine {
@@ -154,8 +156,9 @@ impl Engine {
                 self.marker
                     .mark_bytes(region, page * PAGE_BYTES_U64, PAGE_BYTES_U64);
             }
+            let rest = 100 - u64::from(self.throttle.load(Ordering::Relaxed).min(99));
             std::thread::sleep(Duration::from_nanos(
-                1_000_000_000 * batch / self.pages_per_second.max(1),
+                1_000_000_000 * batch / self.pages_per_second.max(1) * 100 / rest,
             ));
         }
     }
@@ -173,6 +176,8 @@ pub struct SourceMachine {
     pub running: Arc<AtomicBool>,
     /// Times that it was resumed.
     pub resumed: Arc<AtomicU64>,
+    /// How much of its writers' time is held back, in percent.
+    pub throttle: Arc<AtomicU8>,
 }
 
 impl SourceMachine {
@@ -189,6 +194,7 @@ impl SourceMachine {
             writes: AtomicU64::new(0),
             pages_per_second,
             writers,
+            throttle: Arc::default(),
         });
         let threads = (0..writers as u64)
             .map(|index| {
@@ -197,6 +203,7 @@ impl SourceMachine {
             })
             .collect();
         Self {
+            throttle: Arc::clone(&engine.throttle),
             engine,
             tracked: Mutex::new(Some(tracked)),
             threads,
@@ -257,6 +264,11 @@ impl tx::Vmm for SourceMachine {
             version: 1,
             bytes: Bytes::from_static(b"model machine"),
         }])
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<tx::Throttled, tx::VmmError> {
+        self.throttle.store(percent, Ordering::SeqCst);
+        Ok(tx::Throttled::Done)
     }
 
     fn pause(&mut self) -> Result<(), tx::VmmError> {

@@ -35,7 +35,7 @@ use crate::config::DirtyScan;
 use crate::error::{Error, Fault};
 use crate::report::{Report, Timeline};
 use crate::session::{Counted, Effect, Event, Outcome, Session};
-use crate::vmm::{Blob, Vmm, VmmError};
+use crate::vmm::{Blob, Throttled, Vmm, VmmError};
 
 /// How long the end of a migration waits for the destination to close the control channel, so that a farewell is read.
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
@@ -190,13 +190,19 @@ impl Control {
         }
     }
 
-    /// What the embedder has said of its guest meanwhile.
+    /// What the embedder has said of its guest, and wants, meanwhile.
     fn heed_wishes(&mut self) {
         if self.outcome.is_none() && self.shared.wishes.guest_gone.load(Relaxed) {
             self.drive(Event::GuestGone);
         }
         if self.outcome.is_none() && self.shared.wishes.switch_over.swap(false, Relaxed) {
             self.drive(Event::SwitchOverNow);
+        }
+        let changes = std::mem::take(&mut *lock(&self.shared.wishes.changes));
+        for change in changes {
+            if self.outcome.is_none() {
+                self.drive(Event::Steer(change));
+            }
         }
     }
 
@@ -259,6 +265,9 @@ impl Control {
                 let counter = &self.shared.counters.bandwidth;
                 counter.store(bandwidth as u64, Relaxed);
             }
+            let cap = self.session.limits().bandwidth;
+            let pacer = &self.shared.pacer;
+            pacer.set(cap, self.session.sending());
             let mut failed = None;
             // Also those behind one that could not be carried out: that the guest comes back, or the end, may be among them.
             for effect in effects {
@@ -362,6 +371,14 @@ impl Control {
             Effect::Forecast(outlook) => {
                 self.shared.counters.set_outlook(outlook);
                 self.timeline.forecast(outlook);
+                Ok(None)
+            }
+            Effect::Throttle { percent } => Ok(self.throttle(percent)),
+            Effect::Steered(change) => {
+                tracing::info!(%change, "steered");
+                let limits = self.session.limits();
+                self.shared.counters.set_limits(limits);
+                self.timeline.limits(limits, self.shared.now());
                 Ok(None)
             }
             Effect::AwaitDevices => {
@@ -568,11 +585,39 @@ impl Control {
         counters.pages_damaged.fetch_add(judged.damaged, Relaxed);
     }
 
+    /// Whatever the VMM says, the migration goes on.
+    fn throttle(&mut self, percent: u8) -> Option<Event> {
+        self.shared.watch.at("have the VMM slow the guest");
+        let done = self.vmm.throttle(percent);
+        match (&done, percent) {
+            (Ok(Throttled::Done), _) => {
+                tracing::info!(percent, "held back of the guest's time");
+                let counter = &self.shared.counters.throttle_percent;
+                counter.store(percent, Relaxed);
+                self.timeline.throttled(percent, self.shared.now());
+                return None;
+            }
+            (Ok(Throttled::NotSupported), _) => {
+                tracing::info!(percent, "this VMM does not slow its guest");
+            }
+            (Err(error), 0) => {
+                tracing::error!(%error, "the VMM could not let the guest go on at its speed");
+                self.timeline.throttle_error = Some(error.to_string());
+            }
+            (Err(error), _) => {
+                tracing::warn!(%error, percent, "the VMM could not slow the guest");
+                self.timeline.throttle_error = Some(error.to_string());
+            }
+        }
+        (percent > 0).then_some(Event::NotThrottled)
+    }
+
     fn pause(&mut self) -> Result<Event, Error> {
         if !self.devices_allow_pause() {
             return Ok(Event::AcksMissing);
         }
-        self.timeline.pausing(self.session.predicted_downtime());
+        let predicted = self.session.predicted_downtime();
+        self.timeline.pausing(predicted, self.shared.now());
         self.shared.watch.at("have the VMM pause the guest");
         self.timeline.guest = self.vmm.guest();
         self.session.expect_guest(self.timeline.guest);

@@ -23,6 +23,7 @@ use super::link::failed;
 use super::work::{RoundWork, Sorted, Unsent};
 use super::{LaneState, Note, Shared, lock, thread_cpu};
 use crate::error::Fault;
+use crate::pacer::Look;
 use crate::speed::should_take;
 
 /// Frames a lane may have sent and not acknowledged. At 256 KiB a frame this is 1 GiB, far more than sockets hold: it
@@ -384,10 +385,14 @@ impl<'s> Feeder<'s> {
 
     /// Waits for the bandwidth cap and for room in the ledger.
     fn wait_for_turn(&self, octets: u64) -> Result<(), Fault> {
-        let mut wait = self.shared.pacer.book(octets, self.shared.began.elapsed());
-        while !wait.is_zero() {
-            std::thread::sleep(wait.min(STOP_POLL));
-            wait = wait.saturating_sub(STOP_POLL);
+        let pacer = &self.shared.pacer;
+        let mut turn = pacer.book(octets, self.shared.now());
+        loop {
+            match pacer.look(turn, self.shared.now()) {
+                Look::Now => break,
+                Look::Wait(time) => std::thread::sleep(time.min(STOP_POLL)),
+                Look::Void => turn = pacer.book(octets, self.shared.now()),
+            }
             self.check_stop()?;
         }
         let since = Instant::now();

@@ -41,7 +41,7 @@ use multifd_wire::{
 
 pub use self::ask::ask;
 pub use self::dial::{CalledDialer, Dial, Dialer, SpreadDialer};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::device::DeviceSource;
 use crate::error::{Error, Fault};
 use crate::pacer::Pacer;
@@ -49,6 +49,7 @@ use crate::progress::{Counters, Snapshot};
 use crate::report::{Report, Timeline};
 use crate::session::Outcome;
 use crate::speed::LaneLoad;
+use crate::steer::Steer;
 use crate::vmm::Vmm;
 use permits::LanePermits;
 use watch::{Fate, Watch};
@@ -144,11 +145,22 @@ pub struct Handle {
     wishes: Arc<Wishes>,
 }
 
-/// What the embedder has said of its guest, until it was heeded.
+/// What the embedder has said of its guest and wants of the migration, until it was heeded.
 #[derive(Debug, Default)]
 struct Wishes {
     switch_over: AtomicBool,
     guest_gone: AtomicBool,
+    /// The newest change of each limit, in their order.
+    changes: Mutex<Vec<Steer>>,
+}
+
+impl Wishes {
+    /// A change of a limit replaces an older one of the same limit that was not heeded yet: so they stay few.
+    fn steer(&self, change: Steer) {
+        let mut changes = lock(&self.changes);
+        changes.retain(|older| std::mem::discriminant(older) != std::mem::discriminant(&change));
+        changes.push(change);
+    }
 }
 
 impl Handle {
@@ -173,6 +185,18 @@ impl Handle {
     pub fn switch_over_now(&self) {
         self.wishes.switch_over.store(true, Ordering::Relaxed);
         let _ = self.notes.try_send(Note::Wish);
+    }
+
+    /// Changes a limit from now on; what is in force is in [`Snapshot::limits`]. It is heeded by the next decision, and the bandwidth cap
+    /// at once. The ranges are those of [`ConfigBuilder`](crate::ConfigBuilder). After the commit it means nothing.
+    ///
+    /// # Errors
+    /// It is out of its range; nothing was changed.
+    pub fn steer(&self, change: Steer) -> Result<(), ConfigError> {
+        change.check()?;
+        self.wishes.steer(change);
+        let _ = self.notes.try_send(Note::Wish);
+        Ok(())
     }
 
     /// The guest has shut down or crashed: the migration ends as [`OutcomeKind::Gone`](crate::OutcomeKind::Gone), and the destination
@@ -203,7 +227,7 @@ impl Migration {
             .regions()
             .map(|region| region.bytes / multifd_wire::PAGE_BYTES_U64)
             .collect();
-        let counters = Arc::new(Counters::new(&parts.sources));
+        let counters = Arc::new(Counters::new(&parts.sources, parts.config.limits()));
         counters
             .memory_pages
             .store(layout.pages_total().value(), Ordering::Relaxed);

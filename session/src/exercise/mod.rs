@@ -76,12 +76,16 @@ mod tests {
 
     #[test]
     fn pairs_of_sessions_keep_the_promises() {
+        let mut throttled = 0;
         let bad: Vec<_> = (0..3000)
             .map(|seed| (seed, super::pair(seed)))
+            .inspect(|(_, run)| throttled += u32::from(run.throttled))
             .filter(|(_, run)| !run.violations.is_empty())
             .take(8)
             .collect();
         assert!(bad.is_empty(), "{bad:#?}");
+        // Or nobody has looked whether it is released.
+        assert!(throttled > 20, "{throttled}");
     }
 
     proptest::proptest! {

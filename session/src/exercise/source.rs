@@ -673,6 +673,8 @@ impl Driver {
             | Effect::DeviceLoaded(_)
             | Effect::Resumed { .. }
             | Effect::Forecast(_)
+            | Effect::Throttle { .. }
+            | Effect::Steered(_)
             | Effect::AwaitDevices
             | Effect::Abort { .. } => {}
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use multifd_wire::{PAGE_BYTES, Token, limits};
 
+use super::steer::Limits;
 pub use crate::common::ConfigError;
 use crate::common::config::{HOUR, LANES_MAX, SHORTEST, Waits, within, within_time};
 
@@ -62,10 +63,7 @@ pub struct Config {
     pub(super) channels: u32,
     pub(super) pass: Token,
     pub(super) lanes_at_work: Option<u32>,
-    pub(super) downtime_limit: Duration,
-    pub(super) bandwidth: Option<u64>,
-    pub(super) rounds_max: u32,
-    pub(super) when_not_converging: WhenNotConverging,
+    pub(super) limits: Limits,
     pub(super) body_pages: u64,
     pub(super) device_chunk: u64,
     pub(super) ack_deadline: Option<Duration>,
@@ -104,7 +102,7 @@ impl Config {
     /// The longest time that the guest may stand still.
     #[must_use]
     pub fn downtime_limit(&self) -> Duration {
-        self.downtime_limit
+        self.limits.downtime_limit
     }
 
     /// How many lanes take pages at the same time at first; as many as the host makes sensible if it was not set.
@@ -116,19 +114,31 @@ impl Config {
     /// The most bytes per second, over all channels; no bound without.
     #[must_use]
     pub fn bandwidth(&self) -> Option<u64> {
-        self.bandwidth
+        self.limits.bandwidth
     }
 
     /// Live rounds after which the forecast decides.
     #[must_use]
     pub fn rounds_max(&self) -> u32 {
-        self.rounds_max
+        self.limits.max_rounds
     }
 
     /// What is done when the rounds are used up.
     #[must_use]
     pub fn when_not_converging(&self) -> WhenNotConverging {
-        self.when_not_converging
+        self.limits.when_not_converging
+    }
+
+    /// How much of the guest's time may be held back, in percent.
+    #[must_use]
+    pub fn throttle_limit(&self) -> u8 {
+        self.limits.throttle_limit
+    }
+
+    /// All limits that may be changed while it runs, as they are at first.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.limits
     }
 
     /// Pages in the body of one frame at most.
@@ -237,10 +247,7 @@ impl Default for ConfigBuilder {
                 channels: 4,
                 pass: Token::NONE,
                 lanes_at_work: None,
-                downtime_limit: Duration::from_millis(300),
-                bandwidth: None,
-                rounds_max: 30,
-                when_not_converging: WhenNotConverging::default(),
+                limits: Limits::default(),
                 body_pages: 64,
                 device_chunk: 256 << 10,
                 ack_deadline: None,
@@ -286,28 +293,37 @@ impl ConfigBuilder {
     /// The longest predicted stand-still at which the switchover is begun; 1 ms to 1 hour.
     #[must_use]
     pub fn downtime_limit(mut self, limit: Duration) -> Self {
-        self.config.downtime_limit = limit;
+        self.config.limits.downtime_limit = limit;
         self
     }
 
     /// A cap on the bytes a second over all data channels, in every phase; at least 1 MiB/s. `None`: no cap.
     #[must_use]
     pub fn bandwidth(mut self, octets_per_second: Option<u64>) -> Self {
-        self.config.bandwidth = octets_per_second;
+        self.config.limits.bandwidth = octets_per_second;
         self
     }
 
     /// How many live rounds may be spent before [`WhenNotConverging`] decides; 1 to 10,000.
     #[must_use]
     pub fn max_rounds(mut self, rounds: u32) -> Self {
-        self.config.rounds_max = rounds;
+        self.config.limits.max_rounds = rounds;
         self
     }
 
     /// What happens when the rounds are used up.
     #[must_use]
     pub fn when_not_converging(mut self, choice: WhenNotConverging) -> Self {
-        self.config.when_not_converging = choice;
+        self.config.limits.when_not_converging = choice;
+        self
+    }
+
+    /// How much of the guest's time may be held back while it does not converge otherwise, in percent, up to 99. The default, 0, leaves the
+    /// guest alone. It is asked of the embedder (`Vmm::throttle`), by steps of 20 at most, as little as the forecast needs, and released
+    /// before the guest is left to its owner, however the migration ends.
+    #[must_use]
+    pub fn throttle_limit(mut self, percent: u8) -> Self {
+        self.config.limits.throttle_limit = percent;
         self
     }
 
@@ -429,16 +445,7 @@ impl ConfigBuilder {
             &1,
             &u32::MAX,
         )?;
-        within_time(
-            "downtime limit",
-            c.downtime_limit,
-            Duration::from_millis(1),
-            HOUR,
-        )?;
-        if let Some(cap) = c.bandwidth {
-            within("bandwidth (bytes a second)", &cap, &(1 << 20), &u64::MAX)?;
-        }
-        within("max rounds", &c.rounds_max, &1, &10_000)?;
+        c.limits.check()?;
         within(
             "body pages",
             &c.body_pages,
@@ -505,6 +512,8 @@ mod tests {
         good(b().max_rounds(10_000));
         bad(b().max_rounds(0), "max rounds");
         bad(b().max_rounds(10_001), "max rounds");
+        good(b().throttle_limit(99));
+        bad(b().throttle_limit(100), "throttle limit");
         good(b().body_bytes(4096));
         good(b().body_bytes(1 << 20));
         bad(b().body_bytes(4095), "body pages");

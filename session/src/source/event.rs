@@ -14,6 +14,7 @@ use super::hello::{Attempt, NotOpened, Purpose};
 use super::lanes::Seen;
 use super::session::{Counted, Reclaimed};
 use super::speed::LaneCount;
+use super::steer::Steer;
 
 /// What happened.
 #[derive(Debug)]
@@ -157,6 +158,10 @@ pub enum Event {
     Cancel,
     /// Nobody would notice a pause now: the switchover is wanted when the round under way is over, whatever the forecast says.
     SwitchOverNow,
+    /// Instead of doing what [`Effect::Throttle`] asked for: the VMM can't. It is as it was.
+    NotThrottled,
+    /// A limit is another one from now on. One that is out of its range changes nothing: whoever asked was told.
+    Steer(Steer),
     /// The guest has shut down or crashed.
     GuestGone,
     /// Something failed: a channel, the VMM, the tracking, the peer said no.
@@ -276,6 +281,13 @@ pub enum Effect {
     },
     /// Tell progress readers.
     Forecast(Outlook),
+    /// Hold so much of the guest's time back from now on; answer with [`Event::NotThrottled`] if that can't be done.
+    Throttle {
+        /// In percent; 0 releases it.
+        percent: u8,
+    },
+    /// A limit was changed: tell progress readers and the report. What is in force is [`Session::limits`](super::Session::limits).
+    Steered(Steer),
     /// Pause the guest.
     Pause,
     /// Nothing but acknowledgements of devices is missing: tell the user, and answer with [`Event::Devices`] when that changes.

@@ -23,6 +23,9 @@ pub struct Observation {
     pub over: Duration,
 }
 
+/// The size of the set follows from observations of which one is at least so many times as long as another.
+const TELLS_THE_SET: f64 = 1.5;
+
 /// The guest's writing, as fitted to what was observed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Writer {
@@ -33,9 +36,10 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Fits the model to the longest and the shortest observation; `None` until something was observed.
+    /// Fits the model to the longest and the shortest observation; `None` until something was observed. `set_known`: the size of the set
+    /// as it was known before the guest wrote as it does now, which counts as long as all observations are about as long.
     #[must_use]
-    pub fn fit(seen: &[Observation], memory_pages: u64) -> Option<Self> {
+    pub fn fit(seen: &[Observation], memory_pages: u64, set_known: Option<f64>) -> Option<Self> {
         let usable = || seen.iter().filter(|o| o.over > Duration::ZERO);
         let long = usable().max_by_key(|o| o.over)?;
         let short = usable().min_by_key(|o| o.over)?;
@@ -45,7 +49,9 @@ impl Writer {
         let predicted =
             |set: f64| set * (1.0 - (1.0 - (short.pages as f64 / set).min(1.0)).powf(ratio));
         let least = (long.pages.max(short.pages) as f64).max(1.0);
-        let set_pages = if ratio < 1.1 || least >= most || predicted(most) <= long.pages as f64 {
+        let set_pages = if let Some(known) = set_known.filter(|_| ratio < TELLS_THE_SET) {
+            known.clamp(least, most.max(least))
+        } else if ratio < 1.1 || least >= most || predicted(most) <= long.pages as f64 {
             most.max(1.0)
         } else {
             bisect(least, most, |set| predicted(set) >= long.pages as f64)
@@ -247,6 +253,22 @@ pub struct Outlook {
     pub downtime: Interval,
 }
 
+impl Outlook {
+    /// The same, of a guest of whose time so much is held back already: what would help counts from nothing.
+    #[must_use]
+    pub fn beside(mut self, held: u8) -> Self {
+        if let Forecast::Diverges {
+            throttle_percent: Some(percent),
+            ..
+        } = &mut self.forecast
+        {
+            let left = u32::from(100 - held.min(100)) * u32::from(100 - (*percent).min(100));
+            *percent = u8::try_from(100 - left / 100).unwrap_or(100);
+        }
+        self
+    }
+}
+
 /// The round that is under way.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct UnderWay {
@@ -345,7 +367,8 @@ mod tests {
             writes_per_second: 50_000.0,
             set_pages: 65_536.0,
         };
-        let fit = Writer::fit(&[observe(&truth, 4.0), observe(&truth, 0.7)], 1 << 20).unwrap();
+        let fit =
+            Writer::fit(&[observe(&truth, 4.0), observe(&truth, 0.7)], 1 << 20, None).unwrap();
         assert!(
             (fit.writes_per_second / truth.writes_per_second - 1.0).abs() < 0.02,
             "{fit:?}"
@@ -368,19 +391,20 @@ mod tests {
                 over: Duration::from_secs(4),
             },
         ];
-        let fit = Writer::fit(&seen, 1 << 20).unwrap();
+        let fit = Writer::fit(&seen, 1 << 20, None).unwrap();
         assert!((fit.unique(2.0) - 2000.0).abs() < 20.0, "{fit:?}");
     }
 
     #[test]
     fn an_idle_guest_and_no_observation_are_told_apart() {
-        assert_eq!(Writer::fit(&[], 100), None);
+        assert_eq!(Writer::fit(&[], 100, None), None);
         let idle = Writer::fit(
             &[Observation {
                 pages: 0,
                 over: Duration::from_secs(1),
             }],
             100,
+            None,
         )
         .unwrap();
         assert!(idle.unique(1e6) < 1e-6, "{idle:?}");
@@ -527,6 +551,26 @@ mod tests {
             (within.as_secs_f64() - 1.126).abs() < 0.01 && downtime < Duration::from_millis(11),
             "{within:?} {downtime:?}"
         );
+    }
+
+    #[test]
+    fn a_set_that_was_known_counts_until_the_observations_tell_another() {
+        let truth = Writer {
+            writes_per_second: 10_000.0,
+            set_pages: 20_000.0,
+        };
+        let fit = |seen: &[Observation]| Writer::fit(seen, 1 << 20, Some(20_000.0)).unwrap();
+        let one = fit(&[observe(&truth, 3.0)]);
+        let near = |fit: Writer| (fit.writes_per_second / truth.writes_per_second - 1.0).abs();
+        assert!(near(one) < 0.02, "{one:?}");
+        let unknown = Writer::fit(&[observe(&truth, 3.0)], 1 << 20, None).unwrap();
+        assert!(near(unknown) > 0.3, "{unknown:?}");
+        let smaller = Writer {
+            set_pages: 5_000.0,
+            ..truth
+        };
+        let two = fit(&[observe(&smaller, 0.3), observe(&smaller, 3.0)]);
+        assert!((two.set_pages / 5_000.0 - 1.0).abs() < 0.02, "{two:?}");
     }
 
     fn on_a_slow_link() -> (Writer, Conditions) {

@@ -6,9 +6,10 @@
 //!     set_up    GRANT, READY, LANDED              redial  when the next attempt is due
 //!     lanes     dialled, alive, lost, watched     keep_alive, deadlines    signs of life, when something is due
 //!     rounds    what was measured, the forecast   devices what they add, what they hold up
+//!     throttle  how much of the guest's time is held back
 //!     commit    the last rounds, whose the guest is, and the proof of that
 //!   ask         the same question by another process                       event            what goes in and comes out
-//!   forecast, pacer, speed   arithmetic                                    config, error    settings, and what can go wrong
+//!   forecast, pacer, speed   arithmetic                                    config, steer, error    settings, changes of them, what can go wrong
 //! ```
 
 pub mod ask;
@@ -30,7 +31,9 @@ mod rounds;
 pub mod session;
 mod set_up;
 pub mod speed;
+pub mod steer;
 pub mod stream;
+mod throttle;
 
 pub use commit::Reclaimed;
 pub use config::{
@@ -41,3 +44,4 @@ pub use error::{Error, Fault};
 pub use hello::{Attempt, Lasts, NotOpened, Purpose};
 pub use lanes::Seen;
 pub use session::Session;
+pub use steer::{Limits, Sending, Steer};

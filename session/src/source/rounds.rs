@@ -6,9 +6,10 @@
 use std::time::Duration;
 
 use super::forecast::{
-    Conditions, Forecast, Observation, Outlook, UnderWay, Writer, outlook, uncertainty,
+    Conditions, Forecast, Observation, Outlook, UnderWay, Writer, forecast, outlook, uncertainty,
 };
 use super::speed::{LaneCount, LaneLoad, Speeds};
+use super::steer::{Limits, Sending, THROTTLE_MAX};
 
 /// A round is worth while below the limit only if it halves what is left, and only this often.
 const POLISH_ROUNDS_MAX: u32 = 4;
@@ -97,11 +98,29 @@ pub(super) struct Rounds {
     /// Bytes that are handed to channels and not acknowledged, at the end of the newest round.
     unacked_bytes: u64,
     polished: u32,
+    /// The bandwidth cap.
+    cap: Option<u64>,
+    /// The cap was changed, or sending was held, since the present round began: its own bandwidth says little.
+    mixed: bool,
+    /// Sending is held.
+    held: bool,
+    /// Rounds that were made while sending was held: they do not count.
+    rounds_held: u32,
+    /// What is held back of the guest's time, in percent; all that was observed was so.
+    throttle: u8,
+    /// The pages that the guest writes, as they were known before that was changed.
+    set_known: Option<f64>,
 }
 
 impl Rounds {
-    pub(super) fn new(memory_pages: u64, now: Duration) -> Self {
+    pub(super) fn new(memory_pages: u64, limits: &Limits, now: Duration) -> Self {
         Self {
+            cap: limits.bandwidth,
+            mixed: false,
+            throttle: 0,
+            set_known: None,
+            held: limits.sending == Sending::Held,
+            rounds_held: 0,
             memory_pages,
             observed: Vec::new(),
             began: now,
@@ -124,6 +143,20 @@ impl Rounds {
     /// The destination has nothing: what was written so far says nothing about what is to come.
     pub(super) fn begin_again(&mut self) {
         self.observed.clear();
+        self.set_known = None;
+    }
+
+    /// So much of the guest's time is held back from now on: it writes slower, in the same pages. How much slower is measured anew.
+    pub(super) fn throttled(&mut self, percent: u8) {
+        self.throttle = percent;
+        self.set_known = self.writer().map(|writer| writer.set_pages);
+        self.observed.clear();
+        self.diverging = None;
+    }
+
+    /// The guest's writing, as far as it is known.
+    fn writer(&self) -> Option<Writer> {
+        Writer::fit(&self.observed, self.memory_pages, self.set_known)
     }
 
     /// The switchover was broken off: short rounds may help once more.
@@ -135,6 +168,34 @@ impl Rounds {
     pub(super) fn opened(&mut self, now: Duration) {
         self.look_due = now + FIRST_LOOK;
         self.counted = Counted::default();
+        self.mixed = self.held;
+    }
+
+    /// Limits were changed. What was measured under another cap is no measure of what is to come.
+    pub(super) fn steered(&mut self, before: &Limits, after: &Limits, now: Duration) {
+        self.diverging = None;
+        self.held = after.sending == Sending::Held;
+        self.mixed |= before.bandwidth != after.bandwidth || before.sending != after.sending;
+        if before.bandwidth != after.bandwidth {
+            self.cap = after.bandwidth;
+            // The lanes' acknowledgements follow within some tenths of a second.
+            self.bandwidth = self.bandwidth.filter(|_| self.speeds.total().is_none());
+            self.crawl = None;
+        }
+        if self.look_due < Duration::MAX {
+            // A forecast by the new limits, once they can be seen in what is acknowledged.
+            self.look_due = self.look_due.min(now + FIRST_LOOK);
+        }
+    }
+
+    /// A round was made with sending held.
+    pub(super) fn held_round(&mut self) {
+        self.rounds_held += 1;
+    }
+
+    /// Rounds that do not count.
+    pub(super) fn rounds_held(&self) -> u32 {
+        self.rounds_held
     }
 
     /// What was sent and acknowledged, of the lanes that live.
@@ -147,7 +208,7 @@ impl Rounds {
     pub(super) fn encoded(&mut self, bytes: u64, unacked_bytes: u64, over: Duration) {
         self.unacked_bytes = unacked_bytes;
         self.crawl = None;
-        if bytes == 0 || over == Duration::ZERO {
+        if bytes == 0 || over == Duration::ZERO || self.mixed && self.speeds.total().is_some() {
             return;
         }
         let rate = bytes as f64 / over.as_secs_f64();
@@ -168,8 +229,10 @@ impl Rounds {
     /// The measured bytes a second, once a round was long enough.
     pub(super) fn bandwidth(&self) -> Option<f64> {
         let crawl = self.crawl.unwrap_or(f64::INFINITY);
+        // What went into buffers may have been faster than the cap, what comes out of them is not.
+        let cap = self.cap.map_or(f64::INFINITY, |cap| cap as f64);
         let measured = self.bandwidth.or(self.speeds.total());
-        measured.map(|measured| measured.min(crawl))
+        measured.map(|measured| measured.min(crawl).min(cap))
     }
 
     pub(super) fn speeds(&self) -> &Speeds {
@@ -257,9 +320,10 @@ impl Rounds {
         under_way: UnderWay,
         now: Duration,
     ) -> Option<Outlook> {
-        let writer = Writer::fit(&self.observed, self.memory_pages)?;
+        let writer = self.writer()?;
         let off = uncertainty(now.saturating_sub(self.began).as_secs_f64());
-        Some(outlook(now, &writer, pages, conditions, under_way, off))
+        let outlook = outlook(now, &writer, pages, conditions, under_way, off);
+        Some(outlook.beside(self.throttle))
     }
 
     /// After a live round: what a switchover would cost now, and what is to be expected of further rounds. `landed`: all of its pages are
@@ -268,7 +332,7 @@ impl Rounds {
         let on_its_way = (!landed).then_some(self.unacked_bytes);
         let conditions = self.conditions(on_its_way, aside);
         Weighed {
-            writer: Writer::fit(&self.observed, self.memory_pages),
+            writer: self.writer(),
             outlook: self.outlook(pages, &conditions, UnderWay::default(), now),
             conditions,
         }
@@ -325,4 +389,33 @@ pub(super) struct Weighed {
     pub(super) conditions: Conditions,
     pub(super) outlook: Option<Outlook>,
     writer: Option<Writer>,
+}
+
+/// The guest's writing may be off by this part: what is held back leaves room for it.
+const THROTTLE_MARGIN: f64 = 1.1;
+
+impl Weighed {
+    /// How much of the guest's time would have to be held back, in percent, so that it converges within so many rounds: what is held back
+    /// now if that does. `None`: no share would do, or nothing is known.
+    pub(super) fn throttle_needed(&self, held: u8, pages: u64, rounds: u32) -> Option<u8> {
+        let writer = self.writer?;
+        let converges = |percent: u8, margin: f64| {
+            // Measured with `held` held back.
+            let rest = |percent: u8| f64::from(100 - percent.min(99)) / 100.0;
+            let writes = writer.writes_per_second * margin * rest(percent) / rest(held);
+            let writer = Writer {
+                writes_per_second: writes,
+                ..writer
+            };
+            let forecast = forecast(&writer, pages as f64, &self.conditions);
+            matches!(forecast, Forecast::Converges { rounds: needed, .. } if needed <= rounds)
+        };
+        if converges(0, 1.0) {
+            return Some(0);
+        }
+        let least = (1..=THROTTLE_MAX).find(|percent| converges(*percent, THROTTLE_MARGIN))?;
+        // It is enough as it is: nothing is added for the margin's sake.
+        let enough = least > held && held > 0 && converges(held, 1.0);
+        Some(if enough { held } else { least })
+    }
 }

@@ -20,6 +20,7 @@ mod lanes;
 mod resume;
 mod rounds;
 mod set_up;
+mod steer;
 mod switchover;
 mod time;
 
@@ -40,6 +41,7 @@ use crate::source::lanes::Lanes;
 use crate::source::rounds::Rounds;
 use crate::source::set_up::SetUp;
 use crate::source::speed::Speeds;
+use crate::source::throttle::Throttle;
 use end::Parting;
 
 pub use crate::source::commit::Reclaimed;
@@ -134,6 +136,7 @@ pub struct Session {
     keep_alive: KeepAlive,
     deadlines: Deadlines,
     rounds: Rounds,
+    throttle: Throttle,
     devices: Devices,
     /// The shortest seen: longer ones say how busy the two programs are, not how long the way is.
     round_trip: Option<Duration>,
@@ -168,6 +171,7 @@ impl Session {
     pub fn new(config: Config, memory_pages: u64, now: Duration) -> Self {
         let keep_alive = KeepAlive::new(config.keep_alive);
         let hellos = Hellos::new(config.pass, config.reconnect);
+        let rounds = Rounds::new(memory_pages, &config.limits, now);
         Self {
             config,
             state: State::Hello,
@@ -178,7 +182,8 @@ impl Session {
             lanes: Lanes::default(),
             keep_alive,
             deadlines: Deadlines::new(now),
-            rounds: Rounds::new(memory_pages, now),
+            rounds,
+            throttle: Throttle::default(),
             devices: Devices::default(),
             round_trip: None,
             closed: None,
@@ -347,6 +352,8 @@ impl Session {
                     | Event::Counted { .. }
                     | Event::NotConnected { .. }
                     | Event::SwitchOverNow
+                    | Event::Steer(_)
+                    | Event::NotThrottled
             )
         {
             self.deadlines.progress = now;
@@ -387,6 +394,12 @@ impl Session {
             }
             (_, Event::GuestGone) => self.fail(Error::new(self.phase(), Fault::GuestGone)),
             (_, Event::SwitchOverNow) => self.wants_switchover(now),
+            (_, Event::Steer(change)) => self.steer(change, now),
+            (_, Event::NotThrottled) => {
+                self.throttle.refused();
+                self.rounds.throttled(self.throttle.percent());
+                Vec::new()
+            }
             (_, Event::Tick) => self.deadlines(now),
             (_, Event::Counted { round, lanes }) => {
                 self.rounds.counted(round, &lanes, now);

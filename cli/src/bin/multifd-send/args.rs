@@ -150,6 +150,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = NotConverging::Fail, help_heading = "Convergence")]
     pub(crate) if_not_converging: NotConverging,
 
+    /// When the guest writes faster than the link carries: how much of its vCPUs' time may be held back (such as 80%)
+    ///
+    /// Only as much as the forecast needs, by steps of 20 % at most, and only until it is paused; it is released however the migration
+    /// ends, and while the link is lost. 0% leaves the guest alone.
+    #[arg(long, value_name = "PERCENT", value_parser = units::percent, default_value = "0%", help_heading = "Convergence")]
+    pub(crate) throttle_limit: u8,
+
     #[command(flatten)]
     pub(crate) silence: Silence,
 
@@ -430,6 +437,7 @@ impl Args {
             .bandwidth(self.bandwidth)
             .max_rounds(self.max_rounds)
             .when_not_converging(when)
+            .throttle_limit(self.throttle_limit)
             .ack_deadline(self.ack_deadline)
             .when_ack_late(match self.if_ack_late {
                 AckLate::Fail => WhenAckLate::Fail,

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use multifd_cli::round_end::{Expected, RoundEnd};
 use multifd_cli::units::{Rate, Size, Time};
-use multifd_sender::Snapshot;
 use multifd_sender::forecast::Forecast;
+use multifd_sender::{Sending, Snapshot};
 use multifd_wire::Phase;
 
 /// Shows snapshots as they come.
@@ -120,6 +120,17 @@ fn message(now: &Snapshot, expected: Option<Expected>) -> String {
             Time(back.gives_up_in)
         );
     }
+    if now.limits.sending == Sending::Held {
+        return format!(
+            "held: {} left, {} sent, guest running here",
+            Size(now.round_pages_left * 4096),
+            Size(now.sent_bytes)
+        );
+    }
+    let slowed = match now.throttle_percent {
+        0 => String::new(),
+        percent => format!(", guest slowed by {percent} %"),
+    };
     let measured = Some(now.bandwidth).filter(|bandwidth| *bandwidth > 0);
     let rate = measured.or(expected.map(|expected| expected.rate));
     // Once there is a forecast it says more than the end of one round.
@@ -127,7 +138,7 @@ fn message(now: &Snapshot, expected: Option<Expected>) -> String {
         .filter(|_| now.forecast.is_none())
         .map(|expected| format!(", round {} ends in {}", now.round, Time(expected.within)));
     format!(
-        "{} left, {} sent, {}{}{}",
+        "{} left, {} sent, {}{slowed}{}{}",
         Size(now.round_pages_left * 4096),
         Size(now.sent_bytes),
         rate.map_or_else(|| "measuring".into(), |rate| Rate(rate).to_string()),

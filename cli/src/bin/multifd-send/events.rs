@@ -5,8 +5,9 @@
 use std::time::{Duration, Instant};
 
 use multifd_cli::round_end::RoundEnd;
-use multifd_sender::Snapshot;
 use multifd_sender::forecast::Forecast;
+use multifd_sender::report::LimitsReport;
+use multifd_sender::{Limits, Snapshot};
 use serde_json::{Value, json};
 
 /// How often an event comes when nothing else happens.
@@ -78,6 +79,12 @@ fn news(before: Option<&Snapshot>, now: &Snapshot) -> Vec<&'static str> {
         (Some(_), None) => news.push("link-back"),
         _ => {}
     }
+    if before.limits != now.limits {
+        news.push("limits");
+    }
+    if before.throttle_percent != now.throttle_percent {
+        news.push("throttle");
+    }
     if before.lanes > now.lanes && now.reconnect.is_none() {
         news.push("channel-lost");
     }
@@ -107,8 +114,20 @@ fn describe(now: &Snapshot) -> Value {
             "attempts": back.attempts,
             "gives_up_in_ms": back.gives_up_in.as_millis() as u64,
         })),
+        "throttle_percent": now.throttle_percent,
+        "limits": limits(&now.limits),
         "forecast": now.forecast.map(forecast),
     })
+}
+
+/// As the report has them, but for when.
+fn limits(limits: &Limits) -> Value {
+    let report = LimitsReport::new(limits, Duration::ZERO);
+    let mut object = serde_json::to_value(report).unwrap_or_default();
+    if let Some(object) = object.as_object_mut() {
+        object.remove("at_ms");
+    }
+    object
 }
 
 fn forecast(forecast: Forecast) -> Value {

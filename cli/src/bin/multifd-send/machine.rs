@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use multifd_guest::{DEVICES_BLOB_KIND, DeviceConfig, Guest, ModelDevice};
-use multifd_sender::{AskTicket, Blob, DeviceSource, GuestState, Reclaimed, Vmm, VmmError};
+use multifd_sender::{
+    AskTicket, Blob, DeviceSource, GuestState, Reclaimed, Throttled, Vmm, VmmError,
+};
 
 use crate::state_file::StateFile;
 
@@ -61,6 +63,11 @@ impl Vmm for Machine {
                 .map_err(|error| VmmError::new(format!("{error:#}"))),
             None => Ok(()),
         }
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<Throttled, VmmError> {
+        self.guest.throttle(percent);
+        Ok(Throttled::Done)
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {

@@ -9,6 +9,7 @@ use std::fmt::Arguments;
 
 use multifd_cli::flags::ReportKind;
 use multifd_cli::units::{Rate, Size, Time};
+use multifd_sender::report::LimitsReport;
 use multifd_sender::{Finished, OutcomeKind, Report};
 use serde_json::{Value, json};
 
@@ -80,6 +81,7 @@ impl Summary {
         end(r, &mut lines);
         downtime(r, &mut lines);
         devices(r, &mut lines);
+        steered(r, &mut lines);
         moved(r, &mut lines);
         trouble(r, &mut lines);
         speed(r, &mut lines);
@@ -258,6 +260,62 @@ fn devices(r: &Report, lines: &mut Lines) {
             error.unwrap_or_default()
         ));
     }
+}
+
+/// What was changed while it ran, and how the guest was slowed.
+fn steered(r: &Report, lines: &mut Lines) {
+    for (before, after) in r.limits.iter().zip(r.limits.iter().skip(1)) {
+        let at = Time::ms(after.at_ms);
+        for change in changes(before, after) {
+            lines.add("changed", format_args!("after {at}: {change}"));
+        }
+    }
+    let most = r.throttles.iter().map(|throttle| throttle.percent).max();
+    if let Some(most) = most.filter(|most| *most > 0) {
+        lines.add(
+            "throttle",
+            format_args!(
+                "the guest was slowed for {}, by {most} % of its time at most",
+                Time::ms(r.throttled_ms)
+            ),
+        );
+    }
+    if let Some(error) = &r.throttle_error {
+        lines.add("throttle", format_args!("the VMM did not do it: {error}"));
+    }
+}
+
+/// What differs, in words.
+fn changes(before: &LimitsReport, after: &LimitsReport) -> Vec<String> {
+    let mut changes = Vec::new();
+    if before.bandwidth_cap_bytes_per_s != after.bandwidth_cap_bytes_per_s {
+        changes.push(match after.bandwidth_cap_bytes_per_s {
+            Some(cap) => format!("bandwidth cap {}", Rate(cap)),
+            None => "no bandwidth cap".to_owned(),
+        });
+    }
+    if before.downtime_limit_ms != after.downtime_limit_ms {
+        let limit = Time::ms(after.downtime_limit_ms);
+        changes.push(format!("downtime limit {limit}"));
+    }
+    if before.max_rounds != after.max_rounds {
+        changes.push(format!("at most {} rounds", after.max_rounds));
+    }
+    if before.if_not_converging != after.if_not_converging {
+        changes.push(format!("if not converging: {}", after.if_not_converging));
+    }
+    if before.throttle_limit_percent != after.throttle_limit_percent {
+        changes.push(format!("throttle limit {} %", after.throttle_limit_percent));
+    }
+    if before.sending_held != after.sending_held {
+        let word = if after.sending_held {
+            "held"
+        } else {
+            "goes on"
+        };
+        changes.push(format!("sending {word}"));
+    }
+    changes
 }
 
 fn moved(r: &Report, lines: &mut Lines) {

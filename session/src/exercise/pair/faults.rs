@@ -41,6 +41,8 @@ pub(super) struct Done {
     pub(super) answer_lost: bool,
     /// The round that was opened last is one with the guest paused.
     pub(super) last_round: bool,
+    /// The guest was slowed.
+    pub(super) throttled: bool,
 }
 
 impl Done {
@@ -255,6 +257,7 @@ impl Pair {
             | What::Source(_)
             | What::LaneWorks(..)
             | What::Reads(_)
+            | What::Steers(_)
             | What::Devices(..) => Some(Role::Source),
             What::Forth(..)
             | What::DestinationSeesEnd(_)

@@ -61,6 +61,8 @@ pub(super) struct Guest {
     /// Written since the last collection.
     pub(super) written: BTreeSet<u64>,
     pub(super) dirty: BTreeSet<u64>,
+    /// How much of its time is held back, in percent.
+    pub(super) throttle: u8,
     pub(super) runs: bool,
     /// The VM state as it was saved last.
     pub(super) saved: Vec<u8>,
@@ -74,6 +76,7 @@ impl Guest {
             memory: Memory::new(layout, pages),
             written: BTreeSet::new(),
             dirty: BTreeSet::new(),
+            throttle: 0,
             runs: true,
             saved: Vec::new(),
         }

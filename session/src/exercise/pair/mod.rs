@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   plan      what the seed says beforehand            source, sending, reading, back      the source's driver, as a model
+//!   steers    limits that are changed on the way
 //!   faults    what happens on the way                  destination, receiving, loading     the destination's
 //!   liar      one side that says what it must not      guest, network                      what is moved, and over what
 //!   oracle    what must hold                           dice                                numbers from the seed
@@ -26,6 +27,7 @@ mod reading;
 mod receiving;
 mod sending;
 mod source;
+mod steers;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -58,6 +60,8 @@ pub struct Run {
     pub outcome: &'static str,
     /// Faults that happened, and lies that were told.
     pub faults: u32,
+    /// The guest was slowed for a while.
+    pub throttled: bool,
     /// What must not be.
     pub violations: Vec<String>,
     /// What happened, line by line, if that was wanted.
@@ -109,6 +113,7 @@ enum What {
     Loads(usize, u32),
     DestinationEnds(u32),
     Write,
+    Steers(tx::Steer),
     DeviceChanges,
     Fault,
     Asker,
@@ -121,6 +126,8 @@ type Timed = (Duration, u64, usize);
 
 struct Pair {
     dice: Dice,
+    /// Of some migrations, what their users change while they run: with numbers of its own, so that a seed is otherwise what it was.
+    steers: Option<Dice>,
     plan: Plan,
     now: Duration,
     number: u64,
@@ -162,6 +169,7 @@ impl Pair {
         let memory = Memory::new(&layout, vec![0; pages as usize]);
         let mut pair = Self {
             dice,
+            steers: seed.is_multiple_of(5).then(|| Dice::new(!seed)),
             plan,
             now: Duration::ZERO,
             number: 0,
@@ -181,6 +189,7 @@ impl Pair {
             trace,
         };
         pair.plan_faults();
+        pair.plan_steers();
         pair
     }
 
@@ -326,6 +335,7 @@ impl Pair {
                     self.source.guest.write(&mut self.dice);
                 }
             }
+            What::Steers(change) => self.tell_source(tx::event::Event::Steer(change)),
             What::DeviceChanges => self.device_changes(),
             What::Fault => self.strike(),
             What::Asker => self.ask_for_the_dead(),

@@ -157,6 +157,9 @@ impl Pair {
         if !self.hosts[0].gone && self.source.outcome.is_none() {
             let phase = self.source.session.phase();
             self.enter(0, phase);
+            if phase == Phase::Suspended {
+                self.check_released("while the channels are lost");
+            }
             if let Some((since, bound, what)) = self.overdue_at_source(phase) {
                 self.late("source", phase, since, bound, what);
             }
@@ -172,6 +175,18 @@ impl Pair {
             }
         }
         self.check_end();
+    }
+
+    /// A guest that is left to its owner has all of its time.
+    fn check_released(&mut self, when: &str) {
+        let guest = &self.source.guest;
+        if guest.runs && guest.throttle > 0 {
+            let text = format!(
+                "{} % of the guest's time are held back {when}",
+                guest.throttle
+            );
+            self.violation(text);
+        }
     }
 
     /// Everything has an end.
@@ -366,6 +381,7 @@ impl Pair {
         Run {
             outcome,
             faults: self.done.faults + self.liar.lies,
+            throttled: self.done.throttled,
             violations: self.violations,
             trace: self.trace.unwrap_or_default(),
         }
@@ -400,6 +416,7 @@ impl Pair {
 
     /// Whose the guest is, and what each side says of that.
     fn judge_owner(&mut self) {
+        self.check_released("at the end");
         let Some(end) = &self.source.outcome else {
             return;
         };

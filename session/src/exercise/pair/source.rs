@@ -326,6 +326,7 @@ impl Pair {
                 }
                 self.source.events.push_back(Event::Collected { pages });
             }
+            Effect::Throttle { percent } => self.throttle(percent),
             Effect::Pause => self.pause()?,
             Effect::Quiesce => self.quiesce(),
             Effect::StopDevices => self.stop_devices(),
@@ -366,9 +367,19 @@ impl Pair {
             Effect::Migrated
             | Effect::Resumed { .. }
             | Effect::Forecast(_)
+            | Effect::Steered(_)
             | Effect::AwaitDevices => {}
         }
         Ok(())
+    }
+
+    /// The VMM may be one that can't.
+    fn throttle(&mut self, percent: u8) {
+        if percent > 0 && self.dice.one_in(4) {
+            return self.source.events.push_back(Event::NotThrottled);
+        }
+        self.source.guest.throttle = percent;
+        self.done.throttled |= percent > 0;
     }
 
     fn pause(&mut self) -> Result<(), Error> {

@@ -56,11 +56,16 @@ impl Session {
             Reclaim::Running
         };
         self.state = State::Over;
+        let release = self.release();
         let Some(reclaim) = self.reclaim(how) else {
-            return vec![Effect::Finish(Outcome::Unknown(error))];
+            // Whoever finds out that it may run here again finds it as it was.
+            let mut effects: Vec<Effect> = release.into_iter().collect();
+            effects.push(Effect::Finish(Outcome::Unknown(error)));
+            return effects;
         };
         // The guest first: telling the peer may take as long as a dead link takes.
         let mut effects = vec![reclaim];
+        effects.extend(release);
         effects.extend(abort(&error));
         effects.push(Effect::Finish(outcome(error)));
         effects
@@ -76,7 +81,8 @@ impl Session {
         self.control.dial(Purpose::Resume, now, until);
         self.ending = Some(outcome(error));
         self.state = State::Parting(Parting::LastWord { until });
-        self.reclaim(Reclaim::Running).into_iter().collect()
+        let reclaim = self.reclaim(Reclaim::Running);
+        reclaim.into_iter().chain(self.release()).collect()
     }
 
     /// The guest is the source's again, if it is; none once it was given to the destination.

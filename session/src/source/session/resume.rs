@@ -119,6 +119,8 @@ impl Session {
         if self.is_paused() {
             effects.extend(self.reclaim(Reclaim::Paused));
         }
+        // It does not wait at half its speed for a link that may never come back.
+        effects.extend(self.release());
         self.suspensions += 1;
         self.channels_gone();
         self.state = State::Suspended { until };
@@ -299,7 +301,8 @@ impl Session {
             OutcomeState::NotCommitted => {
                 self.state = State::Over;
                 let error = Error::new(Phase::Commit, Fault::NotCommitted { why });
-                let mut effects: Vec<Effect> = self.reclaim(Reclaim::Paused).into_iter().collect();
+                let reclaim = self.reclaim(Reclaim::Paused);
+                let mut effects: Vec<Effect> = reclaim.into_iter().chain(self.release()).collect();
                 effects.push(Effect::Finish(Outcome::Failed(error)));
                 effects
             }

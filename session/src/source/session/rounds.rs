@@ -8,7 +8,8 @@ use super::{Effect, Event, Session, State};
 use crate::source::config::WhenNotConverging;
 use crate::source::devices::WAIT_ROUND;
 use crate::source::error::{Error, Fault};
-use crate::source::rounds::Aside;
+use crate::source::rounds::{Aside, Weighed};
+use crate::source::steer::Sending;
 
 /// What is on its way may take this many times as long as the measured bandwidth says, and the longest silence beside, before
 /// the destination is given up.
@@ -85,6 +86,8 @@ impl Session {
     pub(super) fn look(&mut self, pages: u64, since: Duration, now: Duration) -> Vec<Effect> {
         let (lasted, aside) = (now.saturating_sub(since), self.aside());
         let outlook = self.rounds.look(pages, lasted, &aside, now);
+        // While it is held nothing can be said of the end.
+        let outlook = outlook.filter(|_| self.sending() == Sending::On);
         outlook.map(Effect::Forecast).into_iter().collect()
     }
 
@@ -92,7 +95,7 @@ impl Session {
     fn aside(&self) -> Aside {
         let (stop_bytes, work) = self.devices.share();
         Aside {
-            limit: self.config.downtime_limit,
+            limit: self.config.limits.downtime_limit,
             round_trip: self.round_trip,
             stop_bytes,
             work,
@@ -107,17 +110,27 @@ impl Session {
         since: Duration,
         now: Duration,
     ) -> Vec<Effect> {
+        if self.sending() == Sending::Held {
+            return self.go_on_held(round, since, now);
+        }
         let landed = self.closed >= Some(round);
         let weighed = self.rounds.weigh(pages, landed, &self.aside(), now);
         let conditions = &weighed.conditions;
         let mut effects: Vec<Effect> = weighed.outlook.map(Effect::Forecast).into_iter().collect();
         let outlook = weighed.outlook.map(|outlook| outlook.forecast);
         let predicted = conditions.downtime(pages as f64);
-        let counted = (round.value() + 1).saturating_sub(self.devices.rounds_waited());
-        let used_up =
-            counted >= self.config.rounds_max || self.rounds.diverges(outlook, pages, now);
+        let counted = (round.value() + 1)
+            .saturating_sub(self.devices.rounds_waited() + self.rounds.rounds_held());
+        let left = self.config.limits.max_rounds.saturating_sub(counted);
         let fits = predicted <= conditions.limit || self.at_once;
-        if !fits && conditions.drained().downtime(pages as f64) <= conditions.limit {
+        let drains = !fits && conditions.drained().downtime(pages as f64) <= conditions.limit;
+        let throttle = if fits || drains {
+            None
+        } else {
+            self.throttles(&weighed, pages, left)
+        };
+        let used_up = left == 0 || throttle.is_none() && self.rounds.diverges(outlook, pages, now);
+        if drains {
             let on_its_way = conditions.downtime(0.0);
             self.state = State::Draining {
                 round,
@@ -128,7 +141,8 @@ impl Session {
         }
         if fits && !used_up && !self.at_once && self.rounds.polishes(&weighed, pages) {
             // It costs the guest nothing.
-        } else if fits || (used_up && self.config.when_not_converging == WhenNotConverging::Switch)
+        } else if fits
+            || (used_up && self.config.limits.when_not_converging == WhenNotConverging::Switch)
         {
             if self.devices.hold(&self.config, now) {
                 effects.extend(self.wait_for_devices(round, since, now));
@@ -142,6 +156,9 @@ impl Session {
             );
             effects.extend(self.fail(error));
             return effects;
+        }
+        if let Some(percent) = throttle {
+            effects.push(self.throttle_to(percent));
         }
         match round.next() {
             Some(next) => {
@@ -177,21 +194,42 @@ impl Session {
         effects
     }
 
+    /// How much of the guest's time is to be held back in what follows, if that is more or less than now, with so many rounds left.
+    fn throttles(&mut self, weighed: &Weighed, pages: u64, left: u32) -> Option<u8> {
+        let limit = self.config.limits.throttle_limit;
+        if limit == 0 || left == 0 {
+            return None;
+        }
+        let needed = weighed.throttle_needed(self.throttle.percent(), pages, left);
+        self.throttle.decide(needed, limit)
+    }
+
     /// The embedder knows that nobody would notice a pause now. The round under way is finished; where only time is waited for, the
     /// decision is made again at once. Acknowledgements of devices are still waited for.
     pub(super) fn wants_switchover(&mut self, now: Duration) -> Vec<Effect> {
         self.at_once = true;
-        match self.state {
-            State::Draining { round, since, .. } => {
-                self.state = State::Deciding {
-                    round,
-                    since,
-                    encoded: now,
-                };
-                vec![Effect::Collect { last: false }]
+        self.decide_again(now)
+    }
+
+    /// The user holds the sending: nothing is decided. Rounds go on, each for a while, with next to nothing in them.
+    fn go_on_held(&mut self, round: Round, since: Duration, now: Duration) -> Vec<Effect> {
+        if let Some(again) = self.holds_until(since, now) {
+            self.state = State::Waiting {
+                round,
+                since,
+                again,
+            };
+            return Vec::new();
+        }
+        match round.next() {
+            Some(next) => {
+                self.rounds.held_round();
+                self.open(next, now)
             }
-            State::Waiting { .. } => self.look_again(now),
-            _ => Vec::new(),
+            None => {
+                let what = "held for more rounds than there are numbers".into();
+                self.fail(Error::new(Phase::Rounds, Fault::Internal { what }))
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use super::*;
 use crate::common::ChannelFault;
 use crate::source::config::{WhenAckLate, WhenDestinationLost, WhenNotConverging};
 use crate::source::speed::LaneCount;
+use crate::source::steer::{Sending, Steer};
 use crate::source::{Lasts, NotOpened};
 use multifd_wire::frame::{Asks, Grant, KeepAlive, OutcomeState};
 use multifd_wire::{ChannelRef, Features, Frame, Incompatible, Reason, SessionId, Token};
@@ -310,7 +311,7 @@ const STATES: [(&str, usize); 27] = [
 /// Those in which the newest FINAL was sent and nothing has gone missing since.
 const FINAL_SENT: [&str; 2] = ["last, final sent", "last, no lane needed"];
 
-const EVENTS: [&str; 42] = [
+const EVENTS: [&str; 45] = [
     "granted",
     "ready",
     "encoded",
@@ -348,6 +349,9 @@ const EVENTS: [&str; 42] = [
     "round trip",
     "cancel",
     "switch over now",
+    "downtime limit 2 s",
+    "sending is held",
+    "not throttled",
     "guest gone",
     "failed",
     "tick",
@@ -418,6 +422,9 @@ fn event(name: &str) -> (Event, Duration) {
         "round trip" => Event::RoundTrip(MS),
         "cancel" => Event::Cancel,
         "switch over now" => Event::SwitchOverNow,
+        "downtime limit 2 s" => Event::Steer(Steer::DowntimeLimit(Duration::from_secs(2))),
+        "sending is held" => Event::Steer(Steer::Sending(Sending::Held)),
+        "not throttled" => Event::NotThrottled,
         "guest gone" => Event::GuestGone,
         "failed" => failure(),
         "tick" => Event::Tick,
@@ -485,6 +492,8 @@ fn word(effect: &Effect) -> String {
         Effect::Collect { last: false } => "collect".into(),
         Effect::Collect { last: true } => "collect (paused)".into(),
         Effect::Forecast(_) => "forecast".into(),
+        Effect::Steered(_) => "steered".into(),
+        Effect::Throttle { percent } => format!("throttle {percent}"),
         Effect::Pause => "pause".into(),
         Effect::AwaitDevices => "await devices".into(),
         Effect::Quiesce => "quiesce devices".into(),

@@ -6,6 +6,7 @@ use multifd_wire::{ChannelRef, Phase};
 
 use super::{Effect, Event, Session, State};
 use crate::source::error::{Error, Fault};
+use crate::source::steer::Sending;
 
 /// A lane may turn out to be dead while its round is waited for: it is given up after one stall, and what the destination has
 /// of it is known after three more at the latest.
@@ -27,8 +28,8 @@ impl Session {
         }
         let alive = self.keep_alive.tick(self.is_paused(), now);
         effects.extend(alive.map(|alive| Effect::Send(alive.into())));
-        // Nothing can be taken meanwhile.
-        if self.lanes.alone_since().is_some() {
+        // Nothing can be taken meanwhile, or is to be.
+        if self.lanes.alone_since().is_some() || self.sending() == Sending::Held {
             self.progressed(now);
         }
         let steps = self.lanes.tick(&self.view(), now);
