@@ -90,6 +90,13 @@ fn seeds_that_once_broke_a_promise_keep_it() {
         910_000_071,
         910_000_714,
         910_001_135,
+        // Pages that came back while devices kept every lane busy: each lane left them to the others for good, a single one too.
+        150_001_469,
+        150_000_503,
+        // A reply whose magic was changed on the way was taken for that of a stranger.
+        150_002_668,
+        // A second attempt was judged while the destination still stood still.
+        1_099_511_628_777,
     ] {
         let verdict = sim::run(seed, Mode::Faults, false);
         assert!(verdict.violations.is_empty(), "seed {seed}: {verdict:#?}");

@@ -183,6 +183,19 @@ impl HelloReply {
     }
 }
 
+impl HelloReply {
+    /// What a reply is refused for of which it is known that octets were changed on the way, in the magic too: its checksum is wrong.
+    #[must_use]
+    pub fn damaged(octets: &[u8; HELLO_REPLY_BYTES]) -> Malformed {
+        let raw: Raw = zerocopy::transmute!(*octets);
+        Malformed::HelloCrc {
+            structure: "hello_reply",
+            found: raw.crc.get(),
+            computed: raw.crc(),
+        }
+    }
+}
+
 impl Raw {
     /// Views octets whose magic and checksum are right.
     // SPEC: REPLY-1

@@ -92,7 +92,11 @@ impl VmmThread {
     ///
     /// # Panics
     /// With the VMM, in its own words.
-    pub(super) fn give_back(self, limit: Duration, meanwhile: impl Fn()) -> Option<Box<dyn Vmm>> {
+    pub(super) fn give_back(
+        self,
+        limit: Duration,
+        mut meanwhile: impl FnMut(),
+    ) -> Option<Box<dyn Vmm>> {
         drop(self.tasks);
         let until = Instant::now() + limit;
         while Instant::now() < until {

@@ -16,7 +16,9 @@ use multifd_transport::{
     SendHalf, Stranger,
 };
 use multifd_wire::frame::{Abort, OutcomeState};
-use multifd_wire::{ChannelRef, Features, HELLO_REPLY_BYTES, Hello, HelloReply, Phase, Reason};
+use multifd_wire::{
+    ChannelRef, Features, HELLO_REPLY_BYTES, Hello, HelloReply, Malformed, Phase, Reason,
+};
 
 use super::control::FAREWELL;
 use super::lane::{LaneCommand, serve};
@@ -240,9 +242,10 @@ fn exchange(
     let mut octets = [0u8; HELLO_REPLY_BYTES];
     rx.receive(&mut octets)
         .map_err(|error| unanswered(error, rx))?;
-    HelloReply::decode(&octets).map_err(|error| match stranger(&octets) {
-        Some(stranger) => stranger,
-        None => error.into(),
+    HelloReply::decode(&octets).map_err(|error| match (stranger(&octets), error) {
+        (Some(stranger), _) => stranger,
+        (None, Malformed::Magic { .. }) => HelloReply::damaged(&octets).into(),
+        (None, error) => error.into(),
     })
 }
 
@@ -253,12 +256,13 @@ fn unanswered(error: ChannelError, rx: &dyn ReceiveHalf) -> Fault {
     stranger(&octets[..heard]).unwrap_or_else(|| failed(error))
 }
 
-/// The fault of a peer that speaks something else. None speaks as a destination does, if only the beginning of it.
+/// The fault of a peer that speaks something else. None speaks as a destination does, if only the beginning of it, or with a byte
+/// that was changed on the way.
 fn stranger(octets: &[u8]) -> Option<Fault> {
     /// What an answer begins with (SPEC: HELLO-1).
     const BEGINNING: &[u8] = b"MULTIFD\n";
-    let known = octets.len().min(BEGINNING.len());
-    if octets.get(..known) == BEGINNING.get(..known) {
+    let differs = BEGINNING.iter().zip(octets).filter(|(a, b)| a != b).count();
+    if differs == 0 || (differs == 1 && octets.len() >= BEGINNING.len()) {
         return None;
     }
     let text = Stranger::look_at(octets)?.to_string();

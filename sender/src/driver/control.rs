@@ -617,6 +617,7 @@ impl Control {
             return Ok(Event::AcksMissing);
         }
         let predicted = self.session.predicted_downtime();
+        tracing::info!(?predicted, "the guest is paused now");
         self.timeline.pausing(predicted, self.shared.now());
         self.shared.watch.at("have the VMM pause the guest");
         self.timeline.guest = self.vmm.guest();

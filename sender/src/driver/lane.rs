@@ -42,6 +42,9 @@ const TOKEN_POLL: Duration = Duration::from_millis(100);
 /// How often a lane that leaves the round's pages to others checks how far they are.
 const ROUND_POLL: Duration = Duration::from_millis(5);
 
+/// How soon it does so for the first time.
+const FIRST_WAIT: Duration = Duration::from_micros(100);
+
 /// How long a slow lane leaves the pages to faster ones at most.
 const REFUSES_MAX: Duration = Duration::from_millis(500);
 
@@ -109,6 +112,23 @@ struct Feeder<'s> {
     cpu: Duration,
 }
 
+/// Since when a lane has left the pages of a round to others, and how many there were then.
+struct Refused {
+    since: Instant,
+    pages_left: u64,
+    /// How long it waits before it looks again. Short at first: two lanes that looked at the same moment may each have left the pages
+    /// to the other.
+    wait: Duration,
+}
+
+impl Refused {
+    fn next_wait(&mut self) -> Duration {
+        let wait = self.wait;
+        self.wait = (wait * 2).min(ROUND_POLL);
+        wait
+    }
+}
+
 impl<'s> Feeder<'s> {
     fn new(shared: &'s Shared, state: &'s LaneState, tx: Box<dyn SendHalf>) -> Self {
         Self {
@@ -147,7 +167,7 @@ impl<'s> Feeder<'s> {
         let shared = self.shared;
         let mut permit = None;
         let mut ahead = 0;
-        let mut refused_since = None;
+        let mut refused = None;
         loop {
             self.check_stop()?;
             self.items(last, &mut ahead)?;
@@ -163,11 +183,12 @@ impl<'s> Feeder<'s> {
                 self.shared.permits.observe(Instant::now());
                 continue;
             }
-            let Some(pages) = self.share(work, &mut refused_since) else {
+            let Some(pages) = self.share(work, &mut refused) else {
                 // The others will be done with all of it before this lane would be with one frame more.
                 (permit, ahead) = (None, 0);
                 self.check_stop()?;
-                if work.wait_until_taken(ROUND_POLL) {
+                let wait = refused.as_mut().map_or(ROUND_POLL, Refused::next_wait);
+                if work.wait_until_taken(wait) {
                     break;
                 }
                 continue;
@@ -208,34 +229,40 @@ impl<'s> Feeder<'s> {
     }
 
     /// How many pages this lane should take at once of what is left; `None` while it had better take none.
-    fn share(&self, work: &RoundWork, refused_since: &mut Option<Instant>) -> Option<u64> {
+    fn share(&self, work: &RoundWork, refused: &mut Option<Refused>) -> Option<u64> {
         let on_its_way = lock(&self.state.lane)
             .as_ref()
             .map_or(0, crate::lane::Lane::unacked_octets);
-        let loads = lock(&self.shared.loads);
         let whole = work.extent_pages();
-        let Some(own) = loads.own(self.state.id, on_its_way) else {
+        let pages_left = work.left();
+        let mut loads = lock(&self.shared.loads);
+        let Some(own) = loads.now(self.state.id, on_its_way) else {
             return Some(whole);
         };
-        let left = (work.left() * PAGE_BYTES_U64) as f64;
+        let left = (pages_left * PAGE_BYTES_U64) as f64;
         let fits = |pages: u64| {
             let bytes = (pages * PAGE_BYTES_U64) as f64;
-            should_take(&own, loads.all(), left, bytes)
+            should_take(own, loads.all(), left, bytes)
         };
         let sizes = [whole, self.shared.config.body_pages().min(whole)];
         let fitting = sizes.into_iter().find(|pages| fits(*pages));
         if fitting.is_some() {
-            *refused_since = None;
+            *refused = None;
             return fitting;
         }
-        // Speeds may be old news: a lane that stands still may have been fast. One frame at a time finds out: what is on its way
-        // when the guest is paused is waited for.
-        let since = refused_since.get_or_insert_with(Instant::now);
-        if on_its_way > 0 || since.elapsed() <= REFUSES_MAX {
+        let before = refused.get_or_insert_with(|| Refused {
+            since: Instant::now(),
+            pages_left,
+            wait: FIRST_WAIT,
+        });
+        if before.since.elapsed() <= REFUSES_MAX {
             return None;
         }
-        *refused_since = None;
-        Some(sizes[1])
+        // Speeds may be old news: a lane that stands still may have been fast. One frame at a time finds out: what is on its way
+        // when the guest is paused is waited for. Unless nobody takes any: devices may keep each lane busy for good.
+        let nobody_takes = before.pages_left <= pages_left;
+        *refused = None;
+        (on_its_way == 0 || nobody_takes).then_some(sizes[1])
     }
 
     /// Sorts the pages of one run into zeros and content, and sends frames as they fill up.

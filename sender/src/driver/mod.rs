@@ -400,8 +400,8 @@ impl Shared {
     }
 }
 
-/// How fast each lane is and what it had on its way when the destination last acknowledged something: what the lanes share a
-/// round by.
+/// How fast each lane is, and what it had on its way when the destination last acknowledged something or the lane last asked for
+/// pages: what the lanes share a round by.
 #[derive(Debug, Default)]
 struct Loads {
     lanes: Vec<LaneId>,
@@ -414,14 +414,11 @@ impl Loads {
         &self.all
     }
 
-    /// One lane's, with what it has on its way right now; `None` while its speed is not known.
-    fn own(&self, lane: LaneId, on_its_way: u64) -> Option<LaneLoad> {
+    /// Enters what a lane has on its way right now; its place among [`Self::all`], `None` while its speed is not known.
+    fn now(&mut self, lane: LaneId, on_its_way: u64) -> Option<usize> {
         let place = self.lanes.iter().position(|known| *known == lane)?;
-        let load = self.all.get(place)?;
-        Some(LaneLoad {
-            on_its_way: on_its_way as f64,
-            ..*load
-        })
+        self.all.get_mut(place)?.on_its_way = on_its_way as f64;
+        Some(place)
     }
 }
 

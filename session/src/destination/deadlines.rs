@@ -15,6 +15,10 @@ pub(super) struct Deadlines {
     pub(super) progress: Duration,
     /// Since when no lane lives although one is needed: the source is dialling (SPEC: LANE-6).
     pub(super) alone_since: Option<Duration>,
+    /// When this side last did anything at all.
+    looked: Duration,
+    /// When this side went on after it had stood still: its own threads had no time meanwhile.
+    awake: Duration,
     keep_alive_due: Duration,
     ack_due: Duration,
     /// Frames on data channels when it was last looked at.
@@ -28,6 +32,8 @@ impl Deadlines {
             heard: now,
             progress: now,
             alone_since: None,
+            looked: now,
+            awake: now,
             keep_alive_due: now,
             ack_due: now,
             frames: 0,
@@ -39,6 +45,24 @@ impl Deadlines {
         (self.began, self.heard, self.progress) = (now, now, now);
         self.keep_alive_due = now + config.keep_alive();
         self.ack_due = now + config.ack_period();
+    }
+
+    /// This side does something. Where it had to before and did not, the whole program stood still.
+    pub(super) fn looks(&mut self, config: &Config, now: Duration) {
+        if now > self.looks_again(config) + config.keep_alive() {
+            self.awake = now;
+        }
+        self.looked = now;
+    }
+
+    /// When it has to look again, while a thread of its own is waited for.
+    pub(super) fn looks_again(&self, config: &Config) -> Duration {
+        self.looked + config.keep_alive()
+    }
+
+    /// Since when a thread of this side, asked for something at `since`, has had its time.
+    pub(super) fn own_since(&self, since: Duration) -> Duration {
+        since.max(self.awake)
     }
 
     /// Frames on data channels are what goes on; signs of life on the control channel are not.

@@ -114,6 +114,11 @@ impl Devices {
         self.loaded.clear();
     }
 
+    /// Whether anything was said of one: then the source has begun its stream.
+    pub(super) fn something_was_said(&self) -> bool {
+        !self.granted.is_empty() || !self.acks.is_empty()
+    }
+
     /// What was said of them on an old channel may be lost (SPEC: RESUME-12).
     pub(super) fn repeat(&self) -> (Vec<RawCredit>, Vec<SwitchoverAck>) {
         let table = self.table.as_deref().unwrap_or_default();

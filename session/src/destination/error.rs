@@ -100,7 +100,7 @@ pub enum Fault {
         most: u64,
     },
     /// The devices cannot be moved together, or are not the source's.
-    #[error("the devices can't be taken: {text}")]
+    #[error("the devices of the source can't be taken: {text}")]
     Devices {
         /// Why not.
         text: String,

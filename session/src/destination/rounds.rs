@@ -39,6 +39,17 @@ pub(super) struct Fence {
     incomplete: Option<Incomplete>,
     /// Since when FINAL is here and pages are missing: the source has to begin a further round.
     short_since: Option<Duration>,
+    /// When the source had answered a question that was asked after that: it has read what was said of lanes and pages.
+    known_since: Option<Duration>,
+}
+
+impl Fence {
+    /// A sign of life of the source came, of which it can be asked whether it shows that a question of this time or later was read.
+    pub(super) fn echo(&mut self, now: Duration, has_read: impl Fn(Duration) -> bool) {
+        if self.short_since.is_some_and(has_read) {
+            self.known_since.get_or_insert(now);
+        }
+    }
 }
 
 /// What follows at a shut gate.
@@ -150,6 +161,7 @@ impl Rounds {
             damaged: closed.damaged,
             incomplete: closed.incomplete,
             short_since: None,
+            known_since: None,
         }
     }
 
@@ -209,16 +221,23 @@ impl Rounds {
         Next::Fail(self.shortage(fence, last))
     }
 
-    /// What is missing at the fence, if FINAL is here and no page of it is known to be damaged: the source had its time to send it.
+    /// What is missing at the fence, if FINAL is here, no page of it is known to be damaged, and the source knows: it had its time to
+    /// send it.
     pub(super) fn missing(&self, fence: &Fence) -> Option<Fault> {
         let last = self.last.filter(|_| fence.damaged == 0)?.0;
-        fence.short_since?;
+        fence.known_since?;
         Some(self.shortage(fence, last))
     }
 
-    /// Since when pages are missing although FINAL is here.
-    pub(super) fn short_since(fence: &Fence) -> Option<Duration> {
-        fence.short_since
+    /// Since when the source knows that something is missing although FINAL is here.
+    pub(super) fn missed_since(fence: &Fence) -> Option<Duration> {
+        fence.known_since
+    }
+
+    /// Whether something is missing although FINAL is here.
+    #[cfg(test)]
+    pub(super) fn is_short(fence: &Fence) -> bool {
+        fence.short_since.is_some()
     }
 
     fn last_of(&self, round: Round) -> Option<Final> {

@@ -186,12 +186,14 @@ impl Session {
     /// When [`Event::Tick`] is due at the latest.
     #[must_use]
     pub fn next_deadline(&self) -> Duration {
-        let (deadline, _) = self.deadline();
+        let (mut deadline, _) = self.deadline();
         if self.is_connected() {
-            deadline.min(self.deadlines.next_word())
-        } else {
-            deadline
+            deadline = deadline.min(self.deadlines.next_word());
         }
+        if self.deadline_of_our_own().is_some() {
+            deadline = deadline.min(self.deadlines.looks_again(&self.config));
+        }
+        deadline
     }
 
     fn is_connected(&self) -> bool {
@@ -203,6 +205,7 @@ impl Session {
     /// A frame came on the control channel that there is, with this body.
     #[must_use]
     pub fn frame(&mut self, frame: &Frame<'_>, body: &[u8], now: Duration) -> Vec<Effect> {
+        self.deadlines.looks(&self.config, now);
         let mut out = Vec::new();
         if !matches!(self.state, State::Suspended { .. })
             && let Err(fault) = self.take(frame, body, now, &mut out)
@@ -278,6 +281,9 @@ impl Session {
         let pulse = &self.pulse;
         self.remembered
             .echo(|stamp_us| pulse.has_read(&alive, stamp_us));
+        if let State::Fenced(fence) = &mut self.state {
+            fence.echo(now, |since| pulse.has_read(&alive, micros(since)));
+        }
         // SPEC: ALIVE-5
         if self.pulse.heard(&alive, now).asks == Asks::Nothing || !self.is_connected() {
             return Ok(());
@@ -348,6 +354,7 @@ impl Session {
     /// Something happened beside the frames of the control channel.
     #[must_use]
     pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        self.deadlines.looks(&self.config, now);
         let mut out = Vec::new();
         if let Err(fault) = self.happened(event, now, &mut out) {
             let error = Error::new(self.phase(), fault);
@@ -373,6 +380,10 @@ impl Session {
                     ticket,
                 },
             ) => self.lane_joined(lane, incarnation, ticket, now, out),
+            (State::Over, Event::Resumed(_)) => {
+                self.runs_after_all(now, out);
+                Ok(())
+            }
             (State::Over, _) => Ok(()),
             (_, Event::Opened(secrets)) => self.opened(secrets, now, out),
             (_, Event::ControlLost(fault)) => self.control_lost(fault, now, out),

@@ -20,6 +20,9 @@ pub struct Stream {
     index: u64,
     offset: u64,
     generation: Generation,
+    initial_bytes: u64,
+    /// Where the stream began, or began anew.
+    began_at: u64,
     offset_max: u64,
 }
 
@@ -32,6 +35,8 @@ impl Stream {
             index: 0,
             offset: 0,
             generation: Generation::new(0),
+            initial_bytes: 0,
+            began_at: 0,
             offset_max: window,
         }
     }
@@ -72,6 +77,10 @@ impl Stream {
     pub fn mark(&mut self, mark: Mark) -> DeviceMark {
         if mark == Mark::InitialEnd {
             self.generation = self.generation.next().unwrap_or(self.generation);
+            self.initial_bytes = self.offset - self.began_at;
+        }
+        if mark == Mark::Restart {
+            self.began_at = self.offset;
         }
         let placed = DeviceMark {
             device: self.device,
@@ -94,6 +103,13 @@ impl Stream {
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Bytes of the stream up to the newest generation's end, from its beginning or the newest RESTART: what the destination has
+    /// loaded when it acknowledges that generation, whatever it says of it.
+    #[must_use]
+    pub fn initial_bytes(&self) -> u64 {
+        self.initial_bytes
     }
 
     /// The newest generation whose end was marked.

@@ -90,7 +90,7 @@ impl Troubles {
         }
     }
 
-    /// Lets the program stand still when it is time.
+    /// Lets the program stand still when it is time; ends when it goes on.
     pub(super) fn stop_life(stop: Stop, world: &Arc<World>) {
         std::thread::sleep(stop.after);
         if world.is_over() {
@@ -103,5 +103,6 @@ impl Troubles {
         };
         let lasts = u64::try_from(stop.lasts.as_nanos()).unwrap_or(u64::MAX);
         schedule::stop(group, schedule::now() + lasts);
+        std::thread::sleep(stop.lasts);
     }
 }

@@ -104,7 +104,7 @@ fn several_devices_of_which_none_has_p2p_are_refused_in_set_up() {
     assert_eq!(told.reason, Reason::DeviceRefused);
     assert_eq!(
         told.text,
-        "the devices can't be taken: nic0 has no P2P-quiescent state, so it can only be moved alone"
+        "the devices of the source can't be taken: nic0 has no P2P-quiescent state, so it can only be moved alone"
     );
     destination.fails(GRACE, "receiver.device.refused", "two without P2P");
 }

@@ -12,7 +12,7 @@ use crate::report::Report;
 
 impl Control {
     /// Ends the session, and the reception with it unless that waits on for the next source.
-    pub(super) fn wind_up(mut self, outcome: Outcome) -> ControlFlow<Finished, Box<Self>> {
+    pub(super) fn wind_up(mut self, mut outcome: Outcome) -> ControlFlow<Finished, Box<Self>> {
         let waits_on = self.waits_on(&outcome);
         self.timeline.total_ms = ms(self.now());
         if let Some(session) = &self.session {
@@ -30,15 +30,23 @@ impl Control {
         self.detached.extend(threads);
         self.later.clear();
         let ended = self.join_all();
-        let mut devices = self.take_devices_back();
         // Dropping it stops the accept thread and closes the listeners.
         let door = self.door.take().filter(|_| waits_on && ended);
         let limit = self.shared.config.device_deadline();
         let mut vmm = self.vmm.take().and_then(|vmm| {
             vmm.give_back(limit, || {
-                let _ = self.inbox.try_recv();
+                let note = self.inbox.try_recv();
+                self.later.extend(note.ok().filter(is_of_the_vmm));
             })
         });
+        // One that was given up may have run the guest after all.
+        self.later
+            .extend(self.inbox.try_iter().filter(is_of_the_vmm));
+        while let Some(note) = self.later.pop_front() {
+            self.note(note);
+        }
+        outcome = self.outcome.take().unwrap_or(outcome);
+        let mut devices = self.take_devices_back();
         if let Some(door) = door.filter(|_| self.devices.left.is_empty())
             && let Some(machine) = vmm.take()
         {
@@ -124,7 +132,8 @@ impl Control {
         for thread in std::mem::take(&mut self.detached) {
             let left = until.saturating_duration_since(Instant::now());
             let joined = join_within(thread, left, || {
-                let _ = self.inbox.recv_timeout(Duration::from_millis(1));
+                let note = self.inbox.recv_timeout(Duration::from_millis(1));
+                self.later.extend(note.ok().filter(is_of_the_vmm));
             });
             if let Err(thread) = joined {
                 let thread = thread.thread().name().unwrap_or("a thread").to_owned();
@@ -134,4 +143,8 @@ impl Control {
         }
         ended
     }
+}
+
+fn is_of_the_vmm(note: &Note) -> bool {
+    matches!(note, Note::Vmm(_))
 }

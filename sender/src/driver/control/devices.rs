@@ -120,7 +120,6 @@ impl Control {
     pub(super) fn device_loaded(&mut self, loaded: &DeviceLoaded) -> Result<(), Misbehaved> {
         let stream = self.shared.devices.stream(loaded.device)?;
         stream.loaded(
-            loaded.bytes,
             Duration::from_micros(loaded.load_us),
             Duration::from_micros(loaded.config_us),
         );

@@ -24,6 +24,7 @@ pub(crate) struct DeviceStream {
     pub(super) window: u64,
     state: Mutex<StreamState>,
     changed: Condvar,
+    began: Instant,
 }
 
 pub(super) struct StreamState {
@@ -78,6 +79,7 @@ impl DeviceStream {
                 },
             }),
             changed: Condvar::new(),
+            began: Instant::now(),
         }
     }
 
@@ -251,11 +253,17 @@ impl DeviceStream {
                 found: generation.value().into(),
             });
         }
+        // The pause is as long as is forecast from these, at most: neither is believed further than what is known here.
+        let known = state.machine.initial_bytes();
         let stats = &mut state.stats;
         stats.acked = generation.value();
-        stats.acked_load += load;
-        stats.loaded_bytes += bytes;
-        stats.loaded_time += load;
+        stats.acked_load = stats.acked_load.saturating_add(load);
+        stats.loaded_bytes = if generation == newest {
+            known
+        } else {
+            stats.loaded_bytes.saturating_add(bytes).min(known)
+        };
+        stats.loaded_time = (stats.loaded_time.saturating_add(load)).min(self.began.elapsed());
         Ok(())
     }
 }
@@ -277,10 +285,9 @@ impl DeviceStream {
     }
 
     /// The destination has loaded everything of it.
-    pub(crate) fn loaded(&self, bytes: u64, load: Duration, config: Duration) {
+    pub(crate) fn loaded(&self, load: Duration, config: Duration) {
+        // SPEC: LOADED-1, nothing is decided from it.
         self.note(|stats| {
-            // All of it, what was acknowledged included.
-            (stats.loaded_bytes, stats.loaded_time) = (bytes, load);
             stats.loaded = Some((load, config));
             stats.loaded_at = Some(Instant::now());
         });

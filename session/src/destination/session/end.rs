@@ -1,7 +1,8 @@
 //! How the destination's session ends: what the source is told, and whose the guest is.
 //!
 //! The rule it keeps: before COMMIT every end takes the machine down; after it only this side's own failure ends it, and says that the
-//! guest is loaded and could not be run.
+//! guest is loaded and could not be run. That is said of a guest only once nobody can run it any more: of a VMM that does not come back
+//! it is not known.
 
 use std::time::Duration;
 
@@ -44,6 +45,24 @@ impl Session {
         let question = self.pulse.ask(now);
         self.remembered.stamp(question.stamp_us);
         self.send(question, out)
+    }
+
+    /// The VMM was told to run the guest and does not answer. It may do so yet, so nobody is told that it failed: who asks hears that the
+    /// guest is here and does not run (SPEC: ASK-3).
+    pub(super) fn may_run_yet(&mut self, fault: Fault, now: Duration, out: &mut Vec<Effect>) {
+        let error = Error::new(self.phase(), fault);
+        self.state = State::Over;
+        self.remembered
+            .ended(OutcomeState::CommittedNotRunning, now);
+        out.push(Effect::Finish(Outcome::Stranded(error)));
+    }
+
+    /// It did so after all.
+    pub(super) fn runs_after_all(&mut self, now: Duration, out: &mut Vec<Effect>) {
+        if self.remembered.state() == Some(OutcomeState::CommittedNotRunning) {
+            self.remembered.ended(OutcomeState::Running, now);
+            out.push(Effect::Finish(Outcome::Running));
+        }
     }
 
     /// It can't go on.

@@ -184,8 +184,8 @@ impl Session {
             },
             out,
         )?;
-        // Where nothing landed, nothing was said (SPEC: RESUME-12).
-        if marks.is_empty() {
+        // Lanes that both sides had given up are not named, and yet what came on them was answered (SPEC: RESUME-12).
+        if marks.is_empty() && !self.devices.something_was_said() {
             return Ok(());
         }
         let (credits, acks) = self.devices.repeat();

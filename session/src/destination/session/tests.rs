@@ -128,8 +128,8 @@ fn every_state_has_a_deadline() {
             STALL
         };
         assert!(deadline <= most + NOW, "{state}: {deadline:?}");
-        let early = feed(&mut session, tick(), deadline - MS);
-        assert_eq!(finishes(&early), 0, "{state}: too early");
+        let early = tick_until(&mut session, deadline - MS);
+        assert_eq!(early, 0, "{state}: too early");
         let mut effects = feed(&mut session, tick(), deadline);
         if matches!(session.state, State::Suspended { .. }) {
             // A silent source may come back, but not for ever.
@@ -140,16 +140,61 @@ fn every_state_has_a_deadline() {
     }
 }
 
+/// Lets the time go on in small steps; how often it ended.
+fn tick_until(session: &mut Session, until: Duration) -> usize {
+    let step = Config::default().keep_alive();
+    let mut now = NOW;
+    let mut ends = 0;
+    while now < until {
+        now = (now + step).min(until);
+        ends += finishes(&feed(session, tick(), now));
+    }
+    ends
+}
+
+/// The same with a source that says that it lives.
+fn live_until(session: &mut Session, until: Duration) -> usize {
+    let step = Config::default().keep_alive();
+    let mut now = NOW;
+    let mut ends = 0;
+    while now < until {
+        now = (now + step).min(until);
+        ends += finishes(&feed(session, alive(), now));
+        ends += finishes(&feed(session, tick(), now));
+    }
+    ends
+}
+
 /// No silence of the source changes what the VMM has to do, but a VMM that does not come back ends it.
 #[test]
 fn a_guest_that_is_ours_waits_for_the_vmm_alone() {
     let mut session = state_after("owning");
     let most = Config::default().progress_deadline();
-    let early = feed(&mut session, tick(), MS + most - MS);
-    assert_eq!(finishes(&early), 0);
+    assert_eq!(tick_until(&mut session, MS + most - MS), 0);
     let words = say(&mut session, tick(), MS + most);
-    let stranded = "finish: stranded, receiver.thread-stuck".to_owned();
-    assert!(words.contains(&stranded), "{words:?}");
+    assert_eq!(words, ["finish: stranded, receiver.thread-stuck"]);
+    // Nobody knows what becomes of it: it may run the guest yet.
+    assert_eq!(
+        say(&mut session, Step::Event(Event::Asked), MS + most),
+        ["answer 2"]
+    );
+    let ran = Step::Event(Event::Resumed(Counts::default()));
+    assert_eq!(say(&mut session, ran, MS * 2 + most), ["finish: running"]);
+    assert_eq!(
+        say(&mut session, Step::Event(Event::Asked), MS * 2 + most),
+        ["answer 3"]
+    );
+}
+
+/// A program that stood still as a whole gives its own threads their time again.
+#[test]
+fn a_vmm_that_stood_still_with_its_program_is_waited_for() {
+    let mut session = state_after("owning");
+    let most = Config::default().progress_deadline();
+    let woken = MS + most * 2;
+    assert_eq!(finishes(&feed(&mut session, tick(), woken)), 0);
+    assert_eq!(tick_until(&mut session, woken + most - MS), 0);
+    assert_eq!(finishes(&feed(&mut session, tick(), woken + most)), 1);
 }
 
 #[test]
@@ -162,10 +207,16 @@ fn pages_that_stay_missing_after_final_end_it_although_the_source_says_that_it_l
         ),
     ] {
         let mut session = state_after(state);
+        let asked = MS + Config::default().keep_alive();
+        let words = say(&mut session, tick(), asked);
+        assert!(words.iter().any(|word| word == "KEEP_ALIVE"), "{words:?}");
+        let stamp_us = u64::try_from(asked.as_micros()).unwrap();
+        let known = asked + MS;
+        let _ = feed(&mut session, answers(stamp_us), known);
         let _ = feed(&mut session, alive(), STALL);
         let early = feed(&mut session, tick(), STALL);
         assert_eq!(finishes(&early), 0, "{state}: too early");
-        let words = say(&mut session, tick(), STALL + MS);
+        let words = say(&mut session, tick(), STALL + known);
         let end = format!("finish: failed, {code}");
         assert!(words.contains(&end), "{state}: {words:?}");
     }
@@ -370,9 +421,7 @@ fn a_lane_that_was_closed_and_does_not_end_ends_the_session() {
     let mut session = state_after("rounds");
     let _ = feed(&mut session, lane_down(1, 0), NOW);
     let due = NOW + Config::default().device_deadline();
-    let _ = feed(&mut session, alive(), due - MS);
-    let early = feed(&mut session, tick(), due - MS);
-    assert_eq!(finishes(&early), 0);
+    assert_eq!(live_until(&mut session, due - MS), 0);
     let words = say(&mut session, tick(), due);
     let end = "finish: failed, receiver.thread-stuck".to_owned();
     assert!(words.contains(&end), "{words:?}");
@@ -517,8 +566,7 @@ fn signs_of_life_alone_are_not_enough() {
     for (state, _) in states() {
         let mut session = state_after(state);
         let late = Config::default().progress_deadline() + MS;
-        let _ = feed(&mut session, alive(), late);
-        let ends = finishes(&feed(&mut session, tick(), late)) == 1;
+        let ends = live_until(&mut session, late) == 1;
         let may_take_longer = ["loading", "over"].contains(&state)
             || state.ends_with("resumed, tables")
             || state.starts_with("devices: loading");
@@ -568,16 +616,23 @@ fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
             closed(0),
             final_of(1, OTHER_DIGEST),
         ]));
-        assert!(
-            matches!(&session.state, State::Fenced(fence) if Rounds::short_since(fence).is_some())
-        );
+        assert!(matches!(&session.state, State::Fenced(fence) if Rounds::is_short(fence)));
         session
     };
     assert_eq!(say(&mut short(), switchover(2), NOW), ["open 2"]);
-    // One that lives and sends nothing is told what is missing; one that says nothing at all may stand still, and is waited for.
+    // One that has read what was said and sends nothing is told what is missing; of one that does not answer, words may still
+    // be on their way while it stands still.
+    let asked = NOW + crate::destination::Config::default().keep_alive() + MS;
+    let ask = |session: &mut Session| {
+        let words = say(session, tick(), asked);
+        assert!(words.iter().any(|word| word == "KEEP_ALIVE"), "{words:?}");
+        u64::try_from(asked.as_micros()).unwrap()
+    };
     let mut lives = short();
-    let _ = feed(&mut lives, alive(), NOW + STALL - MS);
-    let words = say(&mut lives, tick(), NOW + STALL + MS);
+    let stamp_us = ask(&mut lives);
+    let _ = feed(&mut lives, answers(stamp_us), NOW + STALL - MS);
+    let _ = feed(&mut lives, answers(stamp_us), NOW + 2 * STALL - 3 * MS);
+    let words = say(&mut lives, tick(), NOW + 2 * STALL - MS);
     assert!(
         words
             .iter()
@@ -586,8 +641,9 @@ fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
     );
     // Steps are taken at 1 ms, so this is when what is missing would be too late.
     let mut stands_still = short();
-    let _ = feed(&mut stands_still, alive(), 2 * MS);
-    let words = say(&mut stands_still, tick(), MS + STALL);
+    let _ = ask(&mut stands_still);
+    let _ = feed(&mut stands_still, alive(), NOW + STALL - MS);
+    let words = say(&mut stands_still, tick(), NOW + 2 * STALL - 2 * MS);
     let ends = |word: &String| word.starts_with("finish") || word.contains("digest");
     assert!(!words.iter().any(ends), "{words:?}");
 }

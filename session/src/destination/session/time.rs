@@ -58,14 +58,15 @@ impl Session {
     }
 
     /// Until when a thread of this side has to come back, and which.
-    fn deadline_of_our_own(&self) -> Option<(String, Duration)> {
+    pub(super) fn deadline_of_our_own(&self) -> Option<(String, Duration)> {
         match &self.state {
             State::Owning { since } => Some((
                 "the VMM, which was to run the guest,".to_owned(),
-                *since + self.config.progress_deadline(),
+                self.deadlines.own_since(*since) + self.config.progress_deadline(),
             )),
             _ => self.lanes.closing().map(|(lane, since)| {
                 let thread = format!("data channel {lane}, which was closed,");
+                let since = self.deadlines.own_since(since);
                 (thread, since + self.config.device_deadline())
             }),
         }
@@ -93,16 +94,15 @@ impl Session {
             );
             return if alone.0 < silence.0 { alone } else { silence };
         }
-        let short = match &self.state {
-            State::Fenced(fence) => Rounds::short_since(fence),
+        let missed = match &self.state {
+            State::Fenced(fence) => Rounds::missed_since(fence),
             _ => None,
         };
         match &self.state {
             State::Setup if set_up.0 < silence.0 => set_up,
-            // A source that says nothing meanwhile stands still: it had no time to send anything, and is silent first of all.
+            // Not of a source that stands still, whatever of it was still on its way: it had no time to send anything.
             State::Fenced(_)
-                if let Some(since) = short
-                    && clocks.heard >= since + config.stall() / 2
+                if let Some(since) = missed
                     && since + config.stall() < silence.0 =>
             {
                 (since + config.stall(), "the source to send what is missing")
@@ -122,7 +122,12 @@ impl Session {
                 _ => self.config.device_deadline(),
             };
             let waited_ms = (waited_ms + now.saturating_sub(due)).as_millis();
-            return Err(Fault::ThreadStuck { thread, waited_ms });
+            let fault = Fault::ThreadStuck { thread, waited_ms };
+            if matches!(self.state, State::Owning { .. }) {
+                self.may_run_yet(fault, now, out);
+                return Ok(());
+            }
+            return Err(fault);
         }
         let silent = now >= self.deadlines.heard + self.config.stall();
         if let Some(since) = self.deadlines.alone_since

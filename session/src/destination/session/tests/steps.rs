@@ -370,6 +370,11 @@ pub(super) fn alive() -> Step {
     Step::Frame(Say::KeepAlive(7, 0))
 }
 
+/// What the source answers to the question with this stamp.
+pub(super) fn answers(stamp_us: u64) -> Step {
+    Step::Frame(Say::KeepAlive(7, stamp_us))
+}
+
 pub(super) fn lane_down(lane: u32, incarnation: u32) -> Step {
     Step::Frame(Say::LaneDown(lane, incarnation))
 }
