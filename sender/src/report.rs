@@ -88,7 +88,7 @@ pub struct Report {
     pub suspended_ms: f64,
     /// The longest time in the rounds in which the destination acknowledged nothing; suspensions are not counted.
     pub longest_pause_ms: f64,
-    /// How long the guest stood still for switchovers that were broken off, because the channels were lost.
+    /// How long the guest stood still in all for switchovers that were broken off, after which it ran on here.
     pub broken_off_pause_ms: f64,
     /// How often the destination was asked how it ended.
     pub asked: u32,
@@ -643,9 +643,19 @@ impl Timeline {
             self.suspensions += 1;
             self.suspended_since = Some(Instant::now());
         }
-        if let (Some(since), Some(again)) = (self.pausing, self.running_again) {
-            self.broken_off_pause += again.saturating_duration_since(since);
+        if self.running_again.is_some() {
+            self.broken_off_pause += self.last_broken_off();
             (self.pausing, self.running_again) = (None, None);
+        }
+    }
+
+    /// How long the guest stood still for the last switchover, if it ran on here.
+    fn last_broken_off(&self) -> Duration {
+        match (self.pausing, self.running_again) {
+            (Some(since), Some(again)) if self.destination_cpu.is_none() => {
+                again.saturating_duration_since(since)
+            }
+            _ => Duration::ZERO,
         }
     }
 
@@ -754,7 +764,7 @@ impl Report {
             control_damaged: timeline.control_damaged,
             suspended_ms: ms(timeline.suspended),
             longest_pause_ms: ms(timeline.longest_pause),
-            broken_off_pause_ms: ms(timeline.broken_off_pause),
+            broken_off_pause_ms: ms(timeline.broken_off_pause + timeline.last_broken_off()),
             asked: timeline.asked,
             sent_again_bytes: end.sent_again_bytes,
             pages_given_back: end.pages_given_back,

@@ -3,7 +3,7 @@
 //! A [`Peer`] numbers its frames as it should unless told otherwise, and can say that it lives while the test does something
 //! else. [`Craft`] makes frames that the encoder refuses to make.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -24,6 +24,8 @@ pub struct Peer {
     rx: Box<dyn ReceiveHalf>,
     closer: Closer,
     saying: Vec<Saying>,
+    /// The newest stamp, while it says that it lives.
+    stamps: Option<Arc<AtomicU64>>,
 }
 
 struct Out {
@@ -85,6 +87,7 @@ impl Peer {
             rx,
             closer,
             saying: Vec::new(),
+            stamps: None,
         }
     }
 
@@ -131,12 +134,13 @@ impl Peer {
     }
 
     /// Says that this side lives, every 50 ms from now on, until the peer is dropped or [`fall_silent`](Self::fall_silent).
+    /// It then answers the questions that it [`hear`](Self::hear)s, too.
     pub fn keep_alive(&mut self) {
-        let mut stamp_us = 0;
+        let stamps = Arc::new(AtomicU64::new(0));
+        self.stamps = Some(Arc::clone(&stamps));
         self.keep_saying(move |sequence| {
-            stamp_us += 1;
             let frame = KeepAlive {
-                stamp_us,
+                stamp_us: stamps.fetch_add(1, Ordering::Relaxed) + 1,
                 echo_us: 0,
                 held_us: 0,
                 asks: Asks::Answer,
@@ -171,6 +175,7 @@ impl Peer {
 
     /// No longer says that it lives, nor anything else by itself. The channel stays open.
     pub fn fall_silent(&mut self) {
+        self.stamps = None;
         for saying in self.saying.drain(..) {
             saying.stop.store(true, Ordering::Relaxed);
             saying.thread.thread().unpark();
@@ -195,11 +200,23 @@ impl Peer {
         self.rx.receive(&mut table)?;
         let mut body = vec![0; header.body_bytes()];
         self.rx.receive(&mut body)?;
-        Ok(Heard {
+        let heard = Heard {
             header,
             table,
             body,
-        })
+        };
+        if let (Some(stamps), Kind::KeepAlive) = (&self.stamps, heard.kind())
+            && let Frame::KeepAlive(question) = heard.frame()
+            && question.asks == Asks::Answer
+        {
+            self.send(KeepAlive {
+                stamp_us: stamps.fetch_add(1, Ordering::Relaxed) + 1,
+                echo_us: question.stamp_us,
+                held_us: 0,
+                asks: Asks::Nothing,
+            });
+        }
+        Ok(heard)
     }
 
     /// Reads on to the next frame of a kind; what comes before it is forgotten.

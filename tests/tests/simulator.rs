@@ -93,6 +93,10 @@ fn seeds_that_once_broke_a_promise_keep_it() {
         // Pages that came back while devices kept every lane busy: each lane left them to the others for good, a single one too.
         150_001_469,
         150_000_503,
+        // A destination that stood still said that a guest could not be run which it then ran.
+        150_007_289,
+        // A forged load time held the guest paused for as long as it said.
+        150_001_848,
         // A reply whose magic was changed on the way was taken for that of a stranger.
         150_002_668,
         // A second attempt was judged while the destination still stood still.

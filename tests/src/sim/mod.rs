@@ -11,6 +11,7 @@
 //! See docs/decisions/0017 for why it runs the drivers and not only the machines. [`run`] needs a program that has
 //! `interpose.rs` in it; `multifd-sim` is one.
 
+pub mod claims;
 mod devices;
 pub mod faults;
 pub mod machine;
@@ -30,6 +31,7 @@ use multifd_sender as tx;
 use multifd_transport::{Channel, Spawner};
 use multifd_wire::{ChannelRef, LaneId};
 
+use self::claims::Lasted;
 use self::faults::{Fault, Plan, Side, WAYS_CLOSED_IN};
 use self::machine::{DestinationVmm, Machine, Notes, Pace, SourceVmm};
 use self::network::Quality;
@@ -439,6 +441,7 @@ struct Attempt {
     received: rx::Finished,
     /// Of the destination's program that was started after the first one died.
     restarted: Option<rx::Finished>,
+    lasted: Lasted,
 }
 
 impl Attempt {
@@ -454,6 +457,7 @@ fn attempt(
     devices: Vec<Box<dyn tx::DeviceSource>>,
     first: bool,
 ) -> Attempt {
+    let began = schedule::now();
     let reception = receive(world, settings, world.life(), first);
     let destination = Arc::new(Mutex::new(reception.handle()));
     let restarted = Arc::new(Mutex::new(None));
@@ -495,6 +499,7 @@ fn attempt(
         }));
     }
     let sent = migration.wait();
+    let source = schedule::now();
     world.no_more_comers();
     let finish = |reception: rx::Reception| {
         let handle = reception.handle();
@@ -505,11 +510,16 @@ fn attempt(
         reception.wait()
     };
     let received = finish(reception);
-    let restarted = lock(&restarted).take();
+    let restarted = lock(&restarted).take().map(finish);
     Attempt {
         sent,
         received,
-        restarted: restarted.map(finish),
+        restarted,
+        lasted: Lasted {
+            began,
+            source,
+            destination: schedule::now(),
+        },
     }
 }
 

@@ -5,11 +5,12 @@
 //! | never two owners, none without COMMIT | by the world, whenever a VMM runs the guest |
 //! | the guest at the destination is the guest | memory and state compared when it is started there |
 //! | its devices are its devices, and run where it runs | by the world, at each call to a device; here at the end |
-//! | the report tells the truth | here, against the ledger |
+//! | the report tells the truth | here, against the ledger; of times in [`claims`] |
 //! | a failed migration loses nothing | the guest runs at the source, the dirty set knows every page that differs |
 //! | nobody calls an honest peer a liar | here, by the errors' codes |
 //! | what need not fail does not | here, for plans of harmless faults |
 //! | a damaged octet is found and named | here: the reports against the list of flipped bits that were read |
+//! | it ends when its settings say, once nothing goes wrong any more | in [`claims`] |
 //! | it ends, and leaves nothing behind | by the scheduler: simulated time is bounded, every thread has to end, and nobody may then hold a channel, a machine or a device |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +21,7 @@ use multifd_wire::Kind;
 
 use super::faults::{Fault, Part, Side};
 use super::world::{Summary, World};
-use super::{Attempt, Settings};
+use super::{Attempt, Settings, claims};
 use super::{BY_PHASE, NEVER_READ};
 
 /// Errors that say that the other side lied. Only a forged or flipped octet may lead to one.
@@ -63,6 +64,7 @@ pub(super) fn judge(world: &World, attempt: &Attempt, settings: &Settings) -> tx
     honesty(world, &summary, attempt);
     success(world, &summary, attempt, settings);
     flips(world, &summary, attempt);
+    claims::judge(world, &summary, attempt, settings);
     outcome
 }
 
@@ -218,7 +220,7 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
     if crashed || summary.restarts > 0 || summary.forged {
         return;
     }
-    // What else ends the migration may do so while a greeter still reads a hello: it comes too late for the report.
+    // What else ends the migration may do so while a greeter still reads a hello, or a dialler its reply: it comes too late for the report.
     let alone = summary.happened.len() == 1;
     let stranger = summary
         .happened
@@ -236,7 +238,8 @@ fn flips(world: &World, summary: &Summary, attempt: &Attempt) {
         let channel = (flip.part != Part::Hello).then(|| flip.channel.to_string());
         let place = (flip.from, channel, flip.name().to_owned());
         let (least, most) = expected.entry(place).or_default();
-        *least += u64::from(!flip.repeated && (alone || flip.part != Part::Hello));
+        let of_hello = matches!(flip.part, Part::Hello | Part::Reply);
+        *least += u64::from(!flip.repeated && (alone || !of_hello));
         *most += 1;
     }
     let reports = [

@@ -11,6 +11,7 @@ use multifd_guest::{DeviceConfig, DeviceFailure};
 use multifd_transport::Span;
 use multifd_wire::{ChannelRef, DeviceState, Hello, Kind, PAGE_BYTES_U64};
 
+use super::claims::Times;
 use super::devices::{self, Seen};
 use super::faults::{Fault, Forgery, FrameFate, FrameSeen, Moment, Part, Plan, Planned, Side};
 use super::machine::Machine;
@@ -151,6 +152,7 @@ struct State {
     /// Chunks and marks of devices that were sent, by device and index.
     items: BTreeSet<(u32, u64)>,
     happened: Vec<(u64, Fault, String)>,
+    times: Times,
     later: Vec<(u64, usize, Option<Arc<Link>>)>,
     flips: Vec<Flip>,
     refuses: Option<Step>,
@@ -201,6 +203,8 @@ pub struct World {
 pub struct Summary {
     /// Who runs the guest.
     pub ledger: Ledger,
+    /// When what happened to the guest.
+    pub times: Times,
     /// Faults that happened, with the time in ns and a word on where.
     pub happened: Vec<(u64, Fault, String)>,
     /// Bits that were flipped.
@@ -279,6 +283,7 @@ impl World {
                 links_made: 0,
                 items: BTreeSet::new(),
                 happened: Vec::new(),
+                times: Times::default(),
                 later: Vec::new(),
                 flips: Vec::new(),
                 refuses: refused.then_some(refuses),
@@ -404,6 +409,7 @@ impl World {
         let state = self.lock();
         Summary {
             ledger: state.ledger.clone(),
+            times: state.times,
             happened: state.happened.clone(),
             flips: state.flips.clone(),
             violations: state.violations.clone(),
@@ -539,7 +545,9 @@ impl World {
     /// The source's VMM stopped the guest.
     pub fn source_paused(&self) {
         if self.lives(Side::Source) {
-            self.lock().ledger.source_runs = false;
+            let mut state = self.lock();
+            state.ledger.source_runs = false;
+            state.times.pauses(schedule::now());
         }
         self.machine.set_running(false);
     }
@@ -553,6 +561,7 @@ impl World {
             let mut state = self.lock();
             state.say("the guest runs at the source again");
             state.ledger.source_runs = true;
+            state.times.runs_again(schedule::now());
             (state.ledger.commit_left, state.ledger.destination_ran)
         };
         if committed {
@@ -577,6 +586,7 @@ impl World {
             state.say("the guest runs at the destination");
             state.ledger.destination_runs = true;
             state.ledger.destination_ran = true;
+            state.times.runs_there(schedule::now());
             state.ledger.clone()
         };
         if ledger.source_runs {
