@@ -394,8 +394,14 @@ impl Pair {
             Effect::CloseLane(lane) => {
                 if let Some(channel) = self.destination.slots.get(&lane).map(|it| it.channel) {
                     self.cut(channel);
-                    // Also when it was cut before.
+                    // Also when it was cut before. Some threads take their time, and the source may have given up the next attempt by then.
                     let wait = self.dice.ms(5);
+                    let wait = wait
+                        * if wait.as_micros().is_multiple_of(8) {
+                            80
+                        } else {
+                            1
+                        };
                     self.later(wait, What::DestinationSeesEnd(channel));
                 }
             }
