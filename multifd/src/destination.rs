@@ -13,8 +13,8 @@ pub use multifd_receiver::report::{DamageReport, DeviceReport, ErrorReport, Outc
 #[cfg(feature = "vfio")]
 pub use multifd_receiver::vfio;
 pub use multifd_receiver::{
-    AfterFailedSetup, Config, ConfigBuilder, ConfigError, Error, Fault, Handle, OfferError,
-    Overcommit, Ownership, Vmm,
+    AfterFailedSetup, Answered, AskTicket, Config, ConfigBuilder, ConfigError, Error, Fault,
+    Handle, OfferError, OutcomeState, Overcommit, Ownership, Vmm, answer,
 };
 
 pub use multifd_wire::frame::GuestState;

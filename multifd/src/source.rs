@@ -23,7 +23,7 @@ pub use multifd_sender::{
     Fault, Handle, Limits, Reclaimed, Sending, SpreadDialer, Steer, Throttled, Vmm, WhenAckLate,
     WhenDestinationLost, WhenNotConverging, ask,
 };
-pub use multifd_wire::frame::GuestState;
+pub use multifd_wire::frame::{GuestState, OutcomeState};
 
 use crate::tracking::Source;
 use crate::transport::{Channel, GuestMemory, Spawner};

@@ -3,7 +3,7 @@
 //! A kind of one's own implements [`Channel`] with its two halves; `examples/own_channel.rs` has one.
 
 pub use multifd_transport::adopt;
-pub use multifd_transport::memory::{MapError, RegionLayout, SpanError, pair};
+pub use multifd_transport::memory::{FileRegion, MapError, RegionLayout, SpanError, pair};
 #[cfg(feature = "rdma")]
 pub use multifd_transport::rdma::{RdmaOptions, Registration};
 #[cfg(feature = "tls")]

@@ -157,3 +157,150 @@ fn the_descriptor_of_the_end_is_readable_when_and_only_when_it_is_over() {
     let error = left.error.expect("it was refused");
     assert!(error.to_string().contains("no room"), "{error}");
 }
+
+/// Notes what it is told about the commit, and may refuse it.
+struct Outliving {
+    refuses: bool,
+    heard: Vec<&'static str>,
+}
+
+impl source::Vmm for Outliving {
+    fn config(&mut self) -> Result<Vec<Blob>, VmmError> {
+        Ok(Vec::new())
+    }
+
+    fn granted(&mut self, _: &source::AskTicket) -> Result<(), VmmError> {
+        self.heard.push("granted");
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), VmmError> {
+        self.heard.push("pause");
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<Blob>, VmmError> {
+        Ok(Vec::new())
+    }
+
+    fn committing(&mut self) -> Result<(), VmmError> {
+        self.heard.push("committing");
+        match self.refuses {
+            true => Err(VmmError::new("not now")),
+            false => Ok(()),
+        }
+    }
+
+    fn resume(&mut self, _: source::Reclaimed) -> Result<(), VmmError> {
+        self.heard.push("resume");
+        Ok(())
+    }
+
+    fn migrated(&mut self) {
+        self.heard.push("migrated");
+    }
+}
+
+/// Keeps its ticket, and runs whatever comes.
+#[derive(Default)]
+struct Arriving(Option<destination::AskTicket>);
+
+impl destination::Vmm for Arriving {
+    fn granted(&mut self, ticket: &destination::AskTicket) -> Result<(), VmmError> {
+        self.0 = Some(ticket.clone());
+        Ok(())
+    }
+
+    fn prepare(&mut self, _: Vec<Blob>, _: &multifd::Layout) -> Result<GuestMemory, VmmError> {
+        assert!(self.0.is_some(), "the ticket comes first");
+        Ok(memory())
+    }
+
+    fn load(&mut self, _: Vec<Blob>) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    fn resume(&mut self, _: destination::Ownership) -> Result<(), VmmError> {
+        Ok(())
+    }
+}
+
+fn migrate(refuses: bool) -> (source::Finished<Outliving>, destination::Finished<Arriving>) {
+    let reception = destination::Reception::start(destination::Parts::new(Arriving::default()));
+    let reception = reception.expect("threads");
+    let there = reception.handle();
+    let dial = source::dial_by(move |_, _| {
+        let (ours, theirs) = pair(1 << 20);
+        there.offer(theirs)?;
+        Ok(ours)
+    });
+    let vmm = Outliving {
+        refuses,
+        heard: Vec::new(),
+    };
+    let parts = source::Parts::new(vmm, memory(), dial).source(VmmWrites::new());
+    let left = source::Migration::start(parts).expect("threads").wait();
+    // A destination that may be asked for a minute is not waited for.
+    reception.handle().cancel();
+    (left, reception.wait())
+}
+
+#[test]
+fn a_vmm_is_told_before_the_commit_and_can_refuse_it() {
+    let (left, arrived) = migrate(false);
+    assert_eq!(left.report.outcome, source::OutcomeKind::Migrated);
+    let heard = left.vmm.expect("it comes back").heard;
+    assert_eq!(heard, ["granted", "pause", "committing", "migrated"]);
+    assert_eq!(arrived.report.outcome, destination::OutcomeKind::Running);
+
+    let (left, arrived) = migrate(true);
+    assert_eq!(left.report.outcome, source::OutcomeKind::Failed);
+    let text = left.error.expect("why").to_string();
+    assert!(text.contains("not now"), "{text}");
+    let heard = left.vmm.expect("it comes back").heard;
+    assert_eq!(heard, ["granted", "pause", "committing", "resume"]);
+    assert_eq!(arrived.report.outcome, destination::OutcomeKind::Failed);
+}
+
+#[test]
+fn another_process_answers_for_a_session_that_ended() {
+    let (left, arrived) = migrate(false);
+    assert_eq!(left.report.outcome, source::OutcomeKind::Migrated);
+    let ticket = arrived.vmm.and_then(|vmm| vmm.0).expect("it was granted");
+    let path = std::env::temp_dir().join(format!("multifd-answer-{}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let place: multifd::transport::Address = format!("unix:{}", path.display())
+        .parse()
+        .expect("an address");
+    for state in [
+        source::OutcomeState::Running,
+        source::OutcomeState::NotCommitted,
+    ] {
+        let options = multifd::transport::ChannelOptions::default();
+        let listener = multifd::transport::Listener::bind_with(&place, &options).expect("a place");
+        let theirs = ticket.clone();
+        let answering = std::thread::spawn(move || {
+            let config = destination::Config::default();
+            let patience = Duration::from_secs(30);
+            destination::answer(
+                vec![listener],
+                &theirs,
+                state,
+                config,
+                None,
+                patience,
+                &|| false,
+            )
+        });
+        let dial = source::SpreadDialer {
+            control: place.clone(),
+            data: Vec::new(),
+            options,
+        };
+        let asked = source::ask(&dial, &ticket, Duration::from_secs(30));
+        assert_eq!(asked.expect("an answer"), state);
+        let answered = answering.join().expect("it does not panic");
+        assert_eq!(answered.expect("threads"), destination::Answered::Source);
+    }
+    let _ = std::fs::remove_file(&path);
+}

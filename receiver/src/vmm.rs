@@ -9,7 +9,7 @@ use multifd_transport::GuestMemory;
 use multifd_wire::Layout;
 use multifd_wire::frame::Device;
 
-pub use multifd_session::common::{Blob, VmmError};
+pub use multifd_session::common::{AskTicket, Blob, VmmError};
 pub use multifd_session::destination::Ownership;
 
 use crate::device::DeviceSink;
@@ -19,6 +19,16 @@ use crate::device::DeviceSink;
 /// All calls come from one thread of their own, one at a time, so they may take their time: the source is told meanwhile that
 /// this side lives.
 pub trait Vmm: Any + Send {
+    /// A source began a session, and nothing else has happened yet: directly before [`Vmm::prepare`]. With this ticket another process can
+    /// answer for the session ([`crate::answer`]), if this one dies: for a machine that outlives the migration's process.
+    ///
+    /// # Errors
+    /// An error refuses the migration in its first second.
+    fn granted(&mut self, ticket: &AskTicket) -> Result<(), VmmError> {
+        let _ = ticket;
+        Ok(())
+    }
+
     /// Builds the machine, not running, and returns its memory: the regions of `layout`, in its order.
     ///
     /// The memory is looked at when this returns. It must have room for the whole guest, or the migration is refused

@@ -97,6 +97,16 @@ pub trait Vmm: Any + Send {
     /// An error ends the migration; the guest is resumed.
     fn save(&mut self) -> Result<Vec<Blob>, VmmError>;
 
+    /// The destination has everything, and the commit goes out when this returns: from here on the guest may be the destination's, until
+    /// [`Vmm::resume`] or [`Vmm::migrated`] says whose it is. For a machine that outlives the migration's process, and has to know
+    /// whether the outcome must be asked for ([`crate::ask`]) when that dies. The guest is paused meanwhile, so it should not take long.
+    ///
+    /// # Errors
+    /// An error ends the migration; nothing was committed, and the guest is resumed.
+    fn committing(&mut self) -> Result<(), VmmError> {
+        Ok(())
+    }
+
     /// Makes the guest again what it was before [`Vmm::pause`]: runs it, or leaves it paused if its user wants that. Called after a migration that failed, was cancelled or lost its link while it was paused. In
     /// the last case the migration may go on, and [`Vmm::pause`] and [`Vmm::save`] are called again. Its devices run already.
     ///

@@ -34,7 +34,7 @@ use super::{Finished, Note, Shared, thread_cpu};
 use crate::error::{Error, Fault};
 use crate::landing::Landing;
 use crate::report::Timeline;
-use crate::vmm::Vmm;
+use crate::vmm::{AskTicket, Vmm};
 
 /// How long the end of a migration waits for the source to close the control channel, so that what it was told last is read; and how
 /// long telling it may take.
@@ -55,6 +55,7 @@ pub(super) struct Control {
     session: Option<Session>,
     /// What whoever comes back to the session, or asks for it, has shown.
     secret: Option<Token>,
+    ticket: Option<AskTicket>,
     features: Features,
     began: Instant,
     link: Link,
@@ -92,6 +93,7 @@ impl Control {
             door: Some(door),
             session: None,
             secret: None,
+            ticket: None,
             features: Features::NONE,
             began: Instant::now(),
             link: Link::default(),
@@ -274,7 +276,12 @@ impl Control {
                 let window = self.shared.config.device_window_bytes();
                 let agreed = self.features.contains(Features::DEVICE_STATE);
                 self.devices.announce(&devices, agreed.then_some(window));
-                self.ask_vmm(VmmTask::Prepare(configs, layout, devices));
+                match self.ticket.clone() {
+                    Some(ticket) => {
+                        self.ask_vmm(VmmTask::Prepare(ticket, configs, layout, devices));
+                    }
+                    None => self.internal("a machine before its session"),
+                }
             }
             Effect::Admit {
                 lane,

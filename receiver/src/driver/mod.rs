@@ -10,6 +10,7 @@
 //! Queues are bounded ([`NOTES_MAX`]), connections that have not said hello yet as well ([`multifd_transport::door::PENDING_MAX`]), and greeters
 //! ([`GREETERS_MAX`]).
 
+mod answer;
 mod control;
 mod device;
 mod gate;
@@ -24,12 +25,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use multifd_session::destination::registry::Registry;
 use multifd_transport::door::{Door, LogLimit};
 use multifd_transport::{Channel, Listener, Running, Spawner, StdSpawner, ended, thread_cpu};
 use multifd_wire::Phase;
 
+pub use self::answer::{Answered, answer};
 use crate::config::Config;
 use crate::device::DeviceSink;
 use crate::error::{Error, Fault};
@@ -147,18 +149,8 @@ impl Reception {
         let spawner: Arc<dyn Spawner> = parts
             .spawner
             .map_or_else(|| Arc::new(StdSpawner) as Arc<dyn Spawner>, Arc::from);
-        let (notes, inbox) = crossbeam_channel::bounded(NOTES_MAX);
         let registry = Registry::new(&parts.config);
-        let shared = Arc::new(Shared {
-            config: parts.config,
-            counters: Counters::default(),
-            notes,
-            spawner: Arc::clone(&spawner),
-            registry: Mutex::new(registry),
-            log_limit: LogLimit::default(),
-            greeters: AtomicUsize::new(0),
-            cancelled: AtomicBool::new(false),
-        });
+        let (shared, inbox) = Shared::new(parts.config, registry, Arc::clone(&spawner));
         let greeters = Arc::new(greet::Greeters(Arc::clone(&shared)));
         let door = match Door::open(greeters, parts.listeners, &*spawner, "mfd-accept") {
             Ok(door) => door,
@@ -224,6 +216,25 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(
+        config: Config,
+        registry: Registry,
+        spawner: Arc<dyn Spawner>,
+    ) -> (Arc<Self>, Receiver<Note>) {
+        let (notes, inbox) = crossbeam_channel::bounded(NOTES_MAX);
+        let shared = Arc::new(Self {
+            config,
+            counters: Counters::default(),
+            notes,
+            spawner,
+            registry: Mutex::new(registry),
+            log_limit: LogLimit::default(),
+            greeters: AtomicUsize::new(0),
+            cancelled: AtomicBool::new(false),
+        });
+        (shared, inbox)
+    }
+
     /// How long a peer that was refused is given to read why.
     fn refused_limit(&self) -> Duration {
         let busy = self.greeters.load(std::sync::atomic::Ordering::Acquire) > GREETERS_MAX / 4;

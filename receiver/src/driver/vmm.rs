@@ -16,7 +16,7 @@ use super::{Note, Shared};
 use crate::device::DeviceSink;
 use crate::error::Fault;
 use crate::prepared;
-use crate::vmm::{Blob, Vmm};
+use crate::vmm::{AskTicket, Blob, Vmm};
 
 /// The session asks for one thing at a time; more wait only if channels are lost again and again while the VMM is still loading.
 const TASKS_MAX: usize = 16;
@@ -26,7 +26,7 @@ pub(super) type Sinks = Vec<Box<dyn DeviceSink>>;
 
 /// What the VMM is asked for.
 pub(super) enum VmmTask {
-    Prepare(Vec<Blob>, Layout, Vec<Device>),
+    Prepare(AskTicket, Vec<Blob>, Layout, Vec<Device>),
     Load(Vec<Blob>),
     Resume(Ownership, Sinks),
     Discard,
@@ -121,8 +121,12 @@ fn work(mut vmm: Box<dyn Vmm>, orders: &Receiver<VmmTask>, shared: &Shared) -> B
     for task in orders {
         let began = Instant::now();
         let done = match task {
-            VmmTask::Prepare(configs, layout, devices) => {
-                let machine = prepare(&mut *vmm, configs, &layout, &devices, shared);
+            VmmTask::Prepare(ticket, configs, layout, devices) => {
+                let granted = vmm
+                    .granted(&ticket)
+                    .map_err(refused("keep what is needed to answer for the session"));
+                let machine =
+                    granted.and_then(|()| prepare(&mut *vmm, configs, &layout, &devices, shared));
                 let machine = machine.map(|(memory, sinks)| (layout, memory, sinks));
                 VmmDone::Prepared(machine, began.elapsed())
             }

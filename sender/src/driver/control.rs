@@ -400,6 +400,14 @@ impl Control {
             Effect::SendFinal { round } => self.send_final(round).map(Some),
             Effect::Commit => {
                 let digest = self.shared.digest.value();
+                self.shared
+                    .watch
+                    .at("tell the VMM that the commit is about to be sent");
+                if let Err(source) = self.vmm.committing() {
+                    let step = "agree to the commit";
+                    let error = Error::new(Phase::Switchover, Fault::Vmm { step, source });
+                    return Ok(Some(Event::CommitUnsent(error)));
+                }
                 if !self.shared.watch.commit() {
                     // Whoever waited has been told that it failed.
                     let error = Error::new(Phase::Switchover, Fault::Cancelled);

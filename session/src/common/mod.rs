@@ -6,6 +6,7 @@ mod embedder;
 mod encoded;
 mod error;
 mod report;
+mod ticket;
 
 pub use channel::ChannelFault;
 pub use config::ConfigError;
@@ -14,3 +15,4 @@ pub use encoded::Encoded;
 pub(crate) use encoded::Encoder;
 pub use error::{Error, Failure, StartError};
 pub use report::{DamageReport, ErrorReport};
+pub use ticket::AskTicket;

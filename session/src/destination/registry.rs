@@ -19,6 +19,7 @@ use multifd_wire::{
 
 use super::config::Config;
 use super::set_up::offered;
+use crate::common::AskTicket;
 
 /// The answer to the first wrong ticket or secret is kept back for this long, each further one twice as long as the one before.
 const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(50);
@@ -73,6 +74,8 @@ pub struct Registry {
     pass: Token,
     lanes_max: u32,
     here: Option<Here>,
+    /// A session that another process ran: it can be asked for, and nothing else.
+    ended: Option<AskTicket>,
     wrong: WrongTokens,
 }
 
@@ -122,7 +125,17 @@ impl Registry {
             pass: config.pass(),
             lanes_max: config.lanes_max(),
             here: None,
+            ended: None,
             wrong: WrongTokens::default(),
+        }
+    }
+
+    /// For who only answers how this session ended, which another process ran: none begins here.
+    #[must_use]
+    pub fn of_ended(config: &Config, ticket: AskTicket) -> Self {
+        Self {
+            ended: Some(ticket),
+            ..Self::new(config)
         }
     }
 
@@ -204,14 +217,17 @@ impl Registry {
 
     /// Whether somebody may speak for the session that is here. SPEC: RESUME-1, ASK-1
     fn knows(&mut self, hello: &Hello) -> Result<(), Refusal> {
-        let here = self
-            .here
-            .as_ref()
-            .filter(|here| here.session == hello.session);
-        let Some(here) = here else {
+        let here = self.here.as_ref();
+        let here = here.map(|here| (here.session, here.resume_secret));
+        let ended = self.ended.as_ref().filter(|_| hello.intent == Intent::Ask);
+        let ended = ended.map(|ticket| (ticket.session_id(), ticket.token()));
+        let known = here
+            .or(ended)
+            .filter(|(session, _)| *session == hello.session);
+        let Some((_, resume_secret)) = known else {
             return Err((Reason::WrongSession, "no such session here"));
         };
-        if here.resume_secret != hello.token {
+        if resume_secret != hello.token {
             return Err((
                 Reason::BadTicket,
                 "the secret is not the one of this session",
@@ -236,6 +252,9 @@ impl Registry {
     ) -> Result<Granted, Refusal> {
         if self.here.is_some() {
             return Err((Reason::Busy, "a migration is under way here already"));
+        }
+        if self.ended.is_some() {
+            return Err((Reason::Busy, "only questions are answered here"));
         }
         let (ticket, resume_secret) = draw().zip(draw()).ok_or(NO_RANDOM)?;
         self.here = Some(Here {

@@ -7,57 +7,17 @@
 //! The rule it keeps: only a clear answer is given as one. Whatever else happens, a refusal, silence, a lost link, leaves the
 //! outcome unknown (SPEC: ASK-5). The session itself asks with a machine of its own: [`Session`](super::Session).
 
-use std::fmt;
 use std::time::Duration;
 
 use multifd_wire::frame::OutcomeState;
-use multifd_wire::{Frame, Hello, SessionId, Token};
+use multifd_wire::{Frame, Hello};
 
 use super::error::Fault;
 use super::hello::{Attempt, NotOpened};
+pub use crate::common::AskTicket;
 
 /// The pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(250);
-
-/// What one needs to ask a destination how a session ended. Whoever has it can also end the session, and take it over while its
-/// channels are lost: keep it from others. It is not printed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct AskTicket {
-    session: SessionId,
-    secret: Token,
-}
-
-impl AskTicket {
-    /// From what was kept of an earlier one.
-    #[must_use]
-    pub const fn new(session: [u8; 16], secret: [u8; 16]) -> Self {
-        Self {
-            session: SessionId::new(session),
-            secret: Token::new(secret),
-        }
-    }
-
-    /// The session's name. It is no secret.
-    #[must_use]
-    pub fn session(&self) -> [u8; 16] {
-        self.session.value()
-    }
-
-    /// The session's resume secret (SPEC: GRANT).
-    #[must_use]
-    pub fn secret(&self) -> [u8; 16] {
-        self.secret.value()
-    }
-}
-
-impl fmt::Debug for AskTicket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // SPEC: SEC-2
-        f.debug_struct("AskTicket")
-            .field("session", &self.session)
-            .finish_non_exhaustive()
-    }
-}
 
 /// The machine of one question, which is asked again until there is an answer or no time.
 #[derive(Debug)]
@@ -80,7 +40,7 @@ impl Question {
     #[must_use]
     pub fn new(ticket: &AskTicket, until: Duration) -> Self {
         Self {
-            hello: Hello::ask(ticket.session, ticket.secret),
+            hello: Hello::ask(ticket.session_id(), ticket.token()),
             until,
         }
     }

@@ -368,7 +368,11 @@ impl Session {
             (State::Committed { last, .. }, Event::CommitUnsent(error)) => {
                 self.guest.not_sent();
                 self.state = State::Last(last);
-                self.lost(error, now)
+                // A channel can be opened again; what the embedder says is final.
+                match error.fault() {
+                    Fault::Vmm { .. } => self.fail(error),
+                    _ => self.lost(error, now),
+                }
             }
             // SPEC: COMMIT-5
             (State::Committed { .. }, Event::Failed(error)) => self.doubt(error, now),

@@ -12,6 +12,7 @@ use crate::driver::greet::Opened;
 use crate::driver::link::{ControlSender, failed, read_control};
 use crate::driver::lock;
 use crate::error::Fault;
+use crate::vmm::AskTicket;
 
 /// The control channel that there is.
 #[derive(Default)]
@@ -48,6 +49,8 @@ impl Control {
         let now = self.now();
         self.features = opened.features;
         self.secret = Some(opened.resume_secret);
+        let ticket = AskTicket::new(opened.session.value(), opened.resume_secret.value());
+        self.ticket = Some(ticket);
         self.session = Some(Session::new(
             self.shared.config.clone(),
             opened.features,

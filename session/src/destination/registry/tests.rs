@@ -246,3 +246,21 @@ fn a_session_that_gives_way_is_asked_to_once_and_nobody_begins_before_it_is_gone
     let verdict = registry.hello(&start(), draws());
     assert!(matches!(verdict, Verdict::Start(..)), "{verdict:?}");
 }
+
+// SPEC: ASK-1
+#[test]
+fn whoever_runs_no_session_answers_for_the_one_that_ended_and_lets_none_begin() {
+    let secret = [3; 16];
+    let ticket = AskTicket::new(SESSION.value(), secret);
+    let mut registry = Registry::of_ended(&config().build().unwrap(), ticket);
+    let secret = Token::new(secret);
+    let verdict = registry.hello(&Hello::ask(SESSION, secret), draws());
+    assert!(matches!(verdict, Verdict::Ask(_)), "{verdict:?}");
+    let wrong = Hello::ask(SESSION, Token::new([4; 16]));
+    assert!(kept_back(&mut registry, &wrong).is_some());
+    let other = Hello::ask(SessionId::new([8; 16]), secret);
+    assert_eq!(refused(&mut registry, &other), Reason::WrongSession);
+    let resume = Hello::resume(SESSION, secret, Features::RESUME);
+    assert_eq!(refused(&mut registry, &resume), Reason::WrongSession);
+    assert_eq!(refused(&mut registry, &start()), Reason::Busy);
+}
