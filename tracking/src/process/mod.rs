@@ -17,6 +17,9 @@
 //! another mapping of the same shared memory, by another process or by a device to pinned pages; and memory that is
 //! thrown away (`MADV_DONTNEED`, a hole punched into the file), which becomes zero without being written.
 //!
+//! The process can be another one, which passes its [`Permission`]: the kernel's calls are about the memory of the process that opened
+//! the descriptors, whoever makes them.
+//!
 //! No privilege is needed: the descriptor is for faults of user mode only, and asynchronous protection makes no others.
 //! Source: `Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst`, `linux/userfaultfd.h`, `linux/fs.h`.
 
@@ -25,16 +28,16 @@ mod source;
 
 use crate::{Error, PAGE_BYTES};
 
-pub use source::ProcessSource;
+pub use source::{Permission, ProcessSource};
 
-/// Where a run of a region's pages lies in this process.
+/// Where a run of a region's pages lies in the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedRange {
     /// Index of the region.
     pub region: u32,
     /// The page of the region that lies at `address`.
     pub first: u64,
-    /// Address in this process, a multiple of 4096.
+    /// Address in that process, a multiple of 4096.
     pub address: u64,
     /// The pages.
     pub pages: u64,

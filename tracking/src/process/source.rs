@@ -19,7 +19,49 @@ use crate::{
 /// Pieces that one call may report: 96 KiB of answers, so that a million scattered pages take some 250 calls.
 const PIECES_PER_CALL: usize = 4096;
 
-/// What was written to ranges of this process's memory.
+/// What lets whoever has it find which pages of a process's memory were written: that process's userfaultfd and page map. Both can be
+/// passed to another process, over a Unix socket, and go on being about the process that opened them.
+#[derive(Debug)]
+pub struct Permission {
+    /// A userfaultfd, of which nothing was asked yet (no `UFFDIO_API`).
+    pub faults: OwnedFd,
+    /// `/proc/self/pagemap`, open for reading.
+    pub pagemap: OwnedFd,
+}
+
+impl Permission {
+    /// For this process's memory.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the kernel does not offer or does not permit it, with what to do about that; [`Error::Kernel`].
+    pub fn of_this_process() -> Result<Self, Error> {
+        refuse_other_pages()?;
+        let faults = open_userfaultfd().map_err(not_opened)?;
+        let pagemap = File::options()
+            .read(true)
+            .open("/proc/self/pagemap")
+            .map_err(|error| Error::Kernel {
+                call: "open of /proc/self/pagemap",
+                error,
+            })?;
+        let pagemap = pagemap.into();
+        Ok(Self { faults, pagemap })
+    }
+}
+
+fn refuse_other_pages() -> Result<(), Error> {
+    if host_page_bytes() == PAGE_BYTES {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!(
+            "tracking a process on a host whose pages have {} bytes, not {PAGE_BYTES}",
+            host_page_bytes()
+        ),
+    })
+}
+
+/// What was written to ranges of a process's memory.
 pub struct ProcessSource {
     kernel: Arc<dyn Kernel>,
     faults: OwnedFd,
@@ -37,23 +79,17 @@ impl ProcessSource {
     /// [`Error::Unsupported`] if the kernel does not offer or does not permit it, with what to do about that;
     /// [`Error::Misuse`] for a range that cannot be; [`Error::Kernel`].
     pub fn new(ranges: Vec<MappedRange>) -> Result<Self, Error> {
-        if host_page_bytes() != PAGE_BYTES {
-            return Err(Error::Unsupported {
-                what: format!(
-                    "tracking a process on a host whose pages have {} bytes, not {PAGE_BYTES}",
-                    host_page_bytes()
-                ),
-            });
-        }
-        let faults = open_userfaultfd().map_err(not_opened)?;
-        let pagemap = File::options()
-            .read(true)
-            .open("/proc/self/pagemap")
-            .map_err(|error| Error::Kernel {
-                call: "open of /proc/self/pagemap",
-                error,
-            })?;
-        Self::with_kernel(Arc::new(Linux), &faults, &pagemap, ranges)
+        Self::of_another(&Permission::of_this_process()?, ranges)
+    }
+
+    /// As [`ProcessSource::new`], for the memory of another process, which made the [`Permission`]: addresses are that process's.
+    ///
+    /// # Errors
+    /// As [`ProcessSource::new`]. A permission serves one source: the kernel refuses a second one.
+    pub fn of_another(permission: &Permission, ranges: Vec<MappedRange>) -> Result<Self, Error> {
+        refuse_other_pages()?;
+        let Permission { faults, pagemap } = permission;
+        Self::with_kernel(Arc::new(Linux), faults, pagemap, ranges)
     }
 
     /// As [`ProcessSource::new`], with another kernel and its descriptors of userfaultfd and of the page map.
