@@ -11,7 +11,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use multifd_wire::Token;
+pub use multifd_wire::Token;
 
 /// The longest time that a flag takes: a day. Far from where sums of instants overflow, and longer than anything that is waited for.
 pub const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
