@@ -6,9 +6,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
-use std::thread;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 use multifd_tracking::kvm::{
@@ -67,10 +65,6 @@ impl Rings {
     }
 }
 
-/// How long a vCPU with a full ring stays out when it could not empty it: tracking is being switched off, or the kernel
-/// refuses.
-const FULL_RETRY: Duration = Duration::from_millis(1);
-
 /// The way of tracking that a machine was given before its first vCPU.
 #[derive(Debug)]
 pub(crate) struct TrackingChoice {
@@ -97,9 +91,6 @@ struct Shared {
 #[derive(Clone)]
 pub(crate) struct RingFull {
     handle: Option<RingFullHandle>,
-    /// The set of the migration under way. A harvest holds it, so that none is left over from an earlier migration
-    /// when the next one begins.
-    set: Arc<RwLock<Option<DirtySet>>>,
 }
 
 impl TrackingChoice {
@@ -161,10 +152,7 @@ impl TrackingChoice {
                 Box::new(slots),
             )?),
         };
-        let ring_full = RingFull {
-            handle,
-            set: Arc::new(RwLock::new(None)),
-        };
+        let ring_full = RingFull { handle };
         let shared = Shared {
             method: self.method,
             reason: self.reason,
@@ -235,24 +223,12 @@ impl RingFull {
         let Some(handle) = &self.handle else {
             return Err("a full dirty ring, and the machine has none".to_owned());
         };
-        if let Some(set) = &*self.set.read().unwrap_or_else(|poison| poison.into_inner()) {
-            match handle.on_full(vcpu as usize, set) {
-                Ok(collection) if collection.reported > 0 => return Ok(()),
-                Err(error @ TrackingError::Misuse { .. }) => return Err(error.to_string()),
-                // The collector was quicker, or the kernel refused: then the source counts it and keeps the pages for
-                // its next harvest, and the exit comes again if the ring is still full.
-                Ok(_) | Err(_) => {}
-            }
+        match handle.on_full(vcpu as usize) {
+            Err(error @ TrackingError::Misuse { .. }) => Err(error.to_string()),
+            // What the kernel refused the source counts and keeps for its next harvest, and the exit comes again if the ring is
+            // still full.
+            Ok(_) | Err(_) => Ok(()),
         }
-        thread::sleep(FULL_RETRY);
-        Ok(())
-    }
-
-    fn serve(&self, set: Option<DirtySet>) {
-        *self
-            .set
-            .write()
-            .unwrap_or_else(|poison| poison.into_inner()) = set;
     }
 }
 
@@ -274,13 +250,7 @@ impl Source for Lent {
     }
 
     fn start(&mut self, set: &DirtySet) -> std::result::Result<(), TrackingError> {
-        // A ring may be full as soon as logging is on.
-        self.shared.ring_full.serve(Some(set.clone()));
-        let started = self.shared.source().start(set);
-        if started.is_err() {
-            self.shared.ring_full.serve(None);
-        }
-        started
+        self.shared.source().start(set)
     }
 
     fn collect(
@@ -292,8 +262,6 @@ impl Source for Lent {
     }
 
     fn stop(&mut self) -> std::result::Result<(), TrackingError> {
-        // From here on a full ring waits for the source, which empties all rings when logging is off.
-        self.shared.ring_full.serve(None);
         self.shared.source().stop()
     }
 

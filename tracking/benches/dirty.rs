@@ -338,7 +338,7 @@ impl Guest {
     }
 
     /// Has the vCPU write the first `count` of its pages.
-    fn write(&mut self, count: u64, full: Option<(&RingFullHandle, &DirtySet)>) {
+    fn write(&mut self, count: u64, full: Option<&RingFullHandle>) {
         let registers = kvm_regs {
             rip: CODE,
             rflags: 2,
@@ -351,8 +351,8 @@ impl Guest {
             match self.vcpu.run().expect("KVM_RUN") {
                 VcpuExit::IoOut(0x10, _) => return,
                 VcpuExit::Unsupported(kvm::EXIT_DIRTY_RING_FULL) => {
-                    let (handle, set) = full.expect("only a ring fills");
-                    handle.on_full(0, set).expect("the ring is emptied");
+                    let handle = full.expect("only a ring fills");
+                    handle.on_full(0).expect("the ring is emptied");
                 }
                 VcpuExit::Intr => {}
                 other => panic!("the program left by {other:?}"),
@@ -476,10 +476,7 @@ impl Way {
             kernel,
             set,
         };
-        tracked.guest.write(
-            written,
-            tracked.full.as_ref().map(|full| (full, &tracked.set)),
-        );
+        tracked.guest.write(written, tracked.full.as_ref());
         tracked.collect();
         Ok(tracked)
     }
@@ -505,8 +502,7 @@ impl Tracked {
     fn measure(&mut self, written: u64) -> Taken {
         let before = self.source.figures().harvest_ns;
         let in_kernel = self.kernel.ns.load(Ordering::Relaxed);
-        self.guest
-            .write(written, self.full.as_ref().map(|full| (full, &self.set)));
+        self.guest.write(written, self.full.as_ref());
         let on_full = (self.source.figures().harvest_ns - before) as f64 / 1000.0;
         let begun = Instant::now();
         let found = self.collect();

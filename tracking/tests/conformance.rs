@@ -19,7 +19,7 @@ use multifd_tracking::kvm::{
 use multifd_tracking::process::{MappedRange, ProcessSource};
 use multifd_tracking::vhost_log::{GuestRange, VhostUserLog};
 use multifd_tracking::vm_memory::{AtomicBitmaps, MarkerBitmap, bind_all};
-use multifd_tracking::{DirtySet, Run, Source, VmmMarker, VmmWrites, source_conformance_tests};
+use multifd_tracking::{Run, Source, VmmMarker, VmmWrites, source_conformance_tests};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
@@ -68,12 +68,8 @@ struct Plain {
     source: Option<Box<dyn Source>>,
     writers: Vec<Box<dyn Writer>>,
     value: Box<dyn Fn(u32, u64) -> u64>,
-    served: Served,
     storm_writes: u64,
 }
-
-/// The set of the migration under way, for writers that empty a ring.
-type Served = Arc<Mutex<Option<DirtySet>>>;
 
 impl Plain {
     fn over(
@@ -87,7 +83,6 @@ impl Plain {
             source: Some(Box::new(source)),
             writers,
             value: Box::new(value),
-            served: Served::default(),
             storm_writes: 100_000,
         }
     }
@@ -112,14 +107,6 @@ impl Harness for Plain {
 
     fn value(&self, region: u32, page: u64) -> u64 {
         (self.value)(region, page)
-    }
-
-    fn serve(&mut self, set: &DirtySet) {
-        *self.served.lock().unwrap() = Some(set.clone());
-    }
-
-    fn unserve(&mut self) {
-        *self.served.lock().unwrap() = None;
     }
 
     fn storm_writes(&self) -> u64 {
@@ -272,17 +259,16 @@ fn fake_writer(
     vm: &FakeVm,
     vcpu: usize,
     model: &Model,
-    ring: Option<(RingFullHandle, Served)>,
+    ring: Option<RingFullHandle>,
 ) -> Box<dyn Writer> {
     let (vm, model) = (vm.clone(), model.clone());
     writer(move |region, page| {
         model.write(region, page);
         let slot = if region == 0 { 0 } else { 3 };
         if vm.write(vcpu, slot, page) == Wrote::RingFull
-            && let Some((handle, served)) = &ring
-            && let Some(set) = &*served.lock().unwrap()
+            && let Some(handle) = &ring
         {
-            handle.on_full(vcpu, set).unwrap();
+            handle.on_full(vcpu).unwrap();
         }
     })
 }
@@ -305,22 +291,13 @@ fn fake_ring(_: &str) -> Option<Box<dyn Harness>> {
         fake_control(&vm),
     )
     .unwrap();
-    let served = Served::default();
     let writers = (0..2)
-        .map(|vcpu| {
-            fake_writer(
-                &vm,
-                vcpu,
-                &model,
-                Some((source.handle(), Arc::clone(&served))),
-            )
-        })
+        .map(|vcpu| fake_writer(&vm, vcpu, &model, Some(source.handle())))
         .collect();
-    let mut plain = Plain::over(&REGIONS, source, writers, move |region, page| {
+    Plain::over(&REGIONS, source, writers, move |region, page| {
         model.value(region, page)
-    });
-    plain.served = served;
-    plain.boxed()
+    })
+    .boxed()
 }
 
 fn fake_log(protect: Protect) -> Option<Box<dyn Harness>> {
@@ -345,21 +322,11 @@ const KVM_PAGES: u32 = 1024;
 /// The word of a page that is written: page 1 holds the program at its beginning.
 const KVM_WORD: u64 = 0x800;
 
-fn kvm_writer(
-    mut vcpu: VcpuFd,
-    index: usize,
-    ring: Option<(RingFullHandle, Served)>,
-) -> Box<dyn Writer> {
+fn kvm_writer(mut vcpu: VcpuFd, index: usize, ring: Option<RingFullHandle>) -> Box<dyn Writer> {
     writer(move |region, page| {
         assert_eq!(region, 0);
-        let set = ring
-            .as_ref()
-            .and_then(|(_, served)| served.lock().unwrap().clone());
-        let handler = ring
-            .as_ref()
-            .zip(set.as_ref())
-            .map(|((handle, _), set)| (handle, set));
-        machine::touch(&mut vcpu, index, page * PAGE as u64 + KVM_WORD, handler);
+        let address = page * PAGE as u64 + KVM_WORD;
+        machine::touch(&mut vcpu, index, address, ring.as_ref());
     })
 }
 
@@ -370,19 +337,14 @@ fn over_kvm(
 ) -> Option<Box<dyn Harness>> {
     let memory = Arc::clone(&machine.memory);
     memory.write(machine::TOUCH_AT as usize, &machine::TOUCH);
-    let served = Served::default();
     let writers = std::mem::take(&mut machine.vcpus)
         .into_iter()
         .zip(0..)
-        .map(|(vcpu, index)| {
-            let ring = handle.clone().map(|handle| (handle, Arc::clone(&served)));
-            kvm_writer(vcpu, index, ring)
-        })
+        .map(|(vcpu, index)| kvm_writer(vcpu, index, handle.clone()))
         .collect();
     let regions = [machine.total_pages()];
     let value = move |_, page: u64| memory.read((page * PAGE as u64 + KVM_WORD) as usize);
     let mut plain = Plain::over(&regions, source, writers, value);
-    plain.served = served;
     plain.storm_writes = 30_000;
     plain.boxed()
 }

@@ -39,7 +39,7 @@ fn reports_what_was_written(
         for (index, vcpu) in machine.vcpus.iter_mut().enumerate() {
             let mut edx = 7 + index as u32;
             prepare(vcpu, edx, 1500);
-            run(vcpu, index, handle.map(|handle| (handle, &set)));
+            run(vcpu, index, handle);
             expected.append(&mut drawn(&mut edx, machine.pages, 1500));
         }
         source.collect(&set, CollectPhase::PreCopy).unwrap();
@@ -83,11 +83,11 @@ fn copy_is_equal_after_a_storm(
     std::thread::scope(|scope| {
         let _stop = StopsOnDrop(&running);
         for (index, vcpu) in machine.vcpus.iter_mut().enumerate() {
-            let (running, set, handle) = (&running, &set, &handle);
+            let (running, handle) = (&running, &handle);
             scope.spawn(move || {
                 prepare(vcpu, 99 + index as u32, 500);
                 while running.load(Ordering::Relaxed) {
-                    run(vcpu, index, handle.as_ref().map(|handle| (handle, set)));
+                    run(vcpu, index, handle.as_ref());
                     let mut registers = vcpu.get_regs().unwrap();
                     registers.rcx = 500;
                     vcpu.set_regs(&registers).unwrap();
@@ -160,7 +160,7 @@ fn full_rings_are_emptied_by_their_vcpus() {
     for (index, vcpu) in machine.vcpus.iter_mut().enumerate() {
         let mut edx = 1 + index as u32;
         prepare(vcpu, edx, 12_000);
-        run(vcpu, index, Some((&handle, &set)));
+        run(vcpu, index, Some(&handle));
         expected.append(&mut drawn(&mut edx, machine.pages, 12_000));
     }
     source.collect(&set, CollectPhase::Final).unwrap();
@@ -178,7 +178,7 @@ fn full_rings_are_emptied_by_their_vcpus() {
     // Afterwards it is exact again, and the vCPUs go on.
     for (index, vcpu) in machine.vcpus.iter_mut().enumerate() {
         prepare(vcpu, 5, 100);
-        run(vcpu, index, Some((&handle, &set)));
+        run(vcpu, index, Some(&handle));
     }
     source.collect(&set, CollectPhase::Final).unwrap();
     let got = pages_of(set.take_round());

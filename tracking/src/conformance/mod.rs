@@ -60,12 +60,6 @@ pub trait Harness {
         Precision::Exact
     }
 
-    /// Told when the set of a migration is there and the source was started, for writers that need it to empty a ring.
-    fn serve(&mut self, _set: &DirtySet) {}
-
-    /// Told before the source is stopped.
-    fn unserve(&mut self) {}
-
     /// How many writes a storm makes in all. Fewer where a write is slow.
     fn storm_writes(&self) -> u64 {
         100_000
@@ -207,13 +201,11 @@ impl Bench {
 
     /// Starts, and takes what a source may put into the set at once.
     fn start(&mut self) {
-        self.harness.serve(&self.set);
         self.source.start(&self.set).expect("the source starts");
         self.drain();
     }
 
     fn stop(&mut self) {
-        self.harness.unserve();
         self.source.stop().expect("the source stops");
     }
 

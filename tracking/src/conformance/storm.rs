@@ -14,7 +14,6 @@ const STORM_MAX: Duration = Duration::from_secs(3);
 /// The seed is drawn from the clock and printed by a failure; `MULTIFD_SEED` replays it, as far as threads repeat.
 pub(super) fn no_write_is_lost_under_a_storm(bench: &mut Bench) {
     let seed = seed();
-    bench.harness.serve(&bench.set);
     bench.source.start(&bench.set).expect("the source starts");
     bench.set.mark_all();
     let mut copy = Copy::new(&bench.harness.regions(), seed);

@@ -13,6 +13,8 @@ mod pace;
 mod ring;
 mod ring_source;
 mod slots;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -24,6 +26,8 @@ pub use pace::Pace;
 pub use ring::{RingConfig, enable, enable_with};
 pub use ring_source::{RingFullHandle, RingSource, VcpuFigures};
 pub use slots::{Slot, Slots};
+#[cfg(feature = "vm-memory")]
+pub use vm_memory::{MemorySlots, VcpuWrites};
 
 use crate::Error;
 use crate::kernel::{Kernel, Linux, Payload, duplicate, host_page_bytes};

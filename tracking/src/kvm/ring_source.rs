@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,9 @@ const IDLE_RESETS_MAX: u32 = 2;
 /// hundred instructions, far less than so many resets take.
 const RECOVERIES_MAX: u32 = 10_000;
 
+/// How long a vCPU with a full ring stays out when there was nothing to take: tracking is being switched off, or somebody else was quicker.
+const FULL_RETRY: Duration = Duration::from_millis(1);
+
 /// What the vCPUs wrote, from their dirty rings.
 pub struct RingSource {
     shared: Arc<Shared>,
@@ -56,6 +59,9 @@ struct Shared {
     rings: Mutex<Rings>,
     vcpus: Vec<Vcpu>,
     logging: AtomicBool,
+    /// The set of the migration under way, for the vCPUs' own threads. A harvest holds it, so that none is left over from an earlier
+    /// migration when the next one begins.
+    set: RwLock<Option<DirtySet>>,
     /// A ring overflowed since the last collection.
     overflowed: AtomicBool,
     counters: Counters,
@@ -152,6 +158,7 @@ impl RingSource {
                 kept: Collected::new(),
             }),
             logging: AtomicBool::new(false),
+            set: RwLock::new(None),
             overflowed: AtomicBool::new(false),
             counters: Counters::default(),
         };
@@ -199,12 +206,18 @@ impl Source for RingSource {
         self.shared.slots.check(set)?;
         // What an earlier migration left in the rings is taken out first, so that the rings start empty.
         self.shared.collect_all(set)?;
-        self.shared.set_logging(true)?;
+        // A ring may be full as soon as logging is on.
+        self.shared.serve(Some(set.clone()));
+        if let Err(error) = self.shared.set_logging(true) {
+            self.shared.serve(None);
+            return Err(error);
+        }
         self.shared.overflowed.store(false, Ordering::SeqCst);
         if self.reaping && self.reaper.is_none() {
             match Reaper::spawn(Arc::clone(&self.shared), set.clone()) {
                 Ok(reaper) => self.reaper = Some(reaper),
                 Err(error) => {
+                    self.shared.serve(None);
                     self.shared.set_logging(false)?;
                     return Err(Error::Kernel {
                         call: "spawn of the reaper's thread",
@@ -236,6 +249,8 @@ impl Source for RingSource {
 
     fn stop(&mut self) -> Result<(), Error> {
         drop(self.reaper.take());
+        // From here on a full ring waits for `discard`, which empties all of them when logging is off.
+        self.shared.serve(None);
         if !self.shared.logging.load(Ordering::SeqCst) {
             return Ok(());
         }
@@ -257,13 +272,14 @@ pub struct RingFullHandle {
 
 impl RingFullHandle {
     /// To be called by the thread of vCPU `vcpu` when `KVM_RUN` returned with `KVM_EXIT_DIRTY_RING_FULL`: takes what the
-    /// ring holds, has KVM report those pages' next writes, and merges them into the set. The vCPU may then re-enter,
-    /// also after an error: if the ring is still full, KVM exits again.
+    /// ring holds, has KVM report those pages' next writes, and merges them into the set of the migration under way. The vCPU may
+    /// then re-enter, also after an error: if the ring is still full, KVM exits again. It takes a millisecond if there was nothing to
+    /// take, as when tracking is being switched off.
     ///
     /// # Errors
     /// [`Error::Misuse`] if there is no such vCPU; [`Error::Kernel`] if the reset failed. Nothing is lost: the pages
     /// go into the next harvest.
-    pub fn on_full(&self, vcpu: usize, set: &DirtySet) -> Result<Collection, Error> {
+    pub fn on_full(&self, vcpu: usize) -> Result<Collection, Error> {
         let Some(own) = self.shared.vcpus.get(vcpu) else {
             let known = self.shared.vcpus.len();
             return Err(Error::Misuse {
@@ -275,7 +291,20 @@ impl RingFullHandle {
             .counters
             .ring_full_soft
             .fetch_add(1, Ordering::Relaxed);
-        self.shared.collect(vcpu..vcpu + 1, set)
+        let taken = {
+            let set = self
+                .shared
+                .set
+                .read()
+                .unwrap_or_else(PoisonError::into_inner);
+            set.as_ref().map_or(Ok(Collection::default()), |set| {
+                self.shared.collect(vcpu..vcpu + 1, set)
+            })
+        };
+        if !taken.as_ref().is_ok_and(|taken| taken.reported > 0) {
+            std::thread::sleep(FULL_RETRY);
+        }
+        taken
     }
 
     /// Empties all rings into the set, as the source's own reaper does. For embedders whose threads are their own.
@@ -290,6 +319,10 @@ impl RingFullHandle {
 impl Shared {
     fn locked(&self) -> MutexGuard<'_, Rings> {
         self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serve(&self, set: Option<DirtySet>) {
+        *self.set.write().unwrap_or_else(PoisonError::into_inner) = set;
     }
 
     fn set_logging(&self, on: bool) -> Result<(), Error> {

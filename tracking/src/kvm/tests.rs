@@ -324,10 +324,7 @@ fn a_full_ring_is_emptied_by_its_vcpus_thread() {
     for page in 0..4000 {
         if bench.vm.write(1, 0, page) == Wrote::RingFull {
             exits += 1;
-            assert_eq!(
-                handle.on_full(1, &bench.set).unwrap().reported,
-                u64::from(ENTRIES) - 64
-            );
+            assert_eq!(handle.on_full(1).unwrap().reported, u64::from(ENTRIES) - 64);
         }
     }
     bench.collect();
@@ -342,7 +339,7 @@ fn a_full_ring_is_emptied_by_its_vcpus_thread() {
         (4, 0, 5)
     );
     assert_eq!(bench.source.vcpu_figures()[1].ring_full, 4);
-    let text = handle.on_full(2, &bench.set).unwrap_err().to_string();
+    let text = handle.on_full(2).unwrap_err().to_string();
     assert_eq!(text, "vCPU 2 of 2 has no dirty ring");
 }
 
@@ -358,7 +355,7 @@ fn a_ring_that_overflowed_means_everything_is_dirty_and_is_in_step_again() {
         let mut bench = ring_bench(2);
         let handle = bench.source.handle();
         overflow(&bench, 0..u64::from(ENTRIES) + beyond);
-        handle.on_full(0, &bench.set).unwrap();
+        handle.on_full(0).unwrap();
         assert!(!bench.vm.is_full(0), "the vCPU can enter again");
         bench.collect();
         assert_eq!(take(&bench.set).len(), 5000, "all pages of all slots");
@@ -368,7 +365,7 @@ fn a_ring_that_overflowed_means_everything_is_dirty_and_is_in_step_again() {
         for lap in 0..5 {
             for page in (0..700).map(|at| (at * 3 + lap) % 4000) {
                 if bench.vm.write(0, 0, page) == Wrote::RingFull {
-                    handle.on_full(0, &bench.set).unwrap();
+                    handle.on_full(0).unwrap();
                     assert!(!bench.vm.is_full(0), "{beyond} beyond, lap {lap}");
                 }
             }
@@ -391,7 +388,7 @@ fn a_ring_that_overflows_again_and_again_goes_on() {
             if bench.vm.write(0, 0, page) == Wrote::RingFull {
                 late += 1;
                 if late > 70 + lap * 10 {
-                    handle.on_full(0, &bench.set).unwrap();
+                    handle.on_full(0).unwrap();
                     assert!(!bench.vm.is_full(0), "lap {lap}, page {page}");
                     late = 0;
                 }
@@ -402,7 +399,7 @@ fn a_ring_that_overflows_again_and_again_goes_on() {
     }
     assert!(bench.source.figures().ring_full_hard >= 20);
     // A quiet lap is exact again.
-    handle.on_full(0, &bench.set).unwrap();
+    handle.on_full(0).unwrap();
     bench.collect();
     let _ = take(&bench.set);
     assert_eq!(bench.vm.write(0, 0, 17), Wrote::GoesOn);
@@ -457,7 +454,7 @@ fn a_reset_that_is_overtaken_is_found_out_wherever_it_stands() {
             for lap in 0..5 {
                 for page in (0..900).map(|at| (at * 3 + lap) % 4000) {
                     if bench.vm.write(0, 0, page) == Wrote::RingFull {
-                        handle.on_full(0, &bench.set).unwrap();
+                        handle.on_full(0).unwrap();
                         assert!(
                             !bench.vm.is_full(0),
                             "reset at {reset}, {beyond} beyond, lap {lap}"
@@ -975,7 +972,7 @@ fn storm(protect: Option<Protect>) {
     };
     std::thread::scope(|scope| {
         for vcpu in 0..2 {
-            let (vm, set, memory, running, handle) = (&vm, &set, &memory, &running, handle.clone());
+            let (vm, memory, running, handle) = (&vm, &memory, &running, handle.clone());
             scope.spawn(move || {
                 let mut state = 77 + vcpu as u64;
                 while running.load(Ordering::Relaxed) {
@@ -988,7 +985,7 @@ fn storm(protect: Option<Protect>) {
                         handle
                             .as_ref()
                             .expect("only a ring fills")
-                            .on_full(vcpu, set)
+                            .on_full(vcpu)
                             .unwrap();
                     }
                 }

@@ -285,13 +285,13 @@ pub fn prepare(vcpu: &VcpuFd, seed: u32, writes: u32) {
 }
 
 /// Runs the payload until it leaves to us.
-pub fn run(vcpu: &mut VcpuFd, index: usize, handler: Option<(&RingFullHandle, &DirtySet)>) {
+pub fn run(vcpu: &mut VcpuFd, index: usize, handler: Option<&RingFullHandle>) {
     loop {
         match vcpu.run().unwrap() {
             VcpuExit::IoOut(0x10, _) => return,
             VcpuExit::Unsupported(kvm::EXIT_DIRTY_RING_FULL) => {
-                let (handle, set) = handler.expect("only a ring fills");
-                handle.on_full(index, set).unwrap();
+                let handle = handler.expect("only a ring fills");
+                handle.on_full(index).unwrap();
             }
             VcpuExit::Intr => {}
             other => panic!("the payload left by {other:?}"),
@@ -306,12 +306,7 @@ pub const TOUCH: [u8; 6] = [0xff, 0x06, 0xe6, 0x10, 0xeb, 0xfa];
 pub const TOUCH_AT: u64 = 0x1400;
 
 /// Has the vCPU write the doubleword at `address`.
-pub fn touch(
-    vcpu: &mut VcpuFd,
-    index: usize,
-    address: u64,
-    handler: Option<(&RingFullHandle, &DirtySet)>,
-) {
+pub fn touch(vcpu: &mut VcpuFd, index: usize, address: u64, handler: Option<&RingFullHandle>) {
     let registers = kvm_regs {
         rip: TOUCH_AT,
         rflags: 2,
