@@ -82,7 +82,7 @@
 //!
 //! | feature | what it brings |
 //! |---|---|
-//! | `kvm` (default) | `tracking::kvm`: KVM's dirty ring and dirty log |
+//! | `kvm` (default) | `tracking::kvm`: KVM's dirty ring and dirty log; without it the library builds for other hypervisors |
 //! | `vfio` | VFIO devices: their state, and `tracking::vfio` for the pages that they write |
 //! | `vm-memory` | guest memory and bitmaps of rust-vmm's `vm-memory` |
 //! | `tls`, `rdma` | these kinds of channel |

@@ -16,6 +16,7 @@ pub mod device;
 mod driver;
 pub mod progress;
 pub mod report;
+#[cfg(feature = "vfio")]
 pub mod vfio;
 pub mod vmm;
 

@@ -168,6 +168,12 @@ pub trait Kernel: Send + Sync {
     fn write(&self, fd: BorrowedFd<'_>, octets: &[u8]) -> io::Result<usize>;
 }
 
+/// The page of a vCPU's descriptor at which its ring is mapped: of `linux/kvm.h`, for x86.
+const KVM_DIRTY_LOG_PAGE_OFFSET: i64 = 64;
+
+#[cfg(feature = "kvm")]
+const _: () = assert!(KVM_DIRTY_LOG_PAGE_OFFSET == kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET as i64);
+
 /// One entry of a dirty ring: `struct kvm_dirty_gfn` of `linux/kvm.h`, 16 bytes.
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -225,7 +231,7 @@ impl Kernel for Linux {
 
     fn map_ring(&self, vcpu: BorrowedFd<'_>, entries: u32) -> io::Result<Box<dyn RingMemory>> {
         let bytes = entries as usize * size_of::<RingEntry>();
-        let offset = i64::from(kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET) * host_page_bytes() as i64;
+        let offset = KVM_DIRTY_LOG_PAGE_OFFSET * host_page_bytes() as i64;
         let map = Mapping::new(
             bytes,
             libc::PROT_READ | libc::PROT_WRITE,
@@ -261,6 +267,7 @@ impl Kernel for Linux {
 ///
 /// # Errors
 /// `EBADF` for a negative number.
+#[cfg(feature = "vfio")]
 pub(crate) fn adopt(returned: i32) -> io::Result<OwnedFd> {
     if returned < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));

@@ -21,7 +21,10 @@ pub mod conformance;
 mod error;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod fake;
+// Each feature uses a part of it.
+#[cfg_attr(not(all(feature = "kvm", feature = "vfio")), allow(dead_code))]
 pub mod kernel;
+#[cfg(feature = "kvm")]
 pub mod kvm;
 mod levels;
 pub mod process;
@@ -29,6 +32,7 @@ mod round;
 pub mod scan;
 mod set;
 mod source;
+#[cfg(feature = "vfio")]
 pub mod vfio;
 pub mod vhost_log;
 #[cfg(feature = "vm-memory")]
