@@ -67,6 +67,12 @@ require_packages() {
 lab:   sudo apt-get install -y --no-install-recommends $missing"
 }
 
+# linux_guest: the kernel and the file system that the suite linux boots, in the directory LAB_GUEST; 69 if the kernel cannot be fetched.
+linux_guest() {
+    export LAB_GUEST=$LAB_CACHE/linux-guest
+    CC=gcc-12 "$REPOSITORY/examples/vmm/guest/make" "$LAB_GUEST"
+}
+
 # The newest kernel of the series that the distribution offers, such as 6.12.117+deb12-amd64. Nothing if it cannot be known.
 kernel_version() {
     apt-cache depends "$LAB_KERNEL" 2>/dev/null | sed -n 's/^ *Depends: linux-image-//p' | head -n 1

@@ -75,6 +75,8 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         "multifd-engine",
         &["multifd", "multifd-cli", "multifd-confine"],
     ),
+    // An embedder's view: the front door and nothing behind it.
+    ("multifd-vmm", &["multifd"]),
     (
         "multifd-tests",
         &[
@@ -96,7 +98,7 @@ const WITHOUT_UNSAFE: &[&str] = &[
 ];
 
 /// Crates whose files may allow `unsafe`, one by one and with a reason.
-const WITH_UNSAFE: &[&str] = &["transport", "tracking", "guest"];
+const WITH_UNSAFE: &[&str] = &["transport", "tracking", "guest", "examples"];
 
 /// The one file elsewhere: it stands in for the C library below simulated programs (docs/decisions/0017).
 const INTERPOSER: &str = "tests/src/sim/interpose.rs";
