@@ -23,7 +23,7 @@ pub enum OutcomeKind {
     Stranded,
 }
 
-/// The final report. Times in milliseconds, sizes in octets.
+/// The final report. Times in milliseconds, sizes in bytes.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Report {

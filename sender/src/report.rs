@@ -34,7 +34,7 @@ pub enum OutcomeKind {
     Gone,
 }
 
-/// The final report. Times in milliseconds, sizes in octets.
+/// The final report. Times in milliseconds, sizes in bytes.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Report {
@@ -72,7 +72,7 @@ pub struct Report {
     pub channels_reopened: u32,
     /// Size of guest memory.
     pub memory_bytes: u64,
-    /// Octets handed to data channels: heads and bodies.
+    /// Bytes handed to data channels: heads and bodies.
     pub sent_bytes: u64,
     /// Guest memory that round 0 left out, unread and unsent: holes, which are zero, and what the VMM said is unused.
     pub left_out_bytes: u64,
@@ -82,7 +82,7 @@ pub struct Report {
     pub content_bytes: u64,
     /// How often all channels were lost and the migration was suspended.
     pub suspensions: u32,
-    /// How often octets were changed on the way on the control channel, which was then lost with all others.
+    /// How often bytes were changed on the way on the control channel, which was then lost with all others.
     pub control_damaged: u32,
     /// How long it was suspended in all; the guest ran here meanwhile.
     pub suspended_ms: f64,
@@ -92,7 +92,7 @@ pub struct Report {
     pub broken_off_pause_ms: f64,
     /// How often the destination was asked how it ended.
     pub asked: u32,
-    /// Octets of frames that were lost with their channel, so that their pages were sent again.
+    /// Bytes of frames that were lost with their channel, so that their pages were sent again.
     pub sent_again_bytes: u64,
     /// Pages that came back into the dirty set: not matching their checksum, or lost with a channel.
     pub pages_given_back: u64,
@@ -119,7 +119,7 @@ pub struct Report {
     pub dirty_scan_ms: Option<f64>,
     /// How long the switchover waited for nothing but devices' initial bytes to be loaded; the guest ran meanwhile.
     pub ack_wait_ms: f64,
-    /// Octets of devices' state handed to data channels.
+    /// Bytes of devices' state handed to data channels.
     pub device_bytes: u64,
     /// Each device.
     pub devices: Vec<DeviceReport>,
@@ -163,18 +163,18 @@ pub struct DeviceDowntime {
     pub stop_ms: f64,
     /// From then until the last device was read to its end. Sending and loading go on meanwhile.
     pub read_ms: f64,
-    /// From then until the destination had acknowledged the last octets of all devices: what the wire is behind. The way of
+    /// From then until the destination had acknowledged the last bytes of all devices: what the wire is behind. The way of
     /// that acknowledgement is in it.
     pub wire_ms: f64,
     /// From then until the destination said that the last device is loaded: what loading is behind.
     pub load_ms: f64,
     /// The longest time that a device took for its configuration, inside the part before.
     pub config_ms: f64,
-    /// From the devices' last octets until the last pages of memory were handed to a channel.
+    /// From the devices' last bytes until the last pages of memory were handed to a channel.
     pub memory_tail_ms: f64,
 }
 
-/// One device. Times in milliseconds, sizes in octets; "after" times count from its stop.
+/// One device. Times in milliseconds, sizes in bytes; "after" times count from its stop.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct DeviceReport {
@@ -242,7 +242,7 @@ pub struct RoundReport {
     pub round: u32,
     /// Pages that it began with.
     pub pages: u64,
-    /// Octets sent in it.
+    /// Bytes sent in it.
     pub sent_bytes: u64,
     /// How long the lanes took; of a round that was under way at the end, how long it had been.
     pub ms: f64,

@@ -17,6 +17,9 @@ impl ChannelFault {
     /// The code of a peer that speaks something else, whose cause says what.
     pub const STRANGER: &'static str = "channel-stranger";
 
+    /// The code of a channel that TLS refused; the text says why.
+    pub const TLS: &'static str = "channel-tls";
+
     /// `code` is the stable name of this failure. `sent_nothing`: if the channel failed while it sent, it certainly took nothing, so
     /// that the peer can have none of it.
     pub fn new(

@@ -405,7 +405,7 @@ impl Failure for Fault {
 
 /// What an answer that did not come may mean, where nothing came that tells.
 fn perhaps(why: &Fault) -> &'static str {
-    if why.code() == ChannelFault::STRANGER {
+    if [ChannelFault::STRANGER, ChannelFault::TLS].contains(&why.code()) {
         return "";
     }
     ". Perhaps it is busy with others, or another service listens there, or only one of the two sides uses TLS"

@@ -162,6 +162,9 @@ pub enum Forecast {
     },
 }
 
+/// Advice is given with so much to spare: rates are never the same twice, and who follows it must not be told that it was not enough.
+const ADVICE_MARGIN: f64 = 1.1;
+
 /// More rounds than any useful migration has; a bound for the loop below.
 const ROUNDS_LOOKED_AHEAD: u32 = 10_000;
 
@@ -180,8 +183,12 @@ pub fn forecast(writer: &Writer, pages: f64, conditions: &Conditions) -> Forecas
             let converges_with =
                 |share: f64| look_ahead(&writer.held_back(share), pages, conditions).is_ok();
             let bandwidth = conditions.bandwidth.max(1.0);
-            let needed = || (bisect(1.0, 1e6, converges_at) * bandwidth).ceil() as u64;
-            let throttle = || (bisect(0.0, 1.0, converges_with) * 100.0).ceil() as u8;
+            let needed =
+                || (bisect(1.0, 1e6, converges_at) * ADVICE_MARGIN * bandwidth).ceil() as u64;
+            let throttle = || {
+                let writes_left = (1.0 - bisect(0.0, 1.0, converges_with)) / ADVICE_MARGIN;
+                ((1.0 - writes_left) * 100.0).ceil() as u8
+            };
             Forecast::Diverges {
                 downtime,
                 bandwidth_needed: converges_at(1e6).then(needed),
@@ -475,8 +482,15 @@ mod tests {
                 },
             )
         };
-        assert!(matches!(at(1.001), Forecast::Converges { .. }));
-        assert!(matches!(at(0.98), Forecast::Diverges { .. }));
+        // With what was put on top for safety, and no more than that.
+        assert!(matches!(
+            at(1.001 / ADVICE_MARGIN),
+            Forecast::Converges { .. }
+        ));
+        assert!(matches!(
+            at(0.98 / ADVICE_MARGIN),
+            Forecast::Diverges { .. }
+        ));
         let held = |percent: f64| Writer {
             writes_per_second: writer.writes_per_second * (1.0 - percent / 100.0),
             ..writer
@@ -487,7 +501,7 @@ mod tests {
         ));
         assert!(matches!(
             forecast(
-                &held(f64::from(throttle_percent) - 2.0),
+                &held(100.0 - (102.0 - f64::from(throttle_percent)) * ADVICE_MARGIN),
                 262_144.0,
                 &conditions
             ),

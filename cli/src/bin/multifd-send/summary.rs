@@ -208,6 +208,10 @@ fn downtime(r: &Report, lines: &mut Lines) {
         "downtime",
         format_args!("{}{}", Time::ms(downtime), predicted.unwrap_or_default()),
     );
+    let limit = r.limits.last().map(|limits| limits.downtime_limit_ms);
+    if let Some(limit) = limit.filter(|limit| downtime > *limit) {
+        lines.more(format_args!("longer than the limit of {}", Time::ms(limit)));
+    }
     lines.more(format_args!(
         "pause {:.1}, last collection {:.1}, save {:.1}, send {:.1}, destination {:.1} (load {:.1}), commit {:.1} ms",
         d.pause_ms, d.collect_ms, d.save_ms, d.send_ms, d.prepare_ms, d.load_ms, d.commit_ms
@@ -344,14 +348,20 @@ fn trouble(r: &Report, lines: &mut Lines) {
         lines.add(
             "link",
             format_args!(
-                "lost {} times, {} without it in all; a downtime of {} was broken off; the destination was asked {} times",
+                "lost {} times, {} without it in all; the destination was asked {} times",
                 r.suspensions,
                 Time::ms(r.suspended_ms),
-                Time::ms(r.broken_off_pause_ms),
                 r.asked
             ),
         );
     }
+    lines.more_if(
+        r.broken_off_pause_ms > 0.0,
+        format_args!(
+            "the guest stood still for {} for switchovers that were broken off",
+            Time::ms(r.broken_off_pause_ms)
+        ),
+    );
     lines.more_if(
         r.control_damaged > 0,
         format_args!(

@@ -177,10 +177,10 @@ impl Pair {
         self.check_end();
     }
 
-    /// A guest that is left to its owner has all of its time.
+    /// A guest that is left to its owner has all of its time. One whose program died has none.
     fn check_released(&mut self, when: &str) {
         let guest = &self.source.guest;
-        if guest.runs && guest.throttle > 0 {
+        if guest.runs && guest.throttle > 0 && !self.done.crashed[0] {
             let text = format!(
                 "{} % of the guest's time are held back {when}",
                 guest.throttle
