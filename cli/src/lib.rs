@@ -1,11 +1,12 @@
-//! What `multifd-send` and `multifd-receive` share: the flags that both have, units as people write them, words for the user,
-//! signals and the log. The programs are this package's two binaries; the libraries of the two sides know nothing of it.
+//! What `multifd-send`, `multifd-receive` and `multifd-ctl` share: the flags that they have in common, units as people write them, words
+//! for the user, signals and the log. The programs are this package's binaries; the libraries of the two sides know nothing of it.
 //!
 //! | module | what it is |
 //! |---|---|
 //! | [`flags`] | flags that both programs have: kinds of channel, stall, output |
 //! | [`tls`] | certificates, who the peer may be, what may go in clear text |
 //! | [`confinement`] | `--confine`: what a program takes from itself |
+//! | [`control`] | `--control`: the socket by which a migration is watched and steered |
 //! | [`units`] | sizes, rates and times: read as people write them, printed in the same spelling |
 //! | [`say`] | lines on standard output and standard error that can't end the program |
 //! | [`signals`] | SIGINT, SIGTERM and SIGHUP ask for a cancellation, however often they come |
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod confinement;
+pub mod control;
 pub mod flags;
 pub mod round_end;
 #[macro_use]

@@ -24,6 +24,7 @@ const FLAGS: &[&str] = &[
     "--bridge-buffer",
     "--bridge-outage",
     "--confine",
+    "--control",
     "--clear-text",
     "--tls-dir",
     "--tls-peer",

@@ -33,6 +33,7 @@ const FLAGS: &[&str] = &[
     "--tls-dir",
     "--tls-peer",
     "--connect",
+    "--control",
     "--data",
     "--debug-dirty-scan",
     "--device",

@@ -22,6 +22,16 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("multifd-session", &["multifd-wire"]),
     ("multifd-bridge", &["multifd-wire", "multifd-transport"]),
     ("multifd-confine", &["multifd-transport"]),
+    // Whoever owns a side may ask it, and is no part of it.
+    (
+        "multifd-control",
+        &[
+            "multifd-wire",
+            "multifd-transport",
+            "multifd-sender",
+            "multifd-receiver",
+        ],
+    ),
     (
         "multifd-guest",
         &["multifd-tracking", "multifd-transport", "multifd-wire"],
@@ -63,6 +73,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         &[
             "multifd-bridge",
             "multifd-confine",
+            "multifd-control",
             "multifd-wire",
             "multifd-transport",
             "multifd-guest",
@@ -94,7 +105,8 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
 
 /// Crates in which the compiler forbids `unsafe` for good: no file of theirs can allow it again.
 const WITHOUT_UNSAFE: &[&str] = &[
-    "wire", "bridge", "session", "sender", "receiver", "confine", "multifd", "cli", "engine",
+    "wire", "bridge", "session", "sender", "receiver", "confine", "control", "multifd", "cli",
+    "engine",
 ];
 
 /// Crates whose files may allow `unsafe`, one by one and with a reason.

@@ -19,6 +19,7 @@ use crate::error::{ConnectAttempt, ConnectError};
 use crate::stream::StreamChannel;
 
 pub(crate) use self::listen::UnixListening;
+pub use self::listen::{OwnPath, listen};
 
 /// Settings of a Unix listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

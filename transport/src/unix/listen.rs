@@ -8,6 +8,7 @@ use std::fs::{self, File, Permissions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -87,6 +88,16 @@ impl Listen for UnixListening {
     }
 }
 
+/// A listening socket at this path for something else than channels, for its owner only (mode 0600). A stale one is replaced. The path is
+/// removed with what is returned beside it.
+///
+/// # Errors
+/// Somebody listens there, something else is there, or the directory is not to be written.
+pub fn listen(path: &Path) -> io::Result<(UnixListener, OwnPath)> {
+    let (socket, path) = bind(path, UnixOptions::default())?;
+    Ok((OwnedFd::from(socket).into(), path))
+}
+
 fn abstract_socket(path: &Path) -> io::Result<Socket> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.bind(&address(path)?)?;
@@ -161,8 +172,9 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The path of a socket of ours, as it was when it was made.
-pub(crate) struct OwnPath {
+/// The path of a socket of ours, as it was when it was made. Dropping it removes that, if it is still there.
+#[derive(Debug)]
+pub struct OwnPath {
     path: PathBuf,
     device: u64,
     inode: u64,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use multifd_cli::confinement::ConfineFlags;
+use multifd_cli::control::ControlFlags;
 use multifd_cli::flags::{Output, Silence, Transport};
 use multifd_cli::tls::TlsFlags;
 use multifd_cli::units;
@@ -91,6 +92,9 @@ pub(crate) struct Args {
     /// End when a source's set-up fails, instead of waiting for the next source
     #[arg(long, help_heading = "Channels")]
     pub(crate) one_attempt: bool,
+
+    #[command(flatten)]
+    pub(crate) control: ControlFlags,
 
     #[command(flatten)]
     pub(crate) output: Output,

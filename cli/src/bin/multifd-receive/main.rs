@@ -23,7 +23,7 @@ use machine::{GuestHandle, Machine};
 use multifd_cli::confinement::Places;
 use multifd_cli::flags::ReportKind;
 use multifd_cli::tls::clear_text_warning;
-use multifd_cli::{signals, start};
+use multifd_cli::{folder_of, signals, start};
 use multifd_confine::{Exec, Side};
 use multifd_receiver::{Config, Parts, Reception};
 use multifd_transport::{Address, ChannelOptions, Listener};
@@ -101,9 +101,16 @@ fn run(
         thread.context("no thread for standard input")?;
     }
     // Before the listeners: a descriptor of RDMA's connection manager is void once its process is restricted further.
+    let door = args.control.bind()?;
+    let written: Vec<_> = args
+        .control
+        .control
+        .iter()
+        .map(|path| folder_of(path))
+        .collect();
     let listening = Places::Listening(places);
     args.confinement
-        .confine(listening, &args.tls, &[], Exec::Forbidden)?;
+        .confine(listening, &args.tls, &written, Exec::Forbidden)?;
     let listeners: Vec<_> = places
         .iter()
         .map(|place| Listener::bind_with(place, options))
@@ -138,7 +145,7 @@ fn run(
         err!("{warning}");
     }
     announce(args, &addresses);
-    let finished = watch::watch(&args.output, reception, Arc::clone(&asked));
+    let finished = watch::watch(&args.output, reception, Arc::clone(&asked), door);
     let check = check::observe(args.run_for, &finished, &guest, &asked);
     report::print(args.output.report(), &finished, check.as_ref());
     Ok(report::exit_status(finished.report.outcome, check.as_ref()))

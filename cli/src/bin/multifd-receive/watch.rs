@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use multifd_cli::control::{self, Door};
 use multifd_cli::flags::{Output, ProgressKind, ReportKind};
 use multifd_cli::signals::Asked;
 use multifd_cli::units::Size;
@@ -18,8 +19,14 @@ const LOOK: Duration = Duration::from_millis(20);
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// Waits for the end.
-pub(crate) fn watch(output: &Output, reception: Reception, asked: Asked) -> Finished {
+pub(crate) fn watch(
+    output: &Output,
+    reception: Reception,
+    asked: Asked,
+    door: Option<Door>,
+) -> Finished {
     let handle = reception.handle();
+    let control = control::serve("multifd-receive", door, &handle);
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
     // Who reads the report as JSON does not read lines for people.
@@ -54,6 +61,8 @@ pub(crate) fn watch(output: &Output, reception: Reception, asked: Asked) -> Fini
     let finished = reception.wait();
     done.store(true, Ordering::Relaxed);
     let _ = watcher.map(std::thread::JoinHandle::join);
+    let error = finished.report.error.as_ref();
+    control::end(control, &finished.report.outcome, error);
     finished
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use multifd_cli::confinement::ConfineFlags;
+use multifd_cli::control::ControlFlags;
 use multifd_cli::flags::{Output, Silence, Transport};
 use multifd_cli::tls::TlsFlags;
 use multifd_cli::units;
@@ -150,9 +151,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = NotConverging::Fail, help_heading = "Convergence")]
     pub(crate) if_not_converging: NotConverging,
 
-    /// When the guest writes faster than the link carries: how much of its vCPUs' time may be held back (such as 80%)
+    /// Most vCPU time to hold back if it does not converge
     ///
-    /// Only as much as the forecast needs, by steps of 20 % at most, and only until it is paused; it is released however the migration
+    /// When the guest writes faster than the link carries, such as 80%. Only as much as the forecast needs, by steps of 20 % at most, and only until it is paused; it is released however the migration
     /// ends, and while the link is lost. 0% leaves the guest alone.
     #[arg(long, value_name = "PERCENT", value_parser = units::percent, default_value = "0%", help_heading = "Convergence")]
     pub(crate) throttle_limit: u8,
@@ -279,6 +280,9 @@ pub(crate) struct Args {
     /// When --ack-deadline is over: what to do
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = AckLate::Fail, hide_short_help = true, help_heading = "Devices")]
     pub(crate) if_ack_late: AckLate,
+
+    #[command(flatten)]
+    pub(crate) control: ControlFlags,
 
     #[command(flatten)]
     pub(crate) output: Output,

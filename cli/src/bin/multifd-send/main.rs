@@ -124,7 +124,10 @@ fn run(
     if !warning.is_empty() {
         err!("{warning}");
     }
-    let written: Vec<_> = args.state_file.iter().map(|file| folder_of(file)).collect();
+    // Before it is confined; its folder stays in reach, so that it can be removed.
+    let door = args.control.bind()?;
+    let written = args.state_file.iter().chain(&args.control.control);
+    let written: Vec<_> = written.map(|file| folder_of(file)).collect();
     let dialling = Places::Dialling(&dialled);
     let confined = args
         .confinement
@@ -186,6 +189,7 @@ fn run(
         Migration::start(parts).map_err(|failed| failed.error)?,
         asked,
         switch_over,
+        door,
     );
     if let Some(file) = state_file.filter(|_| finished.report.outcome != OutcomeKind::Unknown) {
         file.remove();

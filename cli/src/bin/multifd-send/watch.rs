@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use multifd_cli::control::{self, Door};
 use multifd_cli::flags::{Output, ProgressKind};
 use multifd_cli::signals::Asked;
 use multifd_sender::{Finished, Migration};
@@ -20,8 +21,10 @@ pub(crate) fn watch(
     migration: Migration,
     asked: Asked,
     switch_over: Asked,
+    door: Option<Door>,
 ) -> Finished {
     let handle = migration.handle();
+    let control = control::serve("multifd-send", door, &handle);
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
     let mut display = Display::new(output.quiet);
@@ -55,5 +58,7 @@ pub(crate) fn watch(
     let finished = migration.wait();
     done.store(true, Ordering::Relaxed);
     let _ = watcher.map(std::thread::JoinHandle::join);
+    let error = finished.report.error.as_ref();
+    control::end(control, &finished.report.outcome, error);
     finished
 }
