@@ -15,7 +15,6 @@ use std::io::{BufRead as _, BufReader};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use multifd::tracking::process::{MappedRange, Permission, ProcessSource};
 use multifd::transport::{
@@ -52,8 +51,7 @@ fn main() -> Done<()> {
         bytes >> 30
     );
     println!(
-        "{:>4} {:>12} {:>12} {:>7}",
-        "run", "in process", "by engines", "ratio"
+        " run   in process, MiB/s   by engines, MiB/s   ratio      CPU s of both sides   ratio"
     );
     let (mut inside, mut outside) = (Vec::new(), Vec::new());
     // One of each to warm up, which does not count.
@@ -67,19 +65,46 @@ fn main() -> Done<()> {
             (in_process(&guest)?, b)
         };
         if run > 0 {
-            println!("{run:>4} {a:>12.0} {b:>12.0} {:>7.3}", b / a);
+            line(&format!("{run:>4}"), &a, &b);
             inside.push(a);
             outside.push(b);
         }
     }
-    let (a, b) = (median(inside), median(outside));
-    println!("median {a:>10.0} {b:>12.0} {:>7.3}   MiB/s", b / a);
+    line(" med", &medians(&inside), &medians(&outside));
     Ok(())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+/// What one migration took.
+#[derive(Clone, Copy)]
+struct Took {
+    /// MiB a second.
+    goodput: f64,
+    /// Seconds of processor time of both sides' threads.
+    cpu: f64,
+}
+
+fn line(name: &str, a: &Took, b: &Took) {
+    println!(
+        "{name} {:>19.0} {:>19.0} {:>7.3} {:>12.2} {:>11.2} {:>7.3}",
+        a.goodput,
+        b.goodput,
+        b.goodput / a.goodput,
+        a.cpu,
+        b.cpu,
+        b.cpu / a.cpu
+    );
+}
+
+fn medians(all: &[Took]) -> Took {
+    let median = |value: fn(&Took) -> f64| {
+        let mut values: Vec<f64> = all.iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    Took {
+        goodput: median(|took| took.goodput),
+        cpu: median(|took| took.cpu),
+    }
 }
 
 /// Memory in one region.
@@ -249,7 +274,7 @@ fn this(arguments: &[&str]) -> Done<Command> {
     Ok(command)
 }
 
-fn in_process(guest: &Guest) -> Done<f64> {
+fn in_process(guest: &Guest) -> Done<Took> {
     let (mut child, address) = listening(&mut this(&["as-destination"])?)?;
     let dial = source::SpreadDialer {
         control: address.parse()?,
@@ -267,7 +292,11 @@ fn in_process(guest: &Guest) -> Done<f64> {
     if finished.report.outcome != source::OutcomeKind::Migrated {
         return Err(format!("in process: {:?}", finished.error).into());
     }
-    Ok(finished.report.goodput_mib_s)
+    let report = finished.report;
+    Ok(Took {
+        goodput: report.goodput_mib_s,
+        cpu: report.cpu_sender_s + report.cpu_receiver_s.unwrap_or_default(),
+    })
 }
 
 fn as_destination() -> Done<()> {
@@ -284,15 +313,12 @@ fn as_destination() -> Done<()> {
     }
 }
 
-fn by_engines(guest: &Guest) -> Done<f64> {
+fn by_engines(guest: &Guest) -> Done<Took> {
     let engine = env!("CARGO_BIN_EXE_multifd-engine");
     let path = std::env::temp_dir().join(format!("mfde-bench-{}", std::process::id()));
     let path = path.to_str().ok_or("a path in UTF-8")?;
     let _ = std::fs::remove_file(path);
-    let mut vmm = this(&["as-vmm", path])?.spawn()?;
-    while !Path::new(path).exists() {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    let (mut vmm, _) = listening(&mut this(&["as-vmm", path])?)?;
     let receive = ["receive", "--vmm", path, "--listen", "127.0.0.1:0"];
     let (mut receiver, address) = listening(Command::new(engine).args(receive))?;
     let (theirs, ours) = Socket::pair()?;
@@ -318,13 +344,17 @@ fn by_engines(guest: &Guest) -> Done<f64> {
     if report["outcome"] != "migrated" {
         return Err(format!("by engines: {report}").into());
     }
-    report["goodput_mib_s"]
-        .as_f64()
-        .ok_or_else(|| "a report without goodput".into())
+    let number = |name: &str| report[name].as_f64().ok_or("a report without figures");
+    Ok(Took {
+        goodput: number("goodput_mib_s")?,
+        cpu: number("cpu_sender_s")? + number("cpu_receiver_s")?,
+    })
 }
 
 fn as_vmm(path: &Path) -> Done<()> {
-    let engine = Listening::bind(path)?.accept()?;
+    let listening = Listening::bind(path)?;
+    println!("listening on {}", path.display());
+    let engine = listening.accept()?;
     Destination::new(Arriving::default()).serve(&engine)?;
     Ok(())
 }

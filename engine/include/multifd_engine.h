@@ -47,6 +47,7 @@
 #define MFDE_COMMITTING 23
 #define MFDE_RESUME 24
 #define MFDE_MIGRATED 25
+#define MFDE_THROTTLE 26
 #define MFDE_PREPARE 32
 #define MFDE_LOAD 33
 #define MFDE_RUN 34
@@ -152,7 +153,7 @@ struct mfde_blob {
     uint64_t bytes;
 };
 
-/* The answer to GUEST (0: it runs, 1: its user has paused it), and COLLECT. */
+/* The answer to GUEST (0: it runs, 1: its user has paused it), COLLECT, and THROTTLE (percent). */
 struct mfde_word {
     uint32_t value;
     uint32_t zero;

@@ -75,6 +75,8 @@ pub enum Kind {
     Resume = 24,
     /// Source: the guest is the destination's for good.
     Migrated = 25,
+    /// Source: hold so much of the guest's time back.
+    Throttle = 26,
     /// Destination: build the machine, and give its memory.
     Prepare = 32,
     /// Destination: load the state.
@@ -97,7 +99,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Hello,
         Self::Granted,
         Self::Memory,
@@ -110,6 +112,7 @@ impl Kind {
         Self::Committing,
         Self::Resume,
         Self::Migrated,
+        Self::Throttle,
         Self::Prepare,
         Self::Load,
         Self::Run,
@@ -613,7 +616,7 @@ impl Ended {
     }
 }
 
-/// A body of one word and a zero: GUEST's answer (0 runs, 1 is paused), COLLECT.
+/// A body of one word and a zero: GUEST's answer (0 runs, 1 is paused), COLLECT, THROTTLE (percent).
 #[must_use]
 pub fn word(value: u32) -> Vec<u8> {
     let mut out = Writer::default();

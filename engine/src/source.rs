@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use multifd::source::{AskTicket, GuestState, Reclaimed, Vmm};
+use multifd::source::{AskTicket, GuestState, Reclaimed, Throttled, Vmm};
 use multifd::tracking::process::{MappedRange, Permission, ProcessSource};
 use multifd::tracking::{Error as TrackingError, Source};
 use multifd::transport::{FileRegion, GuestMemory, MapError, RegionLayout};
@@ -15,7 +15,7 @@ use multifd::{Blob, VmmError};
 use crate::bitmap::BitmapSource;
 use crate::link::{Answer, Link, LinkError, wrong};
 use crate::protocol::{
-    self, Kind, Malformed, RegionEntry, SESSION_BYTES, TrackerEntry, TrackerKind,
+    self, Kind, Malformed, RegionEntry, SESSION_BYTES, Status, TrackerEntry, TrackerKind,
 };
 
 /// The VMM.
@@ -193,6 +193,20 @@ impl Vmm for Leaving {
         self.session = ticket.session();
         let ticket = [ticket.session(), ticket.secret()].concat();
         Ok(self.link.tell(Kind::Granted, &ticket)?)
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<Throttled, VmmError> {
+        let told = self
+            .link
+            .tell(Kind::Throttle, &protocol::word(percent.into()));
+        match told {
+            Ok(()) => Ok(Throttled::Done),
+            Err(LinkError::Refused {
+                status: Status::UnknownKind,
+                ..
+            }) => Ok(Throttled::NotSupported),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {

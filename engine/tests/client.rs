@@ -6,8 +6,8 @@
 
 mod common;
 
+use std::io::{BufRead as _, BufReader};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -287,12 +287,12 @@ impl DestinationMachine for Arriving {
     }
 }
 
-/// Starts an engine with one end of a socket pair as its standard input; gives the other end.
+/// Starts an engine with one end of a socket pair as its standard input.
 fn engine(arguments: &[&str], socket: Socket) -> std::process::Child {
     Command::new(engine_program())
         .args(arguments)
         .stdin(socket.into_fd())
-        .stdout(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("the engine starts")
 }
@@ -319,9 +319,11 @@ fn moved(
     let mut receiver = engine(&listen, theirs);
     let (left, arrived) = std::thread::scope(|threads| {
         let arriving = threads.spawn(|| destination.serve(&ours));
-        while !Path::new(&path).exists() {
-            std::thread::yield_now();
-        }
+        // It says where it listens when it does.
+        let mut line = String::new();
+        let mut output = BufReader::new(receiver.stdout.take().expect("it is piped"));
+        output.read_line(&mut line).expect("it says something");
+        assert!(line.starts_with("listening on unix:"), "{line}");
         let (theirs, ours) = Socket::pair().unwrap();
         let mut sender = engine(&["send", "--vmm", "-", "--connect", &address], theirs);
         let ours = Arc::new(ours);

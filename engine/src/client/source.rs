@@ -2,12 +2,12 @@
 
 use std::os::fd::OwnedFd;
 
-use multifd::source::GuestState;
+use multifd::source::{GuestState, Throttled};
 use multifd::{Blob, VmmError};
 
 use super::{Answers, Known, MemoryRegion, Reply, ServeError, Served, Tracker, memory, serve};
 use crate::protocol::{
-    self, Collect, Kind, Malformed, Role, State, TrackerEntry, TrackerKind, Writer,
+    self, Collect, Kind, Malformed, Role, State, Status, TrackerEntry, TrackerKind, Writer,
 };
 use crate::socket::Socket;
 
@@ -42,6 +42,15 @@ pub trait SourceMachine {
     /// All pages count as written.
     fn collect(&mut self, step: Collect) -> Result<(), VmmError> {
         Err(VmmError::new(format!("no bitmap is written ({step:?})")))
+    }
+
+    /// Holds so much of the guest's time back from now on, in percent, 0 to 99. Asked only if the engine's user allows it.
+    ///
+    /// # Errors
+    /// The migration goes on with the guest as it was.
+    fn throttle(&mut self, percent: u8) -> Result<Throttled, VmmError> {
+        let _ = percent;
+        Ok(Throttled::NotSupported)
     }
 
     /// Stops the vCPUs and all other writers of guest memory.
@@ -150,6 +159,16 @@ impl<M: SourceMachine> Source<M> {
                 let step = Collect::decode(body).map_err(VmmError::new)?;
                 self.machine.collect(step)?;
                 Reply::empty()
+            }
+            Kind::Throttle => {
+                let percent = protocol::read_word("THROTTLE", body).map_err(VmmError::new)?;
+                let percent = u8::try_from(percent).map_err(VmmError::new)?;
+                match self.machine.throttle(percent)? {
+                    Throttled::Done => Reply::empty(),
+                    Throttled::NotSupported => {
+                        Reply::No(Status::UnknownKind, "this VMM slows no guest".to_owned())
+                    }
+                }
             }
             _ => Reply::out_of_turn("no question for a source"),
         })

@@ -117,6 +117,12 @@ pub(crate) struct SendArgs {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = NotConverging::Fail, help_heading = "Convergence")]
     pub(crate) if_not_converging: NotConverging,
 
+    /// How much of the guest's time may be held back if it writes faster than its memory can be sent. 0%: none
+    ///
+    /// As little as the forecast needs. A VMM that slows no guest goes on as it was.
+    #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = units::percent, help_heading = "Convergence")]
+    pub(crate) throttle_limit: u8,
+
     /// Dial lost channels again for this long; the guest runs on meanwhile
     ///
     /// After the commit, and where an earlier engine died: ask the destination for this long how it ended.
@@ -227,6 +233,7 @@ impl SendArgs {
             .downtime_limit(self.downtime_limit)
             .bandwidth(self.bandwidth)
             .max_rounds(self.max_rounds)
+            .throttle_limit(self.throttle_limit)
             .when_not_converging(match self.if_not_converging {
                 NotConverging::Fail => source::WhenNotConverging::Fail,
                 NotConverging::Switch => source::WhenNotConverging::Switch,
