@@ -60,7 +60,7 @@ pub struct Report {
     pub throttled_ms: f64,
     /// What the VMM said that could not slow the guest, or not let it go on, last.
     pub throttle_error: Option<String>,
-    /// Number of rounds, the last one included.
+    /// Number of rounds, the last one included; one that was broken off and opened again counts twice.
     pub rounds: usize,
     /// Each round.
     pub round_list: Vec<RoundReport>,
@@ -242,11 +242,12 @@ pub struct RoundReport {
     pub round: u32,
     /// Pages that it began with.
     pub pages: u64,
-    /// Bytes sent in it.
+    /// Bytes sent in it; of one that was broken off, all that was sent until then.
     pub sent_bytes: u64,
-    /// How long the lanes took; of a round that was under way at the end, how long it had been.
+    /// How long the lanes took; of a round that was broken off (by the end, or by the loss of all channels: it is then listed again), how
+    /// long it had been.
     pub ms: f64,
-    /// MiB sent a second; null for a round that was under way at the end.
+    /// MiB sent a second; null for a round that was broken off.
     pub mib_s: Option<f64>,
     /// Pages found dirty after it.
     pub dirty_after: Option<u64>,
@@ -432,6 +433,7 @@ pub(crate) struct Timeline {
     predicted: Option<Duration>,
     last_collects: Duration,
     rounds: Vec<(RoundReport, Duration)>,
+    sent_before_round: u64,
     lanes_lost: u32,
     lanes_reopened: u32,
     pub(crate) control_damaged: u32,
@@ -517,7 +519,9 @@ impl Timeline {
         }
     }
 
-    pub(crate) fn round_opened(&mut self, round: Round, pages: u64, now: Duration) {
+    /// `sent`: the bytes that were handed to data channels by then, in all.
+    pub(crate) fn round_opened(&mut self, round: Round, pages: u64, sent: u64, now: Duration) {
+        self.sent_before_round = sent;
         let report = RoundReport {
             round: round.value(),
             pages,
@@ -636,8 +640,19 @@ impl Timeline {
         self.lanes_lost += 1;
     }
 
+    /// The round that is under way, if one is, goes no further.
+    fn broken_off(&mut self, sent: u64, now: Duration) {
+        if let Some((report, since)) = self.rounds.last_mut()
+            && report.mib_s.is_none()
+        {
+            report.ms = ms(now.saturating_sub(*since));
+            report.sent_bytes = sent.saturating_sub(self.sent_before_round);
+        }
+    }
+
     /// All channels are lost. If the guest was paused it runs again by now.
-    pub(crate) fn suspended(&mut self) {
+    pub(crate) fn suspended(&mut self, sent: u64, now: Duration) {
+        self.broken_off(sent, now);
         self.taken = None;
         if self.suspended_since.is_none() {
             self.suspensions += 1;
@@ -676,17 +691,13 @@ impl Timeline {
     }
 
     /// It is known how it ends. What is said to the destination after that does not count.
-    pub(crate) fn ended(&mut self, now: Duration) {
+    pub(crate) fn ended(&mut self, sent: u64, now: Duration) {
         if self.ended.is_some() {
             return;
         }
         self.resumed();
         self.ended = Some(Instant::now());
-        if let Some((report, since)) = self.rounds.last_mut()
-            && report.mib_s.is_none()
-        {
-            report.ms = ms(now.saturating_sub(*since));
-        }
+        self.broken_off(sent, now);
     }
 
     fn downtime(&self, devices: &[DeviceReport]) -> Option<Downtime> {

@@ -433,7 +433,7 @@ impl Control {
                     Ok(())
                 };
                 if self.session.phase() == Phase::Done {
-                    self.timeline.ended(self.shared.now());
+                    self.timeline.ended(self.shared.sent(), self.shared.now());
                 }
                 if paused {
                     self.timeline.reclaimed();
@@ -458,7 +458,7 @@ impl Control {
             Effect::Disconnect => Ok(self.disconnect().map(Event::Failed)),
             Effect::StartAfresh => self.start_afresh().map(Some),
             Effect::Migrated => {
-                self.timeline.ended(self.shared.now());
+                self.timeline.ended(self.shared.sent(), self.shared.now());
                 self.shared.watch.migrated();
                 self.shared.watch.at("hear that it has migrated");
                 self.vmm.migrated();
@@ -534,7 +534,8 @@ impl Control {
         counters.round.store(round.value(), Relaxed);
         counters.round_pages_left.store(pages, Relaxed);
         let octets_before = counters.sent_bytes.load(Relaxed);
-        self.timeline.round_opened(round, pages, self.shared.now());
+        self.timeline
+            .round_opened(round, pages, self.shared.sent(), self.shared.now());
         let work = Arc::new(RoundWork::new(taken, self.shared.config.body_pages()));
         for slot in self.lanes.iter().filter(|slot| slot.closer.is_some()) {
             if let Some(commands) = &slot.commands {
@@ -991,7 +992,7 @@ impl Control {
         };
         let migrated = matches!(outcome, Outcome::Migrated);
         self.shared.watch.at("end");
-        self.timeline.ended(self.shared.now());
+        self.timeline.ended(self.shared.sent(), self.shared.now());
         self.timeline.control_damaged = self.session.damages();
         // The control channel first: if the lanes went first, the destination would see lost lanes before it read why.
         if let Some(control) = &mut self.control {

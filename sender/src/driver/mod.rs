@@ -398,6 +398,11 @@ impl Shared {
     fn now(&self) -> Duration {
         self.began.elapsed()
     }
+
+    /// Bytes that were handed to data channels.
+    fn sent(&self) -> u64 {
+        self.counters.sent_bytes.load(Ordering::Relaxed)
+    }
 }
 
 /// How fast each lane is, and what it had on its way when the destination last acknowledged something or the lane last asked for

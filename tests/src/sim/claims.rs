@@ -1,4 +1,4 @@
-//! What the reports say of time, held against the simulated clock: the downtime, pauses that were broken off, the whole; and that each
+//! What the reports say of time and bytes, held against the simulated clock and themselves: the downtime, pauses that were broken off, the whole; and that each
 //! side ends within what its settings add up to, once nothing goes wrong any more.
 
 use std::time::Duration;
@@ -86,6 +86,14 @@ pub(super) fn judge(world: &World, summary: &Summary, attempt: &Attempt, setting
     let said = ns(report.total_ms);
     if said > truth + SLACK_NS {
         world.violation(format!("it took {truth} ns, the report says {said}"));
+    }
+    let rounds: u64 = report.round_list.iter().map(|round| round.sent_bytes).sum();
+    // What a lane sends again after its round was encoded is of no round.
+    if rounds > report.sent_bytes {
+        world.violation(format!(
+            "{} bytes were sent, in rounds {rounds}",
+            report.sent_bytes
+        ));
     }
     ends(world, summary, attempt, settings);
 }

@@ -150,7 +150,8 @@ impl Control {
             // No page is needed any more.
             return None;
         }
-        self.timeline.suspended();
+        self.timeline
+            .suspended(self.shared.sent(), self.shared.now());
         stuck
     }
 
