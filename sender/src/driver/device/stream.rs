@@ -286,7 +286,7 @@ impl DeviceStream {
 
     /// The destination has loaded everything of it.
     pub(crate) fn loaded(&self, load: Duration, config: Duration) {
-        // SPEC: LOADED-1, nothing is decided from it.
+        // For the report only: nothing is decided from it.
         self.note(|stats| {
             stats.loaded = Some((load, config));
             stats.loaded_at = Some(Instant::now());
