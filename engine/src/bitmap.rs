@@ -18,7 +18,7 @@ use multifd::transport::GuestMemory;
 use crate::link::Link;
 use crate::protocol::{Collect, Kind};
 
-const PAGE_BYTES: u64 = multifd::PAGE_BYTES as u64;
+pub(crate) const PAGE_BYTES: u64 = multifd::PAGE_BYTES as u64;
 
 /// Read at a time.
 const PIECE_BYTES: usize = 64 * 1024;

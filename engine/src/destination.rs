@@ -57,6 +57,23 @@ impl Arriving {
     }
 }
 
+impl Arriving {
+    /// Tells the VMM that the guest is its own. Only a refusal is a failure: a VMM that does not answer, or answers what can't be, may run
+    /// the guest all the same, now or later. Then this does not come back, and the library says what is known: here, and not known to run.
+    fn give(&self, kind: Kind) -> Result<(), VmmError> {
+        match self.link.tell(kind, &self.session) {
+            Ok(()) => Ok(()),
+            Err(error @ LinkError::Refused { .. }) => Err(error.into()),
+            Err(error) => {
+                tracing::error!(%error, "whether the VMM runs the guest is not known");
+                loop {
+                    std::thread::park();
+                }
+            }
+        }
+    }
+}
+
 impl Vmm for Arriving {
     fn granted(&mut self, ticket: &AskTicket) -> Result<(), VmmError> {
         self.session = ticket.session();
@@ -80,11 +97,11 @@ impl Vmm for Arriving {
     }
 
     fn resume(&mut self, _: Ownership) -> Result<(), VmmError> {
-        Ok(self.link.tell(Kind::Run, &self.session)?)
+        self.give(Kind::Run)
     }
 
     fn take_over(&mut self, _: Ownership) -> Result<(), VmmError> {
-        Ok(self.link.tell(Kind::TakeOver, &self.session)?)
+        self.give(Kind::TakeOver)
     }
 
     fn discard(&mut self) {

@@ -12,7 +12,7 @@ use multifd::tracking::{Error as TrackingError, Source};
 use multifd::transport::{FileRegion, GuestMemory, MapError, RegionLayout};
 use multifd::{Blob, VmmError};
 
-use crate::bitmap::BitmapSource;
+use crate::bitmap::{BitmapSource, PAGE_BYTES};
 use crate::link::{Answer, Link, LinkError, wrong};
 use crate::protocol::{
     self, Kind, Malformed, RegionEntry, SESSION_BYTES, Status, TrackerEntry, TrackerKind,
@@ -50,6 +50,17 @@ pub enum HandOverError {
     /// There is none.
     #[error("the VMM names no way to find dirty pages")]
     NoTracker,
+    /// There is more than can be read at one moment.
+    #[error("the VMM names two bitmaps: one COLLECT fills one, for all of memory")]
+    TwoBitmaps,
+    /// Pages of which nobody would know whether they were written.
+    #[error("the VMM names no way to find dirty pages in {pages} pages of region {region}")]
+    Untracked {
+        /// Which region.
+        region: u32,
+        /// How many of its pages.
+        pages: u64,
+    },
     /// A region that was not asked for.
     #[error("the VMM's regions are not those of the source: {what}")]
     Regions {
@@ -121,6 +132,7 @@ pub fn trackers(
     let entries = wrong(kind, protocol::read_trackers(&body, descriptors.len()))?;
     let mut descriptors: Vec<_> = descriptors.into_iter().map(Some).collect();
     let mut sources: Vec<Box<dyn Source>> = Vec::new();
+    check_coverage(&entries, memory)?;
     let mut entries = entries.as_slice();
     while let Some(first) = entries.first() {
         let same =
@@ -154,10 +166,29 @@ pub fn trackers(
             }
         }
     }
-    if sources.is_empty() {
+    Ok(sources)
+}
+
+/// Every page has somebody who knows whether it was written.
+fn check_coverage(entries: &[TrackerEntry], memory: &GuestMemory) -> Result<(), HandOverError> {
+    let bitmaps = |entry: &&TrackerEntry| entry.kind == TrackerKind::Bitmap;
+    match entries.iter().filter(bitmaps).count() {
+        0 => {}
+        1 => return Ok(()),
+        _ => return Err(HandOverError::TwoBitmaps),
+    }
+    if entries.is_empty() {
         return Err(HandOverError::NoTracker);
     }
-    Ok(sources)
+    for (region, layout) in (0..).zip(memory.layouts()) {
+        let own = entries.iter().filter(|entry| entry.region == region);
+        let tracked = own.fold(0_u64, |sum, entry| sum.saturating_add(entry.pages));
+        let pages = (layout.bytes / PAGE_BYTES).saturating_sub(tracked);
+        if pages > 0 {
+            return Err(HandOverError::Untracked { region, pages });
+        }
+    }
+    Ok(())
 }
 
 fn range(entry: &TrackerEntry) -> MappedRange {
@@ -229,5 +260,52 @@ impl Vmm for Leaving {
         if let Err(error) = self.link.tell(Kind::Migrated, &self.session) {
             tracing::warn!(%error, "the source's VMM could not be told that its guest has migrated");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(kind: TrackerKind, region: u32, pages: u64) -> TrackerEntry {
+        TrackerEntry {
+            kind,
+            descriptor: 0,
+            region,
+            first_page: 0,
+            address: 0,
+            pages,
+        }
+    }
+
+    #[test]
+    fn every_page_has_one_who_knows_whether_it_was_written() {
+        use TrackerKind::{Bitmap, Process};
+        let region = |guest_address| RegionLayout {
+            guest_address,
+            bytes: 4 * PAGE_BYTES,
+        };
+        let memory = GuestMemory::anonymous(&[region(0), region(1 << 20)]).unwrap();
+        let check = |entries: &[TrackerEntry]| check_coverage(entries, &memory);
+        assert!(check(&[entry(Bitmap, 0, 0)]).is_ok());
+        assert!(
+            check(&[
+                entry(Process, 0, 4),
+                entry(Process, 1, 1),
+                entry(Process, 1, 3)
+            ])
+            .is_ok()
+        );
+        assert!(matches!(check(&[]), Err(HandOverError::NoTracker)));
+        let two = [entry(Bitmap, 0, 0), entry(Bitmap, 0, 0)];
+        assert!(matches!(check(&two), Err(HandOverError::TwoBitmaps)));
+        let short = check(&[entry(Process, 0, 4), entry(Process, 1, 3)]);
+        assert!(matches!(
+            short,
+            Err(HandOverError::Untracked {
+                region: 1,
+                pages: 1
+            })
+        ));
     }
 }

@@ -66,9 +66,9 @@ pub struct Report {
     pub round_list: Vec<RoundReport>,
     /// Data channels asked for.
     pub channels: u32,
-    /// Data channels that were lost on the way.
+    /// Data channels that were lost on the way while the migration went on; the loss of all of them is a suspension.
     pub channels_lost: u32,
-    /// Data channels that were opened again after they were lost.
+    /// Of these, how many were opened again. What is opened to resume a suspended migration is not counted.
     pub channels_reopened: u32,
     /// Size of guest memory.
     pub memory_bytes: u64,

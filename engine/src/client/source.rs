@@ -82,6 +82,8 @@ pub struct Source<M> {
     pub machine: M,
     known: Known,
     paused: bool,
+    /// How much of the guest's time is held back, in percent.
+    throttle: u8,
 }
 
 impl<M: SourceMachine> Source<M> {
@@ -91,6 +93,7 @@ impl<M: SourceMachine> Source<M> {
             machine,
             known: Known::new(Role::Source),
             paused: false,
+            throttle: 0,
         }
     }
 
@@ -162,19 +165,41 @@ impl<M: SourceMachine> Source<M> {
             }
             Kind::Throttle => {
                 let percent = protocol::read_word("THROTTLE", body).map_err(VmmError::new)?;
-                let percent = u8::try_from(percent).map_err(VmmError::new)?;
-                match self.machine.throttle(percent)? {
-                    Throttled::Done => Reply::empty(),
-                    Throttled::NotSupported => {
-                        Reply::No(Status::UnknownKind, "this VMM slows no guest".to_owned())
-                    }
-                }
+                self.throttle(percent)?
             }
             _ => Reply::out_of_turn("no question for a source"),
         })
     }
 
+    fn throttle(&mut self, percent: u32) -> Result<Reply, VmmError> {
+        let Some(percent) = u8::try_from(percent).ok().filter(|share| *share < 100) else {
+            return Ok(Reply::out_of_turn("a share of 0 to 99 percent"));
+        };
+        // Also one that fails may have slowed it.
+        self.throttle = percent.max(self.throttle);
+        let done = self.machine.throttle(percent)?;
+        self.throttle = percent;
+        Ok(match done {
+            Throttled::Done => Reply::empty(),
+            Throttled::NotSupported => {
+                Reply::No(Status::UnknownKind, "this VMM slows no guest".to_owned())
+            }
+        })
+    }
+
+    /// A guest that is left to itself has all of its time.
+    fn let_go(&mut self) {
+        if self.throttle == 0 {
+            return;
+        }
+        match self.machine.throttle(0) {
+            Ok(_) => self.throttle = 0,
+            Err(error) => tracing::error!(%error, "the guest could not be let go on at its speed"),
+        }
+    }
+
     fn resume(&mut self) -> Result<Reply, VmmError> {
+        self.let_go();
         self.known.state = State::Fresh;
         self.machine.resume()?;
         self.paused = false;
@@ -202,6 +227,10 @@ impl<M: SourceMachine> Answers for Source<M> {
                 self.machine.migrated();
                 Ok(Reply::empty())
             }
+            // Nothing is held back of a guest that its owner finds again.
+            (State::Undecided, Kind::Throttle) if body.iter().all(|byte| *byte == 0) => {
+                self.ask(kind, body)
+            }
             (State::Undecided, _) => Ok(Reply::out_of_turn("the outcome is not known")),
             (_, Kind::Granted) => {
                 self.known.ticket = protocol::read_array("a ticket", body)?;
@@ -220,6 +249,7 @@ impl<M: SourceMachine> Answers for Source<M> {
     }
 
     fn engine_gone(&mut self) {
+        self.let_go();
         if self.known.state == State::Fresh && self.paused {
             match self.machine.resume() {
                 Ok(()) => self.paused = false,
@@ -235,4 +265,102 @@ fn blobs(blobs: &[Blob]) -> Result<Reply, VmmError> {
     let mut body = Writer::default();
     let file = protocol::write_blobs(&mut body, blobs).map_err(VmmError::new)?;
     Ok(Reply::Done(body.finish(), file.into_iter().collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Machine {
+        held_back: u8,
+        runs: bool,
+    }
+
+    impl SourceMachine for Machine {
+        fn memory(&mut self) -> Result<Vec<MemoryRegion>, VmmError> {
+            Ok(Vec::new())
+        }
+
+        fn trackers(&mut self) -> Result<Vec<Tracker>, VmmError> {
+            Ok(Vec::new())
+        }
+
+        fn config(&mut self) -> Result<Vec<Blob>, VmmError> {
+            Ok(Vec::new())
+        }
+
+        fn throttle(&mut self, percent: u8) -> Result<Throttled, VmmError> {
+            self.held_back = percent;
+            Ok(Throttled::Done)
+        }
+
+        fn pause(&mut self) -> Result<(), VmmError> {
+            self.runs = false;
+            Ok(())
+        }
+
+        fn save(&mut self) -> Result<Vec<Blob>, VmmError> {
+            Ok(Vec::new())
+        }
+
+        fn resume(&mut self) -> Result<(), VmmError> {
+            self.runs = true;
+            Ok(())
+        }
+    }
+
+    fn ask(source: &mut Source<Machine>, kind: Kind, body: &[u8]) -> bool {
+        let reply = source.answer(kind, body, Vec::new()).unwrap();
+        matches!(reply, Reply::Done(..))
+    }
+
+    /// One whose guest is slowed by 40 %, after these questions.
+    fn slowed(questions: &[Kind]) -> Source<Machine> {
+        let mut source = Source::new(Machine::default());
+        assert!(ask(&mut source, Kind::Throttle, &protocol::word(40)));
+        for kind in questions {
+            assert!(ask(&mut source, *kind, &[]), "{kind}");
+        }
+        assert_eq!(source.machine.held_back, 40);
+        source
+    }
+
+    #[test]
+    fn nothing_is_held_back_of_a_guest_whose_engine_died() {
+        for questions in [&[][..], &[Kind::Pause], &[Kind::Pause, Kind::Committing]] {
+            let mut source = slowed(questions);
+            source.engine_gone();
+            assert_eq!(source.machine.held_back, 0, "{questions:?}");
+        }
+    }
+
+    #[test]
+    fn nor_of_one_that_runs_again_whoever_asked_for_it() {
+        let mut source = slowed(&[Kind::Pause, Kind::Committing]);
+        let session = source.known.ticket;
+        assert!(ask(&mut source, Kind::Resume, &session[..16]));
+        assert!(source.machine.runs);
+        assert_eq!(source.machine.held_back, 0);
+    }
+
+    #[test]
+    fn with_the_outcome_open_a_guest_is_let_go_and_not_slowed() {
+        let mut source = slowed(&[Kind::Pause, Kind::Committing]);
+        assert!(!ask(&mut source, Kind::Throttle, &protocol::word(60)));
+        assert!(ask(&mut source, Kind::Throttle, &protocol::word(0)));
+        assert_eq!(source.machine.held_back, 0);
+    }
+
+    #[test]
+    fn all_of_a_guest_s_time_is_not_to_be_held_back() {
+        let mut source = Source::new(Machine::default());
+        for percent in [100, 255, 256, u32::MAX] {
+            assert!(
+                !ask(&mut source, Kind::Throttle, &protocol::word(percent)),
+                "{percent}"
+            );
+        }
+        assert_eq!(source.machine.held_back, 0);
+    }
 }

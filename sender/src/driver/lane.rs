@@ -260,7 +260,7 @@ impl<'s> Feeder<'s> {
         }
         // Speeds may be old news: a lane that stands still may have been fast. One frame at a time finds out: what is on its way
         // when the guest is paused is waited for. Unless nobody takes any: devices may keep each lane busy for good.
-        let nobody_takes = before.pages_left <= pages_left;
+        let nobody_takes = self.shared.devices.queue.is_used() && before.pages_left <= pages_left;
         *refused = None;
         (on_its_way == 0 || nobody_takes).then_some(sizes[1])
     }

@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use super::config::Config;
 
+/// So much later than it should: then this side stood still.
+const STOOD_STILL_MIN: Duration = Duration::from_secs(1);
+
 /// The clocks of one session.
 #[derive(Debug)]
 pub(super) struct Deadlines {
@@ -49,7 +52,8 @@ impl Deadlines {
 
     /// This side does something. Where it had to before and did not, the whole program stood still.
     pub(super) fn looks(&mut self, config: &Config, now: Duration) {
-        if now > self.looks_again(config) + config.keep_alive() {
+        // A word that the source is slow to read holds this side up as well, but not for so long as a rule.
+        if now > self.looks_again(config) + config.keep_alive().max(STOOD_STILL_MIN) {
             self.awake = now;
         }
         self.looked = now;

@@ -165,6 +165,8 @@ pub enum Event {
     Answered(OutcomeState),
     /// The user wants it to stop.
     Cancel,
+    /// The VMM, or a device, could not run the guest.
+    NotResumed(Fault),
     /// Something of this side failed: the VMM, a device, a thread.
     Failed(Fault),
     /// The time has gone on.

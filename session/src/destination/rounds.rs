@@ -234,10 +234,9 @@ impl Rounds {
         fence.known_since
     }
 
-    /// Whether something is missing although FINAL is here.
-    #[cfg(test)]
-    pub(super) fn is_short(fence: &Fence) -> bool {
-        fence.short_since.is_some()
+    /// Since when something is missing although FINAL is here.
+    pub(super) fn short_since(fence: &Fence) -> Option<Duration> {
+        fence.short_since
     }
 
     fn last_of(&self, round: Round) -> Option<Final> {

@@ -384,11 +384,15 @@ impl Session {
                 self.runs_after_all(now, out);
                 Ok(())
             }
+            (State::Over, Event::NotResumed(fault)) => {
+                self.fails_after_all(fault, now, out);
+                Ok(())
+            }
             (State::Over, _) => Ok(()),
             (_, Event::Opened(secrets)) => self.opened(secrets, now, out),
             (_, Event::ControlLost(fault)) => self.control_lost(fault, now, out),
             (_, Event::LanesSettled { marks, damaged }) => self.settled(&marks, damaged, now, out),
-            (_, Event::Failed(fault)) => Err(fault),
+            (_, Event::Failed(fault) | Event::NotResumed(fault)) => Err(fault),
             // The guest is this side's: there is no way back, and the end is near.
             (State::Owning { .. }, Event::Cancel) => Ok(()),
             (_, Event::Cancel) => Err(Fault::Cancelled),

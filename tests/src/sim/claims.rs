@@ -48,6 +48,7 @@ pub(super) struct Lasted {
 }
 
 pub(super) fn judge(world: &World, summary: &Summary, attempt: &Attempt, settings: &Settings) {
+    ends(world, summary, attempt, settings);
     if summary.ledger.source_crashed {
         return;
     }
@@ -95,7 +96,6 @@ pub(super) fn judge(world: &World, summary: &Summary, attempt: &Attempt, setting
             report.sent_bytes
         ));
     }
-    ends(world, summary, attempt, settings);
 }
 
 /// Once nothing goes wrong any more, both sides end within what their settings say, and what there is to move takes.
@@ -107,7 +107,8 @@ fn ends(world: &World, summary: &Summary, attempt: &Attempt, settings: &Settings
         ("source", attempt.lasted.source),
         ("destination", attempt.lasted.destination),
     ] {
-        if ended > since.saturating_add(patience) {
+        let crashed = who == "source" && summary.ledger.source_crashed;
+        if !crashed && ended > since.saturating_add(patience) {
             world.violation(format!(
                 "the {who} ended {} ms after the last fault, {} at most",
                 (ended - since) / 1_000_000,

@@ -35,7 +35,8 @@ Examples:
     multifd-engine send --vmm /run/vm7.sock --connect tls:dest:4444 --tls-ca ca.pem --tls-cert s.pem --tls-key s.key
   started by the VMM itself, with a socket as its standard input:
     multifd-engine send --vmm - --connect dest:4444
-  an engine was killed: the same command again. It migrates, or says whose the guest is:
+  an engine was killed: the same command again. It migrates, or says whose the guest is. (A destination's VMM
+  whose machine was taken down takes no other guest: start it anew.)
     multifd-engine receive --vmm /run/vm7.sock --listen 0.0.0.0:4444
     multifd-engine send --vmm /run/vm7.sock --connect dest:4444
 

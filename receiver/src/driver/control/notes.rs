@@ -125,7 +125,7 @@ impl Control {
                 self.shared.counters.add_cpu(thread_cpu(&mut self.cpu));
                 match result {
                     Ok(()) => Event::Resumed(self.counts()),
-                    Err(fault) => Event::Failed(fault),
+                    Err(fault) => Event::NotResumed(fault),
                 }
             }
         };

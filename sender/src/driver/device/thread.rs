@@ -148,6 +148,7 @@ impl DeviceReader {
         self.forget();
         let mut state = self.stream.lock();
         state.stats.runs_again();
+        (state.stats.loaded_bytes, state.stats.loaded_time) = (0, Duration::ZERO);
         if self.stream.flags.contains(DeviceFlags::SWITCHOVER_ACK) {
             // What is loaded of the generations before is void as well.
             state.stats.announced = state.machine.generation().value() + 1;

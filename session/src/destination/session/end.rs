@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use multifd_wire::frame::{Abort, OutcomeState, Running};
 use multifd_wire::limits::TEXT_BYTES_MAX;
-use multifd_wire::{Frame, Text};
+use multifd_wire::{Frame, Phase, Text};
 
 use super::{Done, Session, State, micros};
 use crate::destination::error::{Error, Fault};
@@ -62,6 +62,15 @@ impl Session {
         if self.remembered.state() == Some(OutcomeState::CommittedNotRunning) {
             self.remembered.ended(OutcomeState::Running, now);
             out.push(Effect::Finish(Outcome::Running));
+        }
+    }
+
+    /// Nor will it ever.
+    pub(super) fn fails_after_all(&mut self, fault: Fault, now: Duration, out: &mut Vec<Effect>) {
+        if self.remembered.state() == Some(OutcomeState::CommittedNotRunning) {
+            self.remembered.ended(OutcomeState::FailedAfterCommit, now);
+            let error = Error::new(Phase::Commit, fault);
+            out.push(Effect::Finish(Outcome::Stranded(error)));
         }
     }
 

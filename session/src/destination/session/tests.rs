@@ -616,7 +616,9 @@ fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
             closed(0),
             final_of(1, OTHER_DIGEST),
         ]));
-        assert!(matches!(&session.state, State::Fenced(fence) if Rounds::is_short(fence)));
+        assert!(
+            matches!(&session.state, State::Fenced(fence) if Rounds::short_since(fence).is_some())
+        );
         session
     };
     assert_eq!(say(&mut short(), switchover(2), NOW), ["open 2"]);

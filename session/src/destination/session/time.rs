@@ -94,9 +94,9 @@ impl Session {
             );
             return if alone.0 < silence.0 { alone } else { silence };
         }
-        let missed = match &self.state {
-            State::Fenced(fence) => Rounds::missed_since(fence),
-            _ => None,
+        let (missed, short) = match &self.state {
+            State::Fenced(fence) => (Rounds::missed_since(fence), Rounds::short_since(fence)),
+            _ => (None, None),
         };
         match &self.state {
             State::Setup if set_up.0 < silence.0 => set_up,
@@ -106,6 +106,16 @@ impl Session {
                     && since + config.stall() < silence.0 =>
             {
                 (since + config.stall(), "the source to send what is missing")
+            }
+            // Nor for ever, whatever it says meanwhile that is no answer.
+            State::Fenced(_)
+                if let Some(since) = short
+                    && since + config.progress_deadline() < silence.0 =>
+            {
+                (
+                    since + config.progress_deadline(),
+                    "the source to send what is missing",
+                )
             }
             // The guest is ours: no silence of the source changes that any more.
             State::Owning { .. } | State::Over => (Duration::MAX, ""),
