@@ -302,7 +302,12 @@ impl Pair {
                 config.stall(),
                 "nothing heard",
             ),
-            (owns, config.progress_deadline(), "with the guest"),
+            // A program that stood still gives its VMM its time again.
+            (
+                owns.map(|since| since.max(self.hosts[1].frozen_until)),
+                config.progress_deadline(),
+                "with the guest",
+            ),
         ];
         self.first_overdue(1, waits)
     }
