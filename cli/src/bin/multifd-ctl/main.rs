@@ -19,7 +19,8 @@ use serde_json::{Map, Value, json};
 #[command(name = "multifd-ctl", version, after_help = EXIT_STATUS)]
 struct Args {
     /// The socket: unix:/path or a path
-    #[arg(value_name = "SOCKET", default_value = "")]
+    // Not needed for `completion`; any other command refuses an empty one.
+    #[arg(value_name = "SOCKET", default_value = "", hide_default_value = true)]
     socket: String,
 
     #[command(subcommand)]

@@ -8,12 +8,12 @@ pub(crate) const ABOUT: &str =
 pub(crate) const LONG_ABOUT: &str = "\
 Live-migrate the guest of another process, the VMM, over many channels at once.
 
-One engine runs beside each of the two VMMs, for one migration. The VMM hands it the guest's memory (files of
-memfd, tmpfs or hugetlbfs) and a way to find dirty pages, over a Unix socket, and answers a handful of calls:
-pause, save, load, run. A VMM speaks that protocol with one header in C (multifd_engine.h) or one crate in Rust
+One engine runs beside each of the two VMMs, for one migration. The VMM hands it the guest's memory (files of \
+memfd, tmpfs or hugetlbfs) and a way to find dirty pages, over a Unix socket, and answers a handful of calls: \
+pause, save, load, run. A VMM speaks that protocol with one header in C (multifd_engine.h) or one crate in Rust \
 (multifd-engine, module client); PROTOCOL.md specifies it.
 
-If an engine is killed the guest goes on: at the source, unless the commit may have been sent. In that case the
+If an engine is killed the guest goes on: at the source, unless the commit may have been sent. In that case the \
 VMM keeps it paused, and says so to the next engine, which asks the destination whose the guest is.";
 
 /// After `-h`.
