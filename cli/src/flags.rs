@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
+use multifd_sender::WhenNotConverging;
 use multifd_transport::AddressKind;
 
 use crate::units;
@@ -30,6 +31,35 @@ impl Transport {
             Self::Tls => AddressKind::Tls,
             Self::Rdma => AddressKind::Rdma,
             Self::Unix => AddressKind::Unix,
+        }
+    }
+}
+
+/// See `--if-not-converging`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum NotConverging {
+    /// The guest runs on at the source; the error says what would help
+    Fail,
+    /// Switch over whatever the downtime
+    Switch,
+}
+
+impl NotConverging {
+    /// As the flag, the reports and the control socket call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fail => "fail",
+            Self::Switch => "switch",
+        }
+    }
+}
+
+impl From<NotConverging> for WhenNotConverging {
+    fn from(what: NotConverging) -> Self {
+        match what {
+            NotConverging::Fail => Self::Fail,
+            NotConverging::Switch => Self::Switch,
         }
     }
 }

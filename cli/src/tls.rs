@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use multifd_transport::Address;
-use multifd_transport::tls::{PeerName, TlsFiles, TlsSide};
+use multifd_transport::tls::{Clients, PeerName, TlsClient, TlsFiles, TlsServer, TlsSide};
 
 /// The flags of both programs.
 #[derive(Debug, clap::Args)]
@@ -51,6 +51,46 @@ pub struct TlsFlags {
 }
 
 impl TlsFlags {
+    /// What a side that dials needs; nothing if no authority was given. `server_name`: whom the certificate must be for, if not the host.
+    ///
+    /// # Errors
+    /// Files that can't be used, or names that are none.
+    pub fn client(&self, server_name: Option<&str>) -> anyhow::Result<Option<TlsClient>> {
+        let files = self.files(TlsSide::Client)?;
+        let Some(files) = files.filter(|files| files.authorities.is_some()) else {
+            return Ok(None);
+        };
+        let mut client = TlsClient::from_files(files)?;
+        if let Some(name) = server_name {
+            client = client.with_server_name(name)?;
+        }
+        if !self.tls_peer.is_empty() {
+            client = client.with_peers(self.tls_peer.clone())?;
+        }
+        Ok(Some(client))
+    }
+
+    /// What a side that listens needs; nothing if no certificate was given. `any_source`: whoever connects is let in.
+    ///
+    /// # Errors
+    /// Files that can't be used; nothing is said of who may connect.
+    pub fn server(&self, any_source: bool) -> anyhow::Result<Option<TlsServer>> {
+        let files = self.files(TlsSide::Server)?;
+        let Some(files) = files.filter(|files| files.certificate.is_some()) else {
+            return Ok(None);
+        };
+        anyhow::ensure!(
+            files.authorities.is_some() || any_source,
+            "TLS needs --tls-ca, the certificate of the authority (CA) that signed the sources'; --tls-any-source lets anybody in"
+        );
+        let clients = match (any_source, &self.tls_peer[..]) {
+            (true, _) => Clients::Anybody,
+            (false, []) => Clients::OfAuthority,
+            (false, names) => Clients::Named(names.to_vec()),
+        };
+        Ok(Some(TlsServer::from_files(files, clients)?))
+    }
+
     /// The files of one side, if any were given.
     ///
     /// # Errors

@@ -5,7 +5,7 @@
 //!                                      └─► CANCEL, SWITCH_OVER, GUEST_GONE ──► Said
 //! ```
 //! The rule it keeps: a VMM that does not answer, answers something that can't be, or closes the socket, is an error of that call, within
-//! a deadline. What it says after such an error is not believed any more.
+//! a deadline.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -44,6 +44,16 @@ pub(super) struct Fence {
 }
 
 impl Fence {
+    /// Since when something is missing although FINAL is here.
+    pub(super) fn short_since(&self) -> Option<Duration> {
+        self.short_since
+    }
+
+    /// Since when the source knows that.
+    pub(super) fn missed_since(&self) -> Option<Duration> {
+        self.known_since
+    }
+
     /// A sign of life of the source came, of which it can be asked whether it shows that a question of this time or later was read.
     pub(super) fn echo(&mut self, now: Duration, has_read: impl Fn(Duration) -> bool) {
         if self.short_since.is_some_and(has_read) {
@@ -227,16 +237,6 @@ impl Rounds {
         let last = self.last.filter(|_| fence.damaged == 0)?.0;
         fence.known_since?;
         Some(self.shortage(fence, last))
-    }
-
-    /// Since when the source knows that something is missing although FINAL is here.
-    pub(super) fn missed_since(fence: &Fence) -> Option<Duration> {
-        fence.known_since
-    }
-
-    /// Since when something is missing although FINAL is here.
-    pub(super) fn short_since(fence: &Fence) -> Option<Duration> {
-        fence.short_since
     }
 
     fn last_of(&self, round: Round) -> Option<Final> {

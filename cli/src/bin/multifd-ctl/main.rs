@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
+use multifd_cli::flags::NotConverging;
 use multifd_cli::units::{self, Rate, Size, Time};
 use multifd_control::client::{Client, ClientError, Heard};
 use serde_json::{Map, Value, json};
@@ -86,20 +87,9 @@ struct Set {
     throttle_limit: Option<u8>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum NotConverging {
-    /// The guest runs on at the source
-    Fail,
-    /// Switch over whatever the downtime
-    Switch,
-}
-
 impl Set {
     fn parameters(&self) -> Value {
-        let when = self.if_not_converging.map(|what| match what {
-            NotConverging::Fail => "fail",
-            NotConverging::Switch => "switch",
-        });
+        let when = self.if_not_converging.map(NotConverging::name);
         let given = [
             ("bandwidth_cap_bytes_per_s", json!(self.bandwidth)),
             (

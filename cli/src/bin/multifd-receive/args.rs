@@ -10,7 +10,6 @@ use multifd_cli::flags::{Output, Silence, Transport};
 use multifd_cli::tls::TlsFlags;
 use multifd_cli::units;
 use multifd_receiver::{AfterFailedSetup, Config, Overcommit};
-use multifd_transport::tls::{Clients, TlsServer, TlsSide};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 use multifd_wire::Token;
 
@@ -175,19 +174,7 @@ impl Args {
             .collect::<Result<_, _>>()?;
         let mut options = ChannelOptions::default();
         let by_tls = |address: &Address| address.kind() == AddressKind::Tls;
-        let files = self.tls.files(TlsSide::Server)?;
-        if let Some(files) = files.filter(|files| files.certificate.is_some()) {
-            anyhow::ensure!(
-                files.authorities.is_some() || self.tls_any_source,
-                "TLS needs --tls-ca, the certificate of the authority (CA) that signed the sources'; --tls-any-source lets anybody in"
-            );
-            let clients = match (self.tls_any_source, &self.tls.tls_peer[..]) {
-                (true, _) => Clients::Anybody,
-                (false, []) => Clients::OfAuthority,
-                (false, names) => Clients::Named(names.to_vec()),
-            };
-            options.tls_server = Some(TlsServer::from_files(files, clients)?);
-        }
+        options.tls_server = self.tls.server(self.tls_any_source)?;
         anyhow::ensure!(
             options.tls_server.is_some() || !places.iter().any(by_tls),
             "TLS needs --tls-cert and --tls-key, or --tls-dir"

@@ -7,14 +7,13 @@ use std::time::Duration;
 use clap::{ArgGroup, Parser, ValueEnum};
 use multifd_cli::confinement::ConfineFlags;
 use multifd_cli::control::ControlFlags;
-use multifd_cli::flags::{Output, Silence, Transport};
+use multifd_cli::flags::{NotConverging, Output, Silence, Transport};
 use multifd_cli::tls::TlsFlags;
 use multifd_cli::units;
 use multifd_guest::{Device, DeviceConfig, Fill, Pattern, Tracking};
 use multifd_sender::config::WhenDestinationLost;
-use multifd_sender::{Config, DirtyScan, WhenAckLate, WhenNotConverging};
+use multifd_sender::{Config, DirtyScan, WhenAckLate};
 use multifd_transport::rdma::{self, Registration};
-use multifd_transport::tls::{TlsClient, TlsSide};
 use multifd_transport::{Address, AddressKind, ChannelOptions};
 use multifd_wire::Token;
 
@@ -299,15 +298,6 @@ pub(crate) struct Way {
     pub(crate) options: ChannelOptions,
 }
 
-/// See `--if-not-converging`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum NotConverging {
-    /// The guest runs on at the source; the error says what would help
-    Fail,
-    /// Switch over whatever the downtime
-    Switch,
-}
-
 /// See `--if-ack-late`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum AckLate {
@@ -377,7 +367,7 @@ impl Args {
         };
         let address = |text: &String| Address::parse_with(text, kind);
         let mut options = ChannelOptions::default();
-        options.tls_client = self.tls_client()?;
+        options.tls_client = self.tls.client(self.tls_server_name.as_deref())?;
         let way = Way {
             control: self.connect.as_ref().map(address).transpose()?,
             data: self.data.iter().map(address).collect::<Result<_, _>>()?,
@@ -412,35 +402,15 @@ impl Args {
         Ok(way)
     }
 
-    /// What TLS needs to dial; nothing if no authority was given.
-    fn tls_client(&self) -> anyhow::Result<Option<TlsClient>> {
-        let files = self.tls.files(TlsSide::Client)?;
-        let Some(files) = files.filter(|files| files.authorities.is_some()) else {
-            return Ok(None);
-        };
-        let mut client = TlsClient::from_files(files)?;
-        if let Some(name) = &self.tls_server_name {
-            client = client.with_server_name(name)?;
-        }
-        if !self.tls.tls_peer.is_empty() {
-            client = client.with_peers(self.tls.tls_peer.clone())?;
-        }
-        Ok(Some(client))
-    }
-
     /// The migration's settings.
     pub(crate) fn migration(&self) -> anyhow::Result<Config> {
-        let when = match self.if_not_converging {
-            NotConverging::Fail => WhenNotConverging::Fail,
-            NotConverging::Switch => WhenNotConverging::Switch,
-        };
         Ok(Config::builder()
             .channels(self.channels)
             .pass(self.pass.unwrap_or(Token::NONE))
             .downtime_limit(self.downtime_limit)
             .bandwidth(self.bandwidth)
             .max_rounds(self.max_rounds)
-            .when_not_converging(when)
+            .when_not_converging(self.if_not_converging.into())
             .throttle_limit(self.throttle_limit)
             .ack_deadline(self.ack_deadline)
             .when_ack_late(match self.if_ack_late {

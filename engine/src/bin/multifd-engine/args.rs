@@ -4,13 +4,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand, ValueEnum};
-use multifd::transport::{
-    Address, AddressKind, ChannelOptions, Clients, TlsClient, TlsServer, TlsSide,
-};
+use clap::{Parser, Subcommand};
+use multifd::transport::{Address, AddressKind, ChannelOptions};
 use multifd::{destination, source};
 use multifd_cli::confinement::ConfineFlags;
-use multifd_cli::flags::{Output, Silence, Transport};
+use multifd_cli::flags::{NotConverging, Output, Silence, Transport};
 use multifd_cli::tls::TlsFlags;
 use multifd_cli::units;
 
@@ -130,15 +128,6 @@ pub(crate) struct SendArgs {
     pub(crate) reconnect_deadline: Duration,
 }
 
-/// See `--if-not-converging`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum NotConverging {
-    /// The guest runs on at the source; the error says what would help
-    Fail,
-    /// Switch over whatever the downtime
-    Switch,
-}
-
 /// The destination's flags.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ReceiveArgs {
@@ -194,7 +183,7 @@ impl SendArgs {
         let control = address(&self.connect)?;
         let data: Vec<_> = self.data.iter().map(address).collect::<Result<_, _>>()?;
         let mut options = ChannelOptions::default();
-        options.tls_client = self.tls_client()?;
+        options.tls_client = self.common.tls.client(self.tls_server_name.as_deref())?;
         let way = Way {
             control,
             data,
@@ -210,22 +199,6 @@ impl SendArgs {
         Ok(way)
     }
 
-    fn tls_client(&self) -> anyhow::Result<Option<TlsClient>> {
-        let tls = &self.common.tls;
-        let files = tls.files(TlsSide::Client)?;
-        let Some(files) = files.filter(|files| files.authorities.is_some()) else {
-            return Ok(None);
-        };
-        let mut client = TlsClient::from_files(files)?;
-        if let Some(name) = &self.tls_server_name {
-            client = client.with_server_name(name)?;
-        }
-        if !tls.tls_peer.is_empty() {
-            client = client.with_peers(tls.tls_peer.clone())?;
-        }
-        Ok(Some(client))
-    }
-
     pub(crate) fn config(&self) -> anyhow::Result<source::Config> {
         let silence = &self.common.silence;
         let mut config = source::Config::builder()
@@ -234,11 +207,7 @@ impl SendArgs {
             .bandwidth(self.bandwidth)
             .max_rounds(self.max_rounds)
             .throttle_limit(self.throttle_limit)
-            .when_not_converging(match self.if_not_converging {
-                NotConverging::Fail => source::WhenNotConverging::Fail,
-                NotConverging::Switch => source::WhenNotConverging::Switch,
-            })
-            // The library waits a little longer for the VMM than the link does.
+            .when_not_converging(self.if_not_converging.into())
             .device_deadline(self.common.vmm_deadline)
             .stall(silence.stall)
             .keep_alive(silence.keep_alive())
@@ -261,19 +230,7 @@ impl ReceiveArgs {
             .collect::<Result<_, _>>()?;
         let tls = &self.common.tls;
         let mut options = ChannelOptions::default();
-        let files = tls.files(TlsSide::Server)?;
-        if let Some(files) = files.filter(|files| files.certificate.is_some()) {
-            anyhow::ensure!(
-                files.authorities.is_some() || self.tls_any_source,
-                "TLS needs --tls-ca, the certificate of the authority (CA) that signed the sources'; --tls-any-source lets anybody in"
-            );
-            let clients = match (self.tls_any_source, &tls.tls_peer[..]) {
-                (true, _) => Clients::Anybody,
-                (false, []) => Clients::OfAuthority,
-                (false, names) => Clients::Named(names.to_vec()),
-            };
-            options.tls_server = Some(TlsServer::from_files(files, clients)?);
-        }
+        options.tls_server = tls.server(self.tls_any_source)?;
         anyhow::ensure!(
             options.tls_server.is_some() || !places.iter().any(|it| it.kind() == AddressKind::Tls),
             "TLS needs --tls-cert and --tls-key, or --tls-dir"

@@ -45,13 +45,7 @@ pub(crate) fn sent<V>(output: &Output, finished: &source::Finished<V>) {
         return out!("{}", serde_json::to_value(report).unwrap_or_default());
     }
     if let Some(error) = &report.error {
-        err!(
-            "multifd-engine: {} [{}] in phase {}",
-            error.text,
-            error.code,
-            error.phase
-        );
-        return;
+        return failed(error);
     }
     out!(
         "migrated: the guest {} at the destination",
@@ -84,13 +78,7 @@ pub(crate) fn received<V>(output: &Output, finished: &destination::Finished<V>) 
         return out!("{}", serde_json::to_value(report).unwrap_or_default());
     }
     if let Some(error) = &report.error {
-        err!(
-            "multifd-engine: {} [{}] in phase {}",
-            error.text,
-            error.code,
-            error.phase
-        );
-        return;
+        return failed(error);
     }
     out!(
         "the guest {}: {} of memory in {} rounds, digest {}",
@@ -102,6 +90,15 @@ pub(crate) fn received<V>(output: &Output, finished: &destination::Finished<V>) 
         Size(report.memory_bytes),
         report.rounds,
         report.digest.as_deref().unwrap_or("?")
+    );
+}
+
+fn failed(error: &source::ErrorReport) {
+    err!(
+        "multifd-engine: {} [{}] in phase {}",
+        error.text,
+        error.code,
+        error.phase
     );
 }
 

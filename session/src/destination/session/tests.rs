@@ -140,29 +140,27 @@ fn every_state_has_a_deadline() {
     }
 }
 
-/// Lets the time go on in small steps; how often it ended.
-fn tick_until(session: &mut Session, until: Duration) -> usize {
-    let step = Config::default().keep_alive();
+/// Lets the time go on in small steps, with these at each; how often it ended.
+fn pass_until(session: &mut Session, until: Duration, steps: &[fn() -> Step]) -> usize {
     let mut now = NOW;
     let mut ends = 0;
     while now < until {
-        now = (now + step).min(until);
-        ends += finishes(&feed(session, tick(), now));
+        now = (now + Config::default().keep_alive()).min(until);
+        ends += steps
+            .iter()
+            .map(|step| finishes(&feed(session, step(), now)))
+            .sum::<usize>();
     }
     ends
 }
 
-/// The same with a source that says that it lives.
+fn tick_until(session: &mut Session, until: Duration) -> usize {
+    pass_until(session, until, &[tick])
+}
+
+/// With a source that says that it lives.
 fn live_until(session: &mut Session, until: Duration) -> usize {
-    let step = Config::default().keep_alive();
-    let mut now = NOW;
-    let mut ends = 0;
-    while now < until {
-        now = (now + step).min(until);
-        ends += finishes(&feed(session, alive(), now));
-        ends += finishes(&feed(session, tick(), now));
-    }
-    ends
+    pass_until(session, until, &[alive, tick])
 }
 
 /// No silence of the source changes what the VMM has to do, but a VMM that does not come back ends it.
@@ -184,6 +182,40 @@ fn a_guest_that_is_ours_waits_for_the_vmm_alone() {
         say(&mut session, Step::Event(Event::Asked), MS * 2 + most),
         ["answer 3"]
     );
+}
+
+/// What it says in the end counts, also when it comes late.
+#[test]
+fn a_vmm_that_refuses_after_it_was_given_up_makes_the_answer_final() {
+    let mut session = state_after("owning");
+    let most = MS + Config::default().progress_deadline();
+    assert_eq!(tick_until(&mut session, most), 1);
+    let fault = Fault::Vmm {
+        step: "run the guest",
+        source: crate::common::VmmError::new("no"),
+    };
+    let refused = Step::Event(Event::NotResumed(fault));
+    let words = say(&mut session, refused, most + MS);
+    assert_eq!(words, ["finish: stranded, receiver.vmm.refused"]);
+    assert_eq!(
+        say(&mut session, Step::Event(Event::Asked), most + MS),
+        ["answer 4"]
+    );
+}
+
+/// A source that answers nothing, and says again and again what it has said, is not waited for without end.
+#[test]
+fn what_is_missing_is_waited_for_no_longer_than_the_progress_deadline_whatever_the_source_says() {
+    let again = || final_of(1, OTHER_DIGEST);
+    let mut session = state_after("fenced, lane lost, FINAL differs");
+    let most = MS + Config::default().progress_deadline();
+    assert_eq!(
+        pass_until(&mut session, most - MS, &[alive, again, tick]),
+        0
+    );
+    let words = say(&mut session, tick(), most);
+    let end = "finish: failed, receiver.timeout".to_owned();
+    assert!(words.contains(&end), "{words:?}");
 }
 
 /// A program that stood still as a whole gives its own threads their time again.
@@ -616,15 +648,13 @@ fn digests_that_differ_end_it_at_once_unless_a_lane_was_lost() {
             closed(0),
             final_of(1, OTHER_DIGEST),
         ]));
-        assert!(
-            matches!(&session.state, State::Fenced(fence) if Rounds::short_since(fence).is_some())
-        );
+        assert!(matches!(&session.state, State::Fenced(fence) if fence.short_since().is_some()));
         session
     };
     assert_eq!(say(&mut short(), switchover(2), NOW), ["open 2"]);
     // One that has read what was said and sends nothing is told what is missing; of one that does not answer, words may still
     // be on their way while it stands still.
-    let asked = NOW + crate::destination::Config::default().keep_alive() + MS;
+    let asked = NOW + Config::default().keep_alive() + MS;
     let ask = |session: &mut Session| {
         let words = say(session, tick(), asked);
         assert!(words.iter().any(|word| word == "KEEP_ALIVE"), "{words:?}");

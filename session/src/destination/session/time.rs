@@ -8,7 +8,6 @@ use multifd_wire::frame::Progress;
 use super::{Done, Session, State, micros};
 use crate::destination::error::{Error, Fault};
 use crate::destination::event::{Counts, Effect};
-use crate::destination::rounds::Rounds;
 
 impl Session {
     /// The time has gone on.
@@ -95,7 +94,7 @@ impl Session {
             return if alone.0 < silence.0 { alone } else { silence };
         }
         let (missed, short) = match &self.state {
-            State::Fenced(fence) => (Rounds::missed_since(fence), Rounds::short_since(fence)),
+            State::Fenced(fence) => (fence.missed_since(), fence.short_since()),
             _ => (None, None),
         };
         match &self.state {

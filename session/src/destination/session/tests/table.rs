@@ -21,7 +21,7 @@ fn state_name(session: &Session) -> String {
             format!("round {}, closing", session.round())
         }
         State::Rounds => format!("round {}", session.round()),
-        State::Fenced(fence) if Rounds::short_since(fence).is_some() => {
+        State::Fenced(fence) if fence.short_since().is_some() => {
             format!("fenced {}, pages missing", fence.round)
         }
         State::Fenced(fence) => format!("fenced {}", fence.round),
